@@ -1,0 +1,50 @@
+"""Fixtures: a project folder of its own for each test, with real scripts and real (tiny) base models."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPTS = ["build_train.py", "fine_tune.sh", "fuse.sh", "test_on_validation.py"]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """A project folder with the scripts, the sample and both tiny bases; its name holds a space, as a Mac's may."""
+    root = tmp_path_factory.mktemp("template") / "my project"
+    for folder in ["data/raw", "data/for_train", "data/results", "models/adapters", "models/fused", "tests"]:
+        (root / folder).mkdir(parents=True)
+    for name in [*SCRIPTS, "data/raw/messages_v1.json", "tests/tiny_base.py"]:
+        if (REPOSITORY / name).exists():
+            shutil.copy(REPOSITORY / name, root / name)
+    subprocess.run([sys.executable, root / "tests/tiny_base.py", "--bits", "4"], check=True, capture_output=True)
+    return root
+
+
+@pytest.fixture
+def project(template, tmp_path):
+    """A copy of the template that the test may change at will."""
+    return Path(shutil.copytree(template, tmp_path / template.name))
+
+
+@pytest.fixture
+def run():
+    """Return run(project, "build_train.py", "--valid-size", "0.2", env={"MODEL": …}, cwd=…): CompletedProcess, text.
+
+    VERSION and MODEL are v1 and tiny-gemma-3 unless `env` says otherwise; a variable set to None is removed.
+    """
+
+    def run(project, script, *args, env=None, cwd=None, timeout=300, start=subprocess.run, **kwargs):
+        variables = os.environ | {"VERSION": "v1", "MODEL": "tiny-gemma-3", "PYTHONUTF8": "1"} | (env or {})
+        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
+        command = [sys.executable if script.endswith(".py") else "bash", str(project / script), *map(str, args)]
+        if start is subprocess.run:
+            kwargs = {"capture_output": True, "timeout": timeout, "encoding": "utf-8"} | kwargs
+        environment = {k: v for k, v in variables.items() if v is not None}
+        return start(command, env=environment, cwd=cwd or project, **kwargs)
+
+    return run

@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# Fuse the adapter into the base model: one model folder that needs no adapter any more.
+#
+#   ./fuse.sh                         keeps as much of what was learned as this machine can
+#   FUSED_BITS=16 ./fuse.sh           exact and large
+#   ./fuse.sh --upload-repo NAME/MY-MODEL      arguments go through to mlx_lm.fuse
+#
+# Reads   models/base/$MODEL, models/adapters/adapter-${VERSION}_$MODEL
+# Writes  models/fused/fused-${VERSION}_$MODEL, and in it fused_from.json: what it was made from
+# Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+VERSION=${VERSION:-v1}                      # which data the adapter was trained on
+MODEL=${MODEL:-gemma-3-text-27b-it-4bit}    # which base model: models/base/MODEL
+FUSED_BITS=${FUSED_BITS:-auto}              # bits per weight: 16, 8, 6, 5, base (as the base has them) or auto: on a
+                                            # quantised base the first of 8, 6, 5 that fits the memory, else base
+GROUP_SIZE=${GROUP_SIZE:-64}                # weights that share a scale at 8, 6 or 5 bits: 32 (half a bit more) or 64
+# --------------------------------------------------------------------------------------------------------------------
+
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")" && pwd)
+export LC_ALL=C PYTHONUTF8=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+fail() { echo "error: $1. FIX: $2" >&2; exit "${3:-1}"; }
+
+# ---- checks before a model is loaded -------------------------------------------------------------------------------
+UPLOAD="" GGUF=""
+arguments=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) sed -n '2,/^# -----/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --upload-repo) [ $# -gt 1 ] || fail "--upload-repo names no repository" "--upload-repo NAME/MY-MODEL" 2
+      UPLOAD=$2; shift ;;
+    --upload-repo=*) UPLOAD=${1#*=} ;;
+    --model* | --adapter* | --save* | --deq*) fail "$1 is a setting of fuse.sh" "VERSION, MODEL or FUSED_BITS=16" 2 ;;
+    --export-gguf) GGUF=1; arguments+=("$1") ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+case $FUSED_BITS in auto | base | 16 | 8 | 6 | 5) ;; *) fail "FUSED_BITS=$FUSED_BITS" "FUSED_BITS=16, 8, 6, 5, base or auto" ;; esac
+case $GROUP_SIZE in 32 | 64 | 128) ;; *) fail "GROUP_SIZE=$GROUP_SIZE" "GROUP_SIZE=32, 64 or 128" ;; esac
+[ -z "$GGUF" ] || [ "$FUSED_BITS" = 16 ] || fail "GGUF export needs whole weights" "FUSED_BITS=16 ./fuse.sh --export-gguf"
+case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
+  "MODEL=${MODEL##*/} ./fuse.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
+for name in "$VERSION" "$MODEL"; do
+  case $name in '' | [.-]* | *[!A-Za-z0-9._-]*)
+    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, with a letter or digit first" ;; esac
+done
+BASE=$ROOT/models/base/$MODEL
+ADAPTER=$ROOT/models/adapters/adapter-${VERSION}_$MODEL
+FUSED=$ROOT/models/fused/fused-${VERSION}_$MODEL
+PARTIAL=$FUSED.partial                      # all is made here; FUSED itself changes at the very end
+if ! command -v mlx_lm.fuse >/dev/null; then
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "python3 is $(python3 -V 2>&1 || true), and 3.11 or newer is needed" \
+      "install one (on a Mac: brew install python@3.13), then make the environment: python3.13 -m venv venv"
+  fail "mlx_lm.fuse was not found, so the virtual environment is not active" \
+    "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
+fi
+[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL" \
+  "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
+for name in adapters.safetensors adapter_config.json; do
+  [ -f "$ADAPTER/$name" ] || fail "${ADAPTER#"$ROOT/"}/$name is missing" "VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
+done
+if [ -d "$FUSED.old" ]; then                # the last run was cut off between the renames at its end: finish them
+  [ -d "$FUSED" ] || mv "$PARTIAL/model" "$FUSED"
+  rm -rf "$FUSED.old"
+fi
+rm -rf "$PARTIAL"
+mkdir "$PARTIAL"
+trap 'rm -rf "$PARTIAL"' EXIT
+trap 'echo >&2; echo "interrupted: the previous fused model is as it was" >&2; exit 130' INT
+
+python3 - "$BASE" "$ADAPTER" "$PARTIAL" "$VERSION" "$FUSED_BITS" "$GROUP_SIZE" <<'PYTHON'
+import glob, hashlib, json, os, shutil, sys
+from importlib.metadata import version
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+def fail(what, fix):
+    sys.exit(f"error: {what}. FIX: {fix}")
+
+base, adapter, partial, data, bits, group = sys.argv[1:]
+model = os.path.basename(base)
+retrain = f"VERSION={data} MODEL={model} ./fine_tune.sh"
+
+shards = glob.glob(f"{glob.escape(base)}/model*.safetensors")
+outputs = {}  # of every tensor of the base model; a file that is cut off does not open
+try:
+    quantization = json.load(open(f"{base}/config.json")).get("quantization")
+    for shard in shards:
+        with safe_open(shard, "numpy") as file:
+            outputs.update((name, file.get_slice(name).get_shape()[0]) for name in file.keys())
+except (OSError, ValueError, SafetensorError) as error:
+    fail(f"the base model in models/base/{model} is not complete: {error}",
+         f"hf download mlx-community/{model} --local-dir models/base/{model}")
+try:
+    trained_on = os.path.basename(json.load(open(f"{adapter}/adapter_config.json"))["model"])
+    update = mx.load(f"{adapter}/adapters.safetensors")
+except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    fail(f"the adapter does not open: {error}", retrain)
+if trained_on != model:
+    fail(f"the adapter was trained on {trained_on}, not on {model}", retrain)
+for name, values in update.items():
+    matrix, _, part = name.rpartition(".")
+    if part == "lora_b" and outputs.get(matrix + ".weight", values.shape[-1]) != values.shape[-1]:
+        fail(f"the adapter does not fit {model}: {name} is for another size", retrain)
+    if not mx.isfinite(values).all().item():
+        fail(f"the adapter holds NaN or infinite values, first in {name}", f"{retrain} with a smaller LEARNING_RATE")
+
+# Bytes per weight at b bits: the bits, and for each group a 16-bit scale and a 16-bit bias.
+here = sum(map(os.path.getsize, shards))
+weights = here / ((quantization["bits"] + 32 / quantization["group_size"]) / 8 if quantization else 2)
+size = {b: weights * (int(b) + 32 / int(group)) / 8 for b in "865"} | {"16": weights * 2, "base": here}
+# mlx_lm.fuse holds the base and the result in memory at once.
+need = {b: here + (here if b == "base" else size["16"]) for b in size}
+memory = mx.device_info().get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+if bits == "auto":
+    bits = next((b for b in "865" if need[b] < 0.9 * memory), "base") if quantization else "base"
+if need[bits] > memory:
+    print(f"warning: needs about {need[bits] / 1e9:.0f} GB of memory and the machine has {memory / 1e9:.0f}; the way out is "
+          "FUSED_BITS=base ./fuse.sh, or the adapter unfused (see README)", file=sys.stderr)
+disk, free = size[bits] + (size["16"] if bits in "865" else 0), shutil.disk_usage(partial).free
+if disk > free:
+    fail(f"{disk / 1e9:.1f} GB of disk are needed and {free / 1e9:.1f} GB are free", "make room, or FUSED_BITS=base ./fuse.sh")
+print(f"base model  {model}, {here / 1e9:.2f} GB" + (f" at {quantization['bits']} bits" if quantization else ""))
+print(f"fused       FUSED_BITS={bits}, about {size[bits] / 1e9:.2f} GB; making it takes {need[bits] / 1e9:.1f} of {memory / 1e9:.0f} GB memory")
+if bits == "base" and quantization:
+    print(f"warning: rounding to {quantization['bits']} bits forgets a part of what was learned. All of it is kept by FUSED_BITS=8 (needs"
+          f" {need['8'] / 1e9:.0f} GB of memory) and by the adapter unfused (see README)", file=sys.stderr)
+checksum = hashlib.sha256(open(f"{adapter}/adapters.safetensors", "rb").read()).hexdigest()
+origin = {"base": model, "adapter_sha256": checksum, "version": data, "bits": bits, "group_size": int(group)}
+origin |= {"mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+json.dump(origin, open(f"{partial}/fused_from.json", "w"), indent=2)
+PYTHON
+BITS=$(sed -n 's/.*"bits": "\(.*\)".*/\1/p' "$PARTIAL/fused_from.json")
+
+# ---- fusing --------------------------------------------------------------------------------------------------------
+step() {
+  "$@" || fail "$1 ended with exit code $?, see above" "if memory or disk ran out: FUSED_BITS=base ./fuse.sh, or make room" $(($? == 2 ? 2 : 1))
+}
+fuse() { step mlx_lm.fuse --model "$BASE" --adapter-path "$ADAPTER" ${arguments[@]+"${arguments[@]}"} --save-path "$@"; }
+case $BITS in
+  base) fuse "$PARTIAL/model" ;;
+  16) fuse "$PARTIAL/model" --dequantize ;;
+  *) # Rounding the update to the base's 4 bits would lose most of it, so it is added at 16 bits and then rounded to more.
+    fuse "$PARTIAL/exact" --dequantize
+    step mlx_lm.convert --hf-path "$PARTIAL/exact" --mlx-path "$PARTIAL/model" -q --q-bits "$BITS" --q-group-size "$GROUP_SIZE"
+    rm -r "$PARTIAL/exact" ;;
+esac
+
+# ---- checks of the result, and into its place ----------------------------------------------------------------------
+python3 - "$PARTIAL/model" <<'PYTHON' || fail "the fused model is not whole, see above" "./fuse.sh again; if it repeats, ./fine_tune.sh"
+import sys
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import load
+parameters = tree_flatten(load(sys.argv[1], lazy=True)[0].parameters())
+while parameters:  # popped, so that no more than one tensor is in memory
+    name, values = parameters.pop()
+    if mx.issubdtype(values.dtype, mx.floating) and not mx.isfinite(values).all().item():
+        sys.exit(f"{name} holds NaN or infinite values")
+PYTHON
+mv "$PARTIAL/fused_from.json" "$PARTIAL/model/"
+if [ -d "$FUSED" ]; then mv "$FUSED" "$FUSED.old"; fi
+mv "$PARTIAL/model" "$FUSED"
+rm -rf "$FUSED.old"
+echo "wrote       ${FUSED#"$ROOT/"}, with fused_from.json"
+if [ -n "$UPLOAD" ]; then
+  if [ -t 0 ]; then
+    read -r -p "Upload it to huggingface.co/$UPLOAD, for anyone to read what was learned from the chat? [y/N] " answer
+    case $answer in y | Y | yes) ;; *) echo "not uploaded"; exit 0 ;; esac
+  fi
+  HF_HUB_OFFLINE=0 step mlx_lm.upload --path "$FUSED" --upload-repo "$UPLOAD"
+fi
+echo "next        python test_on_validation.py"

@@ -53,6 +53,24 @@ for argument in "$@"; do
       fail "$argument is a setting of fine_tune.sh" "set it at the top or for one run, as in ITERS=60 ./fine_tune.sh" 2 ;;
   esac
 done
+wrong() { fail "$1=${!1} is not $2" "mend it at the top of fine_tune.sh, or give another: $1=$3 ./fine_tune.sh"; }
+for name in ITERS BATCH_SIZE GRAD_ACCUMULATION RANK MAX_SEQ_LENGTH EVAL_EVERY; do
+  case ${!name} in '' | 0* | *[!0-9]*) wrong $name "a whole number above 0" 8 ;; esac
+done
+for name in WARMUP PATIENCE KEEP_CHECKPOINTS SEED; do
+  case ${!name} in '' | 0?* | *[!0-9]*) wrong $name "a whole number" 0 ;; esac
+done
+for name in LEARNING_RATE SCALE DROPOUT; do
+  [[ ${!name} =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || wrong $name "a number with a decimal point" 0.1
+done
+for name in MASK_PROMPT GRAD_CHECKPOINT RESUME; do
+  case ${!name} in 0 | 1) ;; *) wrong $name "0 or 1" 1 ;; esac
+done
+[ $((EVAL_EVERY % GRAD_ACCUMULATION)) = 0 ] || wrong EVAL_EVERY "a multiple of GRAD_ACCUMULATION" "$GRAD_ACCUMULATION"
+[[ $NUM_LAYERS =~ ^(-1|[1-9][0-9]*)$ ]] || wrong NUM_LAYERS "-1 (all) or a whole number above 0" -1
+case $SCHEDULE in linear | constant) ;; *) wrong SCHEDULE "linear or constant" linear ;; esac
+case $OPTIMIZER in adam | adamw | muon | sgd | adafactor) ;; *) wrong OPTIMIZER "a name that mlx_lm.lora knows" adam ;; esac
+case $FINE_TUNE_TYPE in lora | dora | full) ;; *) wrong FINE_TUNE_TYPE "lora, dora or full" lora ;; esac
 case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
   "MODEL=${MODEL##*/} ./fine_tune.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
 for name in "$VERSION" "$MODEL"; do
@@ -76,7 +94,7 @@ for name in train valid; do
   [ -s "$DATA/$name.jsonl" ] || fail "data/for_train/$VERSION/$name.jsonl is missing or empty" \
     "VERSION=$VERSION python build_train.py"
 done
-if [ -f "$PARTIAL/pid" ] && kill -0 "$(cat "$PARTIAL/pid")" 2>/dev/null; then
+if [ -f "$PARTIAL/pid" ] && ps -p "$(cat "$PARTIAL/pid")" -o args= 2>/dev/null | grep -qF "$PARTIAL"; then
   fail "process $(cat "$PARTIAL/pid") is training this adapter" "wait until it is done, or: kill $(cat "$PARTIAL/pid")"
 fi
 if [ -d "$ADAPTER.old" ]; then              # the last run was cut off between the renames at its end: finish them
@@ -85,7 +103,7 @@ if [ -d "$ADAPTER.old" ]; then              # the last run was cut off between t
 fi
 
 python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$NUM_LAYERS" <<'PYTHON'
-import json, os, shutil, sys
+import json, os, re, shutil, sys
 from safetensors import SafetensorError, safe_open
 
 def fail(what, fix):
@@ -93,11 +111,9 @@ def fail(what, fix):
 
 base, data, kind, *numbers = sys.argv[1:]
 model, version = os.path.basename(base), os.path.basename(data)
-if not all(n.isdigit() and int(n) for n in numbers[:4]):
-    fail(f"ITERS, BATCH_SIZE, RANK and EVAL_EVERY are {', '.join(numbers[:4])}", "make each a whole number above 0")
 iters, batch, rank, every, layers = map(int, numbers)
 
-shapes = {}  # of every tensor; a file that is cut off does not open
+shapes = {}  # of every tensor of the base model; a file that is cut off does not open
 try:
     config = json.load(open(f"{base}/config.json"))
     index = f"{base}/model.safetensors.index.json"
@@ -111,7 +127,7 @@ except (OSError, ValueError, KeyError, SafetensorError) as error:
     fail(f"the base model in models/base/{model} is not complete: {error}",
          f"hf download mlx-community/{model} --local-dir models/base/{model}")
 depth = config.get("text_config", config).get("num_hidden_layers", layers)
-if layers == 0 or layers > depth:
+if layers > depth:
     fail(f"NUM_LAYERS={layers}, but {model} has {depth} layers", "NUM_LAYERS=-1 ./fine_tune.sh trains all")
 
 rows = {}
@@ -128,14 +144,13 @@ for name in ("train", "valid"):
     if number < batch:
         fail(f"{name}.jsonl has {number} rows, fewer than BATCH_SIZE={batch}", f"BATCH_SIZE={number} ./fine_tune.sh")
 
-# A checkpoint holds RANK x (inputs + outputs) numbers of 4 bytes for each trained matrix, or (full) the matrix.
-size, group = 0, config.get("quantization", {}).get("group_size", 64)
-for name, (outputs, *inputs) in shapes.items():
-    *_, layer = [-1] + [int(part) for part in name.split(".") if part.isdigit()][:1]
-    if name.endswith(".weight") and inputs and layer >= (0 if layers < 0 else depth - layers):
-        scales = shapes.get(name[: -len("weight")] + "scales")
-        inputs = scales[-1] * group if scales else inputs[-1]
-        size += 4 * (outputs * inputs if kind == "full" else rank * (outputs + inputs))
+size = 0  # of a checkpoint: for each trained matrix RANK x (inputs + outputs) numbers of 4 bytes, or all of it (full)
+for name, shape in shapes.items():
+    layer = re.search(r"layers\.(\d+)\..*\.weight$", name)
+    if layer and len(shape) > 1 and int(layer[1]) >= (0 if layers < 0 else depth - layers):
+        scales = shapes.get(name.replace(".weight", ".scales"))  # a quantised matrix is packed, its scales tell the width
+        inputs = scales[-1] * config["quantization"]["group_size"] if scales else shape[-1]
+        size += 4 * (shape[-2] * inputs if kind == "full" else rank * (shape[-2] + inputs))
 need, free = size * (iters // every + 3), shutil.disk_usage(os.path.dirname(base)).free
 if need > free:
     fail(f"the checkpoints need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of disk are free", "make room, or raise EVAL_EVERY")
@@ -170,14 +185,16 @@ save_every: $EVAL_EVERY
 val_batches: -1
 learning_rate: $LEARNING_RATE
 YAML
-  # mlx counts updates, not batches. A straight line is the schedule of which the rest is a straight line again.
-  awk -v rate="$LEARNING_RATE" -v all="$ITERS" -v warm="$WARMUP" -v past="$1" -v every="$GRAD_ACCUMULATION" \
-    -v end="$([ "$SCHEDULE" = constant ] || echo 0)" 'BEGIN {
-      if (end == "") end = rate
-      left = all - (past > warm ? past : warm)
-      start = past > warm ? end + (rate - end) * left / (all - warm) : rate
-      printf "lr_schedule:\n  name: linear_schedule\n  arguments: [%.9f, %.9f, %d]\n", start, end, left < every ? 1 : left / every
-      if (past < warm) printf "  warmup: %d\n  warmup_init: %.9f\n", (warm - past + every - 1) / every, rate * past / warm
+  # mlx counts updates, not batches, and stays at the peak for two updates where the warm-up ends. The schedule is made
+  # of straight lines because the rest of a straight line, which is what a resumed run needs, is a straight line again.
+  awk -v rate="$LEARNING_RATE" -v end="$([ "$SCHEDULE" = linear ] && echo 0 || echo "$LEARNING_RATE")" \
+    -v all=$((ITERS / GRAD_ACCUMULATION)) -v warm=$((WARMUP / GRAD_ACCUMULATION)) -v past=$(($1 / GRAD_ACCUMULATION)) 'BEGIN {
+      steps = all > warm ? all - warm : 1
+      over = past > warm ? past - warm - (warm > 0) : 0
+      if (over >= steps) over = steps - 1
+      print "lr_schedule:\n  name: linear_schedule"
+      printf "  arguments: [%.9f, %.9f, %d]\n", rate + (end - rate) * over / steps, end, steps - over
+      if (past < warm) printf "  warmup: %d\n  warmup_init: %.9f\n", warm - past, rate * past / warm
     }'
 }
 DONE=0
@@ -199,9 +216,12 @@ else
 fi
 
 # ---- training ------------------------------------------------------------------------------------------------------
+cursor() { if [ -t 1 ]; then printf '\033[?25h'; fi; }  # mlx-lm hides it while its progress bar moves
 on_interrupt() {
-  echo >&2
-  echo "interrupted: the previous adapter is as it was. RESUME=1 ./fine_tune.sh goes on, ./fine_tune.sh starts anew" >&2
+  cursor
+  local how="./fine_tune.sh starts anew"
+  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then how="RESUME=1 ./fine_tune.sh goes on, $how"; fi
+  printf '\ninterrupted: the previous adapter is as it was. %s\n' "$how" >&2
   exit 130
 }
 trap on_interrupt INT
@@ -239,26 +259,27 @@ if [ "$DONE" -lt "$ITERS" ]; then
         if ($1 ~ /^[0-9]+$/ && $2 == "val") {
           row(iteration ",," $3 ",")
           if ($3 !~ /^[0-9.]+$/) stop(3)
-          judge($3 + 0)
+          if ($1 > 1 || !done) judge($3 + 0)
           if (patience && stale >= patience) { say("early stop: no better validation loss in " patience " evaluations"); stop(4) }
-          seconds = $4 + 0
-          clock = now()
+          if (!clock) { seconds = $4 + 0; clock = now() }
         } else if ($1 ~ /^[0-9]+$/ && $3 ~ /▼|▲/) {
           gsub(/,/, "", $4)
           row(iteration "," $2 ",," $4)
           if ($2 !~ /^[0-9.]+$/) stop(3)
-          if (!told++ && $1 > 1) {
+          if (!told++) {                    # later estimates, at each checkpoint, are plain proportion
             left = (iters - iteration) * (now() - clock) / $1 + int((iters - iteration) / every) * seconds
-            say(sprintf("about %.0f tokens a batch; about %.0f min left", 1000 * $5 / $1, left / 60 + .5))
+            say(sprintf("about %.0f tokens a batch, about %.0f min left", 1000 * $5 / $1, left / 60 + .5))
           }
         } else if ($1 == "save" && $2 ~ /^[0-9]+_adapters.safetensors$/) {
           # Renamed when complete: a checkpoint in PARTIAL is never one that a kill has cut off.
           system(sprintf("mv \"$PARTIAL/run/%s\" \"$PARTIAL/%07d_adapters.safetensors\"", $2, $2 + done))
+          if (iteration = $2 + done) say(sprintf("%d %% done, about %.0f min left", 100 * iteration / iters, (iters - iteration) * (now() - clock) / ($2 * 60) + .5))
         }
       }'
   codes=("${PIPESTATUS[@]}")
   set -e
   rm -f "$PARTIAL/pid"
+  cursor
   case ${codes[2]} in
     3) fail "the loss became NaN or infinite at iteration $(tail -n 1 "$PARTIAL/losses.csv" | cut -d, -f1)" \
       "a smaller LEARNING_RATE or SCALE; with MASK_PROMPT=1 also a MAX_SEQ_LENGTH that no row exceeds" ;;
@@ -278,7 +299,7 @@ for file in "$PARTIAL"/[0-9]*_adapters.safetensors; do
   awk -F, -v n="$((10#$(basename "$file" _adapters.safetensors)))" '$1 == n && $3 != "" { print $3, $1 }' "$PARTIAL/losses.csv"
 done | sort -n >"$PARTIAL/ranking"
 read -r LOSS BEST <"$PARTIAL/ranking"
-BEFORE=$(awk -F, '$3 != "" { print $3; exit }' "$PARTIAL/losses.csv")
+BEFORE=$(awk -F, '$1 == 1 { print $3; exit }' "$PARTIAL/losses.csv")
 LAST=$(awk -F, '$3 != "" { last = $3 } END { print last }' "$PARTIAL/losses.csv")
 cp "$PARTIAL/$(printf %07d "$BEST")_adapters.safetensors" "$PARTIAL/adapters.safetensors"
 python3 -c 'import mlx.core as mx, sys; sys.exit(not all(mx.isfinite(w).all().item() for w in mx.load(sys.argv[1]).values()))' \

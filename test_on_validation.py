@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,6 +45,7 @@ try:
     from matplotlib.figure import Figure
     from mlx_lm.sample_utils import make_sampler
     from mlx_lm.utils import load_tokenizer
+    from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 except ImportError as e:
     sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
@@ -53,48 +55,39 @@ except KeyboardInterrupt:
 
 # ---- settings: edit a default here, or give the flag for a single run ------------------------------------------------
 def settings():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--version", default=os.environ.get("VERSION", "v1"), help="which data: data/for_train/VERSION")
-    add("--model", default=os.environ.get("MODEL", "gemma-3-text-27b-it-4bit"), help="which model: models/base/MODEL")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python test_on_validation.py --help\n")
+    add, env = parser.add_argument, os.environ.get
+    # fmt: off
+    add("--version", default=env("VERSION", "v1"), help="which data: data/for_train/VERSION")
+    add("--model", default=env("MODEL", "gemma-3-text-27b-it-4bit"), help="which model: models/base/MODEL")
     add("--models", default="all", help="all that are there, or some of base,adapter,fused")
-    add("--replies", type=int, default=100, help="rows that every model answers, for the figures of style; 0: none")
-    add("--show", type=int, default=20, help="how many of these rows the report shows side by side")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest word; 1: as the model would; up to 2")
-    add("--max-tokens", type=int, default=60, help="longest reply, in tokens")
-    add("--seed", type=int, default=0, help="same seed: same rows, same replies")
-    add("--reply-batch", type=int, default=0, help="replies written at a time; 0: what is fastest on this machine")
+    add("--replies", type=int, default=100, help="rows that every model answers, for the figures of style; 0 none")
+    add("--show", type=int, default=20, help="how many of these rows the report shows side by side; 0 none")
+    add("--temperature", type=float, default=0.8, help="0 always the likeliest word, 1 as the model would, up to 2")
+    add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
+    add("--seed", type=int, default=0, help="same seed, same rows and same replies")
+    add("--reply-batch", type=int, default=0, help="replies written at a time; 0 what is fastest on this machine")
     add("--batch-tokens", type=int, default=4096, help="tokens scored at a time; lower it if memory runs out")
+    # fmt: on
     # ---- end of the settings -----------------------------------------------------------------------------------------
-    parser.error = wrong_usage
     args = parser.parse_args()
-    if not 0 <= args.temperature <= 2:
-        wrong_usage(f"argument --temperature: {args.temperature} is not between 0 and 2")
-    for name, least in (
-        ("replies", 0),
-        ("show", 0),
-        ("seed", 0),
-        ("reply_batch", 0),
-        ("max_tokens", 1),
-        ("batch_tokens", 1),
-    ):
-        if getattr(args, name) < least:
-            wrong_usage(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {least}")
+    least = {"replies": 0, "show": 0, "temperature": 0, "max_tokens": 1, "seed": 0, "reply_batch": 0, "batch_tokens": 1}
+    for name, limit in least.items():
+        if not limit <= getattr(args, name) <= (2 if name == "temperature" else math.inf):
+            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is out of range")
     if args.models != "all" and not set(args.models.split(",")) <= {"base", "adapter", "fused"}:
-        wrong_usage(f"argument --models: {visible(args.models)} is neither all nor some of base,adapter,fused")
-    for name in ("version", "model"):
-        value, short = getattr(args, name), getattr(args, name).split("/")[-1]
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", value):
-            fix = f"set {name.upper()} to a name of letters, digits, '.', '_' and '-'"
-            if name == "model" and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", short):
-                fix = f"set MODEL={short}, after: {download(short)}"
-            fail(f"{name.upper()}={visible(value)} is not the name of a folder", fix)
+        parser.error(f"argument --models: {args.models!a} is neither 'all' nor some of base,adapter,fused")
+    if "/" in args.model:
+        name = args.model.split("/")[-1]
+        fix = f"hf download {args.model} --local-dir models/base/{name}; MODEL={name} python test_on_validation.py"
+        fail(f"MODEL={args.model!a} is not the name of a folder in models/base", fix)
+    for name in args.version, args.model:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            fail(f"VERSION or MODEL is {name!a}", "use letters, digits, '.', '_' and '-' alone")
     return args
-
-
-def wrong_usage(message):
-    print(f"error: {message}. FIX: python test_on_validation.py --help", file=sys.stderr)
-    sys.exit(2)
 
 
 def fail(what, fix):
@@ -126,29 +119,21 @@ def defuse(text):
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
-def whole(path):
-    """Whether a .safetensors file is as long as its header says; a cut-off download or checkpoint is not."""
-    try:
-        with path.open("rb") as file:
-            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < size else {}
-        return 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__") == size
-    except (OSError, ValueError):
-        return False
+def lacking(folder, needed=("config.json", "tokenizer_config.json"), weights="model.safetensors"):
+    """Return the files that a folder lacks or has only in part (a download that was cut off), as text; "" if none."""
+    shards = read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()
+    bad = [name for name in needed if not (folder / name).exists()]
+    for name in sorted(set(shards)) or [weights]:
+        try:
+            with safe_open(folder / name, "numpy"):
+                pass
+        except (OSError, SafetensorError):
+            bad.append(name)
+    return ", ".join(bad)
 
 
-def lacking(folder):
-    """The files that a model's folder lacks or has only in part, as text; "" if it is complete."""
-    index = json.loads(read(folder / "model.safetensors.index.json") or "{}").get("weight_map", {}).values()
-    weights = (
-        {folder / name for name in index} or set(folder.glob("model*.safetensors")) or {folder / "model.safetensors"}
-    )
-    names = [n for n in ("config.json", "tokenizer_config.json") if not (folder / n).exists()]
-    return ", ".join(names + sorted(p.name for p in weights if not whole(p)))
-
-
-def read(path):
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def find_models(root, args):
@@ -157,24 +142,24 @@ def find_models(root, args):
     adapter, fused = root / f"models/adapters/adapter-{of}", root / f"models/fused/fused-{of}"
     run, warnings = f"VERSION={args.version} MODEL={args.model}", []
     names = ["base", "adapter", "fused"] if args.models == "all" else args.models.split(",")
-    if {"base", "adapter"} & set(names) and lacking(base):
-        fail(f"no whole base model: models/base/{args.model} lacks {lacking(base)}", download(args.model))
+    if {"base", "adapter"} & set(names) and (bad := lacking(base)):
+        fail(f"no whole base model: models/base/{args.model} lacks {bad}", download(args.model))
     if "adapter" in names:
-        if not whole(adapter / "adapters.safetensors") or not (adapter / "adapter_config.json").exists():
-            fix = f"{run} ./fine_tune.sh (or test the base model alone: --models base)"
-            fail(f"no whole adapter in models/adapters/{adapter.name}", fix)
-        trained = re.search(r"^# valid\.jsonl: (\d+ \d+)", read(adapter / "lora_config.yaml"), re.MULTILINE)
+        if bad := lacking(adapter, ["adapter_config.json"], "adapters.safetensors"):
+            fix = f"{run} ./fine_tune.sh, or test the base model alone: --models base"
+            fail(f"no whole adapter: models/adapters/{adapter.name} lacks {bad}", fix)
+        config = adapter / "lora_config.yaml"
         with (root / f"data/for_train/{args.version}/valid.jsonl").open("rb") as valid:
             now = subprocess.run(["cksum"], stdin=valid, capture_output=True, text=True).stdout.split()[:2]
-        if trained and trained[1].split() != now:
+        if config.exists() and f"# valid.jsonl: {' '.join(now)}\n" not in config.read_text(encoding="utf-8"):
             warnings.append("valid.jsonl is not the one of the training: the adapter may have learned some of its rows")
     if args.models == "all" and not fused.exists():
         names.remove("fused")
         warnings.append(f"there is no fused model to test; to make it: {run} ./fuse.sh")
     if "fused" in names:
-        if lacking(fused):
-            fail(f"no whole fused model: models/fused/{fused.name} lacks {lacking(fused)}", f"{run} ./fuse.sh")
-        source = json.loads(read(fused / "fused_from.json") or "{}").get("adapter_sha256")
+        if bad := lacking(fused):
+            fail(f"no whole fused model: models/fused/{fused.name} lacks {bad}", f"{run} ./fuse.sh")
+        source = read_json(fused / "fused_from.json").get("adapter_sha256")
         weights = adapter / "adapters.safetensors"
         if source and weights.exists() and source != hashlib.sha256(weights.read_bytes()).hexdigest():
             warnings.append(f"the fused model was made from another adapter than the one there now: {run} ./fuse.sh")
@@ -188,7 +173,7 @@ def read_rows(valid, folder):
     "line" number, "prompt", "completion"; "tokens" of the whole chat, "ask" those before the completion, "start" their
     number. The completion includes the end of the turn, as in training. A lone surrogate becomes U+FFFD.
     """
-    tokenizer, config, rows = load_tokenizer(folder), json.loads(read(folder / "config.json")), []
+    tokenizer, config, rows = load_tokenizer(folder), read_json(folder / "config.json"), []
     if not tokenizer.has_chat_template:
         fail(f"models/base/{folder.name} has no chat template", "set MODEL to an instruct model (-it, -Instruct)")
     longest = config.get("text_config", config).get("max_position_embeddings", math.inf)
@@ -268,7 +253,7 @@ def test_model(name, folder, adapter, rows, sample, args, result):
         fail(f"the {name} model does not load: {visible(str(e), 200)}".splitlines()[0], fix)
     start = time.monotonic()
     sums, counts = row_losses(model, rows, args.batch_tokens, f"{name:7} loss")
-    result.update(sums=sums, counts=counts, replies={}, loss_seconds=time.monotonic() - start)
+    result.update(sums=sums, counts=counts, replies={})
     write_replies(model, tokenizer, rows, sample, args, result["replies"], f"{name:7} replies")
     result["seconds"] = time.monotonic() - start
 
@@ -344,7 +329,7 @@ def verdict(out):
         text += f"; the fused model keeps {100 * out['kept']:.1f} % of it"
     elif out["kept"] is not None:
         kind, kept = "bad", f"keeps only {100 * out['kept']:.0f} % of it" if out["kept"] > 0 else "has lost all of it"
-        text += f", but the fused model {kept} (loss {loss['fused']:.2f}). Fuse again with more bits"
+        text += f", but the fused model {kept} (loss {loss['fused']:.2f}). Fuse again: FUSED_BITS=8 ./fuse.sh"
     for m in tuned:
         share = out["style"][m].get("repeated_share", 0)
         if out["style"][m]["replies"] >= 5 and share >= 0.3 and share > 2 * out["style"]["reference"]["repeated_share"]:
@@ -357,32 +342,21 @@ def verdict(out):
 
 
 def table(out):
-    """Return the figures as a DataFrame of text, a column for the reference and each model."""
-
-    def percent(digits):
-        return lambda x: f"{100 * x:.{digits}f} %"
-
-    def short(text):
-        return (text if len(text) < 16 else text[:15] + "…").replace("\n", " ") or "(nothing)"
-
-    lines = {
-        "loss per completion token": (out["loss"], "{:.4f}".format),
-        "perplexity": (out["perplexity"], lambda x: f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"),
-        "improvement kept": ({"fused": out["kept"]}, percent(1)),
+    """Return the figures as a DataFrame of text, a column for the reference and for each model."""
+    figures = {
+        "loss per completion token": {m: f"{x:.4f}" for m, x in out["loss"].items()},
+        "perplexity": {m: f"{x:,.2f}" if x < 1000 else f"{x:,.0f}" for m, x in out["perplexity"].items()},
+        "improvement kept": {} if out["kept"] is None else {"fused": f"{100 * out['kept']:.1f} %"},
     }
-    for title, key, form in (
-        ("mean length, characters", "length", "{:.1f}".format),
-        ("questions", "questions", percent(0)),
-        ("distinct replies", "distinct", percent(0)),
-        ("most repeated reply", "repeated", short),
-        ("its share", "repeated_share", percent(0)),
-        ("copied from the context", "copied", percent(0)),
-        ("replies", "replies", str),
-    ):
-        lines[title] = ({m: s.get(key) for m, s in out["style"].items()}, form)
-    columns = ["reference", *out["loss"]]
-    cells = {t: [form(v[c]) if v.get(c) is not None else "-" for c in columns] for t, (v, form) in lines.items()}
-    return pd.DataFrame.from_dict(cells, orient="index", columns=columns)
+    for m, s in out["style"].items():
+        if s["replies"]:
+            same = s["repeated"] and f"{s['repeated'][:16]} {100 * s['repeated_share']:.0f} %"
+            figures.setdefault("length in characters", {})[m] = f"{s['length']:.1f}"
+            for name in ("questions", "distinct", "copied"):
+                figures.setdefault(name, {})[m] = f"{100 * s[name]:.0f} %"
+            figures.setdefault("most repeated", {})[m] = " ".join((same or "").split())
+        figures.setdefault("replies", {})[m] = str(s["replies"])
+    return pd.DataFrame(figures).T.reindex(columns=["reference", *out["loss"]]).fillna("")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -435,11 +409,8 @@ def length_histogram(results, rows, asked):
 
     def draw(axes):
         for m, v in lengths.items():
-            look = (
-                {"histtype": "stepfilled", "alpha": 0.35}
-                if m == "reference"
-                else {"histtype": "step", "linewidth": 1.3}
-            )
+            look = {"histtype": "step", "linewidth": 1.4, "linestyle": (0, (2, 2)) if m == "fused" else "-"}
+            look = {"histtype": "stepfilled", "alpha": 0.35} if m == "reference" else look
             axes.hist(np.minimum(v, longest), np.linspace(0, longest, 21), color=INKS[m], label=m, **look)
         axes.set(xlabel="characters (the last bar: and more)", ylabel="replies")
         axes.legend()
@@ -475,9 +446,10 @@ h1 { margin: .5rem 0 1rem; padding-left: 1rem; border-left: .3rem solid; text-wr
   margin-top: 2.5rem }
 figure { margin: 0 } svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .5rem; border-bottom: 1px solid var(--line); text-align: right; font-weight: 400 }
-tbody th { padding-left: 0; text-align: left }
-thead th, dt { font-weight: 600; font-size: .875rem; color: var(--quiet) }
+table { font-size: clamp(.75rem, 3vw, 1rem) } td { white-space: nowrap } tr:nth-last-child(2) td { white-space: normal }
+th, td { padding: .4em 0 .4em .7em; border-bottom: 1px solid var(--line); text-align: right; font-weight: 400 }
+th { overflow-wrap: normal } tbody th { padding-left: 0; text-align: left }
+thead th, dt { font-weight: 600; color: var(--quiet) } dt { font-size: .875rem }
 .base { color: var(--base) } .adapter { color: var(--adapter) } .fused { color: var(--fused) }
 article { margin: 0 0 1rem; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   overflow: hidden }
@@ -532,12 +504,14 @@ All of them are in generations.csv, all numbers in metrics.json.</footer>
 
 def report(args, out, results, rows, asked, warnings, adapter):
     """Return the page as text. jinja2 escapes all that is put into it, except the two drawings."""
-    cards = []
+    ends, cards = Counter(r["prompt"].rpartition("\n\n")[2] for r in rows), []
     for i in asked[: args.show]:
         texts = {"reference": rows[i]["completion"]} | {
             m: r["replies"].get(i, "(not asked)") for m, r in results.items()
         }
-        context = [visible(t, 200) for t in rows[i]["prompt"].strip().split("\n")[-4:]]
+        chat, _, end = rows[i]["prompt"].rpartition("\n\n")
+        chat = chat if ends[end] > 1 else rows[i]["prompt"]  # without "Write the next message", which all have
+        context = [visible(t, 200) for t in chat.strip().split("\n")[-4:]]
         cards.append({"context": context, "texts": [(m, visible(t, 500) or "(nothing)") for m, t in texts.items()]})
     kind, sentence = verdict(out)
     facts = {
@@ -628,3 +602,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}", "make room, or mend the rights of the folder")

@@ -75,7 +75,7 @@ case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/bas
   "MODEL=${MODEL##*/} ./fine_tune.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
 for name in "$VERSION" "$MODEL"; do
   case $name in '' | [.-]* | *[!A-Za-z0-9._-]*)
-    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, with a letter or digit first" ;; esac
+    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, and no '.' or '-' first" ;; esac
 done
 BASE=$ROOT/models/base/$MODEL
 DATA=$ROOT/data/for_train/$VERSION
@@ -210,7 +210,7 @@ if [ "$RESUME" = 1 ]; then
   echo "resuming    after $DONE of $ITERS batches; the optimizer's state starts anew"
 else
   rm -rf "$PARTIAL"
-  mkdir -p "$PARTIAL/run"
+  mkdir -p "$PARTIAL/run" || fail "models/adapters cannot be written to" "chmod u+w models/adapters, or make room on the disk"
   config 0 >"$PARTIAL/lora_config.yaml"
   echo "iteration,train_loss,val_loss,tokens_per_second" >"$PARTIAL/losses.csv"
 fi
@@ -237,7 +237,7 @@ if [ "$DONE" -lt "$ITERS" ]; then
   set +e
   # shellcheck disable=SC2016,SC2086
   sh -c 'echo $$ >"$PARTIAL/pid"; exec "$@"' sh $LAUNCH mlx_lm.lora --train --config "$PARTIAL/run/config.yaml" \
-    --model "$BASE" --data "$DATA" --adapter-path "$PARTIAL/run" "$@" 2>&1 | tee "$SCREEN" |
+    --model "$BASE" --data "$DATA" --adapter-path "$PARTIAL/run" "$@" 2>"$PARTIAL/run/stderr" | tee "$SCREEN" |
     $AWK -v done="$DONE" -v iters="$ITERS" -v every="$EVAL_EVERY" -v patience="$PATIENCE" -v screen="$SCREEN" '
       function now(  t) { "date +%s" | getline t; close("date +%s"); return t }
       function say(text) { printf "%s  %s\n", (screen == "/dev/tty" ? "\r\033[2K" : ""), text; fflush() }
@@ -273,24 +273,24 @@ if [ "$DONE" -lt "$ITERS" ]; then
         } else if ($1 == "save" && $2 ~ /^[0-9]+_adapters.safetensors$/) {
           # Renamed when complete: a checkpoint in PARTIAL is never one that a kill has cut off.
           system(sprintf("mv \"$PARTIAL/run/%s\" \"$PARTIAL/%07d_adapters.safetensors\"", $2, $2 + done))
-          if (iteration = $2 + done) say(sprintf("%d %% done, about %.0f min left", 100 * iteration / iters, (iters - iteration) * (now() - clock) / ($2 * 60) + .5))
+          left = (iters - done - $2) * (now() - clock) / $2
+          if (left > 0) say(sprintf("about %.0f min left", left / 60 + .5))
         }
       }'
   codes=("${PIPESTATUS[@]}")
   set -e
-  rm -f "$PARTIAL/pid"
   cursor
-  case ${codes[2]} in
-    3) fail "the loss became NaN or infinite at iteration $(tail -n 1 "$PARTIAL/losses.csv" | cut -d, -f1)" \
+  cat "$PARTIAL/run/stderr" >>"$PARTIAL/training.log"
+  rm -f "$PARTIAL/pid"
+  case ${codes[0]}-${codes[2]} in
+    *-3) fail "the loss became NaN or infinite at iteration $(tail -n 1 "$PARTIAL/losses.csv" | cut -d, -f1)" \
       "a smaller LEARNING_RATE or SCALE; with MASK_PROMPT=1 also a MAX_SEQ_LENGTH that no row exceeds" ;;
-    4) ;;
-    *) case ${codes[0]} in
-      0) mv "$PARTIAL/run/adapters.safetensors" "$PARTIAL/$(printf %07d "$ITERS")_adapters.safetensors" ;;
-      2) fail "mlx_lm.lora does not take the arguments '$EXTRA'" "mlx_lm.lora --help lists those that it takes" 2 ;;
-      130) on_interrupt ;;
-      *) fail "mlx_lm.lora ended with exit code ${codes[0]}, see its last lines above or in ${PARTIAL#"$ROOT/"}/training.log" \
-        "if memory ran out: BATCH_SIZE=1 GRAD_CHECKPOINT=1 ./fine_tune.sh; RESUME=1 ./fine_tune.sh goes on" ;;
-    esac ;;
+    *-4) ;;                                 # early stop
+    0-*) mv "$PARTIAL/run/adapters.safetensors" "$PARTIAL/$(printf %07d "$ITERS")_adapters.safetensors" ;;
+    2-*) fail "mlx_lm.lora does not take the arguments '$EXTRA'" "mlx_lm.lora --help lists those that it takes" 2 ;;
+    130-*) on_interrupt ;;
+    *) fail "mlx_lm.lora ended with code ${codes[0]}: $(tail -n 1 "$PARTIAL/training.log") (${PARTIAL#"$ROOT/"}/training.log)" \
+      "if memory ran out: BATCH_SIZE=1 GRAD_CHECKPOINT=1 ./fine_tune.sh; to go on: RESUME=1 ./fine_tune.sh" ;;
   esac
 fi
 

@@ -39,12 +39,12 @@ while [ $# -gt 0 ]; do
 done
 case $FUSED_BITS in auto | base | 16 | 8 | 6 | 5) ;; *) fail "FUSED_BITS=$FUSED_BITS" "FUSED_BITS=16, 8, 6, 5, base or auto" ;; esac
 case $GROUP_SIZE in 32 | 64 | 128) ;; *) fail "GROUP_SIZE=$GROUP_SIZE" "GROUP_SIZE=32, 64 or 128" ;; esac
-[ -z "$GGUF" ] || [ "$FUSED_BITS" = 16 ] || fail "GGUF export needs whole weights" "FUSED_BITS=16 ./fuse.sh --export-gguf"
+[ -z "$GGUF" ] || [ "$FUSED_BITS" = 16 ] || fail "GGUF export needs whole weights" "FUSED_BITS=16 ./fuse.sh --export-gguf" 2
 case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
   "MODEL=${MODEL##*/} ./fuse.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
 for name in "$VERSION" "$MODEL"; do
   case $name in '' | [.-]* | *[!A-Za-z0-9._-]*)
-    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, with a letter or digit first" ;; esac
+    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, and no '.' or '-' first" ;; esac
 done
 BASE=$ROOT/models/base/$MODEL
 ADAPTER=$ROOT/models/adapters/adapter-${VERSION}_$MODEL
@@ -67,7 +67,7 @@ if [ -d "$FUSED.old" ]; then                # the last run was cut off between t
   rm -rf "$FUSED.old"
 fi
 rm -rf "$PARTIAL"
-mkdir "$PARTIAL"
+mkdir "$PARTIAL" || fail "models/fused cannot be written to" "chmod u+w models/fused, or make room on the disk"
 trap 'rm -rf "$PARTIAL"' EXIT
 trap 'echo >&2; echo "interrupted: the previous fused model is as it was" >&2; exit 130' INT
 
@@ -79,6 +79,9 @@ from safetensors import SafetensorError, safe_open
 
 def fail(what, fix):
     sys.exit(f"error: {what}. FIX: {fix}")
+
+def gb(size):
+    return f"{size / 1e9:.3g} GB"
 
 base, adapter, partial, data, bits, group = sys.argv[1:]
 model = os.path.basename(base)
@@ -118,16 +121,16 @@ memory = mx.device_info().get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.
 if bits == "auto":
     bits = next((b for b in "865" if need[b] < 0.9 * memory), "base") if quantization else "base"
 if need[bits] > memory:
-    print(f"warning: needs about {need[bits] / 1e9:.0f} GB of memory and the machine has {memory / 1e9:.0f}; the way out is "
+    print(f"warning: needs about {gb(need[bits])} of memory and the machine has {gb(memory)}; the way out is "
           "FUSED_BITS=base ./fuse.sh, or the adapter unfused (see README)", file=sys.stderr)
 disk, free = size[bits] + (size["16"] if bits in "865" else 0), shutil.disk_usage(partial).free
 if disk > free:
-    fail(f"{disk / 1e9:.1f} GB of disk are needed and {free / 1e9:.1f} GB are free", "make room, or FUSED_BITS=base ./fuse.sh")
-print(f"base model  {model}, {here / 1e9:.2f} GB" + (f" at {quantization['bits']} bits" if quantization else ""))
-print(f"fused       FUSED_BITS={bits}, about {size[bits] / 1e9:.2f} GB; making it takes {need[bits] / 1e9:.1f} of {memory / 1e9:.0f} GB memory")
+    fail(f"{gb(disk)} of disk are needed and {gb(free)} are free", "make room, or FUSED_BITS=base ./fuse.sh")
+print(f"base model  {model}: {gb(here)}" + (f" at {quantization['bits']} bits" if quantization else ""))
+print(f"fused       FUSED_BITS={bits}: about {gb(size[bits])}; while it is made {gb(need[bits])} of {gb(memory)} memory")
 if bits == "base" and quantization:
     print(f"warning: rounding to {quantization['bits']} bits forgets a part of what was learned. All of it is kept by FUSED_BITS=8 (needs"
-          f" {need['8'] / 1e9:.0f} GB of memory) and by the adapter unfused (see README)", file=sys.stderr)
+          f" {gb(need['8'])} of memory) and by the adapter unfused (see README)", file=sys.stderr)
 checksum = hashlib.sha256(open(f"{adapter}/adapters.safetensors", "rb").read()).hexdigest()
 origin = {"base": model, "adapter_sha256": checksum, "version": data, "bits": bits, "group_size": int(group)}
 origin |= {"mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
@@ -136,8 +139,13 @@ PYTHON
 BITS=$(sed -n 's/.*"bits": "\(.*\)".*/\1/p' "$PARTIAL/fused_from.json")
 
 # ---- fusing --------------------------------------------------------------------------------------------------------
-step() {
-  "$@" || fail "$1 ended with exit code $?, see above" "if memory or disk ran out: FUSED_BITS=base ./fuse.sh, or make room" $(($? == 2 ? 2 : 1))
+step() {  # runs a command; what it prints is shown only if it fails
+  echo "running     $1"
+  "$@" >"$PARTIAL/log" 2>&1 && return
+  local code=$?
+  [ $code != 2 ] || fail "$1 does not take the arguments '${arguments[*]-}'" "$1 --help lists those that it takes" 2
+  fail "$1 ended with code $code: $(tail -n 1 "$PARTIAL/log")" \
+    "if memory or disk ran out: FUSED_BITS=base ./fuse.sh, or use the adapter unfused (see README)"
 }
 fuse() { step mlx_lm.fuse --model "$BASE" --adapter-path "$ADAPTER" ${arguments[@]+"${arguments[@]}"} --save-path "$@"; }
 case $BITS in
@@ -150,16 +158,20 @@ case $BITS in
 esac
 
 # ---- checks of the result, and into its place ----------------------------------------------------------------------
-python3 - "$PARTIAL/model" <<'PYTHON' || fail "the fused model is not whole, see above" "./fuse.sh again; if it repeats, ./fine_tune.sh"
+python3 - "$PARTIAL/model" <<'PYTHON'
 import sys
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import load
-parameters = tree_flatten(load(sys.argv[1], lazy=True)[0].parameters())
-while parameters:  # popped, so that no more than one tensor is in memory
-    name, values = parameters.pop()
-    if mx.issubdtype(values.dtype, mx.floating) and not mx.isfinite(values).all().item():
-        sys.exit(f"{name} holds NaN or infinite values")
+
+try:
+    parameters = tree_flatten(load(sys.argv[1], lazy=True)[0].parameters())
+    while parameters:  # taken out one by one, so that no more than one is in memory
+        name, values = parameters.pop()
+        if mx.issubdtype(values.dtype, mx.floating) and not mx.isfinite(values).all().item():
+            raise ValueError(f"{name} holds NaN or infinite values")
+except Exception as error:  # whatever it is, the result is not one to keep
+    sys.exit(f"error: the fused model is not whole: {error}. FIX: make room on the disk, or a smaller LEARNING_RATE")
 PYTHON
 mv "$PARTIAL/fused_from.json" "$PARTIAL/model/"
 if [ -d "$FUSED" ]; then mv "$FUSED" "$FUSED.old"; fi
@@ -171,6 +183,7 @@ if [ -n "$UPLOAD" ]; then
     read -r -p "Upload it to huggingface.co/$UPLOAD, for anyone to read what was learned from the chat? [y/N] " answer
     case $answer in y | Y | yes) ;; *) echo "not uploaded"; exit 0 ;; esac
   fi
-  HF_HUB_OFFLINE=0 step mlx_lm.upload --path "$FUSED" --upload-repo "$UPLOAD"
+  HF_HUB_OFFLINE=0 mlx_lm.upload --path "$FUSED" --upload-repo "$UPLOAD" ||
+    fail "the upload failed, see above; the fused model is in place" "hf auth login, then ./fuse.sh --upload-repo $UPLOAD"
 fi
 echo "next        python test_on_validation.py"

@@ -1,0 +1,87 @@
+"""How many bits: what each way of fusing keeps of what was learned, for small updates and for large ones.
+
+    python tests/benchmarks/fuse_bits.py models/base/MODEL data/for_train/VERSION
+
+Trains two adapters with sweep.py's recipes, one of small updates and one of large ones, and fuses each at the base's
+own bits (plain mlx_lm.fuse), at 16 bits, and from there to 8, 6, 5 and 4 bits; at 4 bits also with mlx_lm.dwq, which
+tunes the scales of the groups on the training data. Writes a line to --out (tab-separated) after each: size of the
+model, seconds that making it took, loss on all validation rows (as in sweep.py), and the share of the adapter's
+improvement over the base that it keeps.
+"""
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from sweep import DEFAULTS, completion_loss, fuse, mlx_lm, read_rows, train
+
+ADAPTERS = {
+    "small updates, masked": {"learning_rate": 1e-5, "mask_prompt": True},
+    "small updates": {"learning_rate": 1e-5},
+    "large updates": {"learning_rate": 3e-4},
+}
+
+
+def fuse_plain(base, folder):
+    mlx_lm("fuse", "--model", base, "--adapter-path", folder / "adapter", "--save-path", folder / "plain")
+    return folder / "plain"
+
+
+def dwq(base, folder, data, samples=512):
+    exact, result = fuse(base, folder, 16), folder / "dwq"
+    mlx_lm("dwq", "--model", exact, "--mlx-path", result, "--bits", 4, "--group-size", 64, "--data-path", data,
+           "--num-samples", samples, "--max-seq-length", 512)  # fmt: skip
+    return result
+
+
+def compare(base, data, folder, name, out):
+    rows = read_rows(data / "valid.jsonl")
+    train(base, data, folder, DEFAULTS | ADAPTERS[name])
+    before, adapter = completion_loss(base, rows), completion_loss(base, rows, folder / "adapter")
+    write(out, base.name, name, "base model", base, 0, before, "")
+    write(out, base.name, name, "adapter, not fused", folder / "adapter", 0, adapter, "100.0 %")
+    ways = {"base bits": partial(fuse_plain, base, folder), "16 bits": partial(fuse, base, folder, 16)}
+    ways |= {
+        f"{bits} bits, group {group}": partial(fuse, base, folder, bits, group)
+        for bits in (8, 6, 5, 4)
+        for group in (64, 32)
+    }
+    ways["4 bits, dwq"] = partial(dwq, base, folder, data)
+    for way, make in ways.items():
+        started = time.time()
+        try:
+            result = make()
+        except RuntimeError as error:
+            write(out, base.name, name, way, folder, 0, float("nan"), str(error)[:200])
+            continue
+        seconds = time.time() - started
+        loss = completion_loss(result, rows)
+        write(out, base.name, name, way, result, seconds, loss, f"{100 * (before - loss) / (before - adapter):.1f} %")
+
+
+def write(out, base, adapter, way, path, seconds, loss, kept):
+    size = sum(file.stat().st_size for file in path.glob("[am]*.safetensors")) / 1e6
+    line = f"{base}\t{adapter}\t{way}\t{size:.0f}\t{seconds:.1f}\t{loss:.4f}\t{kept}"
+    with out.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", nargs="+", default=list(ADAPTERS), choices=ADAPTERS)
+    parser.add_argument("--out", type=Path, default=Path("fuse_bits.tsv"))
+    s = parser.parse_args()
+    if not s.out.exists():
+        s.out.write_text("base\tadapter\tfused\tMB\tseconds\tloss\tkept\n")
+    for name in s.only:
+        with tempfile.TemporaryDirectory(prefix="fuse-bits-") as folder:
+            compare(s.base, s.data, Path(folder), name, s.out)
+
+
+if __name__ == "__main__":
+    main()

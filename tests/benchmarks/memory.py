@@ -1,0 +1,190 @@
+"""Measure what fits: peak memory of training and of fusing, on Gemma 3 shapes with random 4-bit weights.
+
+    python tests/benchmarks/memory.py 1B 4B 12B 27B                                   training
+    python tests/benchmarks/memory.py 1B 4B --fuse models/base/MODEL --folder /tmp    fusing; tokenizer of MODEL
+
+Writes a line to --out (tab-separated) after each measurement. Weights are drawn and quantised matrix by matrix, so that
+27B needs no more than its 4 bits. Training goes through mlx-lm's own linear_to_lora_layers and train, on rows of random
+tokens that are all as long as said; fusing runs the commands that fuse.sh runs. Set MLX_CUDA_USE_CUDNN_SDPA=0 on an
+NVIDIA GPU: then attention is computed in the same way as in training on a Mac, which has no fused one for gradients.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+
+KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "sliding_window", "query_pre_attn_scalar")  # fmt: skip
+SHAPES = {
+    "1B": (26, 1152, 6912, 4, 1, 256, 512, 256),
+    "4B": (34, 2560, 10240, 8, 4, 256, 1024, 256),
+    "12B": (48, 3840, 15360, 16, 8, 256, 1024, 256),
+    "27B": (62, 5376, 21504, 32, 16, 128, 1024, 168),
+}
+SETTINGS = [  # batch size, tokens of a row, layers (-1 all), gradient checkpointing
+    (1, 256, -1, 0), (1, 512, -1, 0), (1, 1024, -1, 0), (4, 256, -1, 0), (4, 512, -1, 0), (4, 1024, -1, 0),
+    (1, 512, 16, 0), (1, 1024, 16, 0), (4, 512, 16, 0), (4, 1024, 16, 0), (1, 512, 8, 0), (4, 512, 8, 0),
+    (1, 256, -1, 1), (1, 512, -1, 1), (1, 1024, -1, 1), (4, 256, -1, 1), (4, 512, -1, 1), (4, 1024, -1, 1),
+    (1, 512, 16, 1), (1, 1024, 16, 1), (1, 512, 8, 1),
+]  # fmt: skip
+CONFIG = {"model_type": "gemma3_text", "vocab_size": 262144, "sliding_window_pattern": 6, "tie_word_embeddings": True,
+          "quantization": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}  # fmt: skip
+
+
+def build(shape, bits=4, group_size=64):
+    """Return a gemma3_text model of random weights at `bits`; one matrix at a time is in memory before that."""
+    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(CONFIG | dict(zip(KEYS, SHAPES[shape], strict=True))))
+    model.sanitize({})  # input and output embeddings are the same matrix
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=group_size, bits=bits)  # nothing is computed yet
+    for _, module in model.named_modules():
+        if not module.children():
+            mx.eval(module.parameters())
+            mx.clear_cache()
+    return model
+
+
+def measure_training(model, batch, tokens, layers, checkpointing, iters=3):
+    """Return the peak memory (bytes) and the seconds of the last of `iters` iterations, or None if out of memory."""
+    plain = gemma3_text.TransformerBlock.__call__
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(0, 262144, tokens).tolist(), 0) for _ in range(batch)]
+    clock = []
+
+    class Callback:
+        def on_train_loss_report(self, info):
+            clock.append(1 / info["iterations_per_second"])
+
+        def on_val_loss_report(self, info):
+            pass
+
+    model.freeze()
+    linear_to_lora_layers(model, layers, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    mx.eval(model.trainable_parameters())
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+            settings = TrainingArgs(
+                batch_size=batch, iters=iters, steps_per_report=1, steps_per_save=iters + 1, max_seq_length=tokens,
+                adapter_file=f"{folder}/adapters.safetensors", grad_checkpoint=bool(checkpointing),
+            )  # fmt: skip
+            train(model, optim.Adam(learning_rate=1e-4), rows, args=settings, training_callback=Callback())
+        return mx.get_peak_memory(), clock[-1]
+    except (RuntimeError, MemoryError) as error:
+        print(f"{type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return None
+    finally:
+        gemma3_text.TransformerBlock.__call__ = plain
+        remove_lora_layers(model)
+        mx.clear_cache()
+
+
+def write(out, **line):
+    text = "\t".join(f"{value}" for value in line.values())
+    with out.open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write("\t".join(line) + "\n")
+        file.write(text + "\n")
+    print(text, flush=True)
+
+
+def peak_of(command, *arguments):
+    """Run an mlx_lm command in a process of its own; return its peak memory (bytes) and seconds."""
+    code = (f"import sys, mlx.core as mx; from mlx_lm.{command} import main; sys.argv[0] = '{command}'; main(); "
+            "print(); print(mx.get_peak_memory())")  # fmt: skip
+    started = time.time()
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1][:100], time.time() - started
+    return int(done.stdout.split()[-1]), time.time() - started
+
+
+def gigabytes(value):
+    if isinstance(value, Path):
+        value = sum(file.stat().st_size for file in value.glob("*.safetensors"))
+    return f"{value / 1e9:.2f}" if isinstance(value, int) else value
+
+
+def measure_fusing(shape, tokenizer, folder, out):
+    """Save a base and an adapter of this shape, then fuse them at the base's bits, at 16 and from there to 8."""
+    base, adapter = folder / f"{shape}-base", folder / f"{shape}-adapter"
+    for path in base, adapter:
+        path.mkdir(parents=True)
+    for file in tokenizer.iterdir():
+        if "safetensors" not in file.name:
+            shutil.copy(file, base)
+    config = json.loads((tokenizer / "config.json").read_text())
+    ends = {key: config[key] for key in ("eos_token_id", "bos_token_id") if key in config}
+    config = CONFIG | dict(zip(KEYS, SHAPES[shape], strict=True)) | ends
+    (base / "config.json").write_text(json.dumps(config))
+    model = build(shape)
+    mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    linear_to_lora_layers(model, -1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    model.freeze()
+    model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
+    lora = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1}
+    lora["lora_parameters"] = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+    del model
+    mx.clear_cache()
+    made = ["--model", base, "--adapter-path", adapter, "--save-path"]
+    plain, exact, eight = (folder / f"{shape}-{name}" for name in ("plain", "16", "8"))
+    for what, result, *command in (
+        ("fuse base", plain, "fuse", *made, plain),
+        ("fuse 16", exact, "fuse", *made, exact, "--dequantize"),
+        ("16 to 8", eight, "convert", "--hf-path", exact, "--mlx-path", eight, "-q", "--q-bits", 8),
+    ):
+        peak, seconds = peak_of(*command)
+        write(out, shape=shape, what=what, batch="", tokens="", layers="", checkpointing="",
+              peak_gb=gigabytes(peak), seconds=f"{seconds:.1f}", disk_gb=gigabytes(result))  # fmt: skip
+        shutil.rmtree(plain, ignore_errors=True)
+    for path in base, adapter, exact, eight:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this model")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the models that are fused: 4 to 70 GB")
+    parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="numbers of settings")
+    parser.add_argument("--out", type=Path, default=Path("memory.tsv"))
+    s = parser.parse_args()
+    print(mx.device_info(), flush=True)
+    for shape in s.shapes:
+        if s.fuse:
+            measure_fusing(shape, s.fuse, s.folder, s.out)
+            continue
+        started = time.time()
+        model = build(shape)
+        weights = mx.get_active_memory()
+        print(f"{shape}: {gigabytes(weights)} GB of weights, made in {time.time() - started:.1f} s", flush=True)
+        for batch, tokens, layers, checkpointing in (SETTINGS[i] for i in s.settings):
+            peak, seconds = measure_training(model, batch, tokens, layers, checkpointing) or ("does not fit", 0)
+            write(s.out, shape=shape, what="train", batch=batch, tokens=tokens, layers=layers,
+                  checkpointing=checkpointing, peak_gb=gigabytes(peak), seconds=f"{seconds:.2f}",
+                  disk_gb="")  # fmt: skip
+        del model
+        mx.clear_cache()
+
+
+if __name__ == "__main__":
+    main()

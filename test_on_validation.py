@@ -70,7 +70,7 @@ def settings():
     add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
     add("--seed", type=int, default=0, help="same seed, same rows and same replies")
     add("--reply-batch", type=int, default=0, help="replies written at a time; 0 what is fastest on this machine")
-    add("--batch-tokens", type=int, default=4096, help="tokens scored at a time; lower it if memory runs out")
+    add("--batch-tokens", type=int, default=4096, help="tokens read at a time; lower it if memory runs out")
     # fmt: on
     # ---- end of the settings -----------------------------------------------------------------------------------------
     args = parser.parse_args()
@@ -115,7 +115,8 @@ def defuse(text):
 
     Also after a separator or a line break: a spreadsheet that expects ';' (Italy) cuts a comma-separated file there.
     """
-    return re.sub(r"(^|[;\t\n])(\s*)([=+\-@＝＋－＠])", r"\1'\2\3", visible(text, 32_000))  # noqa: RUF001
+    text = re.sub(r"((?:^|[;\t\n])\s*)([=+\-@＝＋－＠])", r"\1'\2", visible(text, 32_000))  # noqa: RUF001
+    return "'" + text if text.startswith("\t") else text
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def find_models(root, args):
     return {name: folders[name] for name in folders if name in names}, warnings
 
 
-def read_rows(valid, folder):
+def read_rows(valid, folder, longest):
     """Return the rows of valid.jsonl as dicts, with the tokens that the model in `folder` makes of them.
 
     "line" number, "prompt", "completion"; "tokens" of the whole chat, "ask" those before the completion, "start" their
@@ -176,7 +177,7 @@ def read_rows(valid, folder):
     tokenizer, config, rows = load_tokenizer(folder), read_json(folder / "config.json"), []
     if not tokenizer.has_chat_template:
         fail(f"models/base/{folder.name} has no chat template", "set MODEL to an instruct model (-it, -Instruct)")
-    longest = config.get("text_config", config).get("max_position_embeddings", math.inf)
+    longest = min(longest, config.get("text_config", config).get("max_position_embeddings", math.inf))
     for line, text in enumerate(valid.read_bytes().splitlines(), 1):
         where = f"data/for_train/{valid.parent.name}/valid.jsonl line {line}"
         try:
@@ -190,7 +191,10 @@ def read_rows(valid, folder):
         tokens = tokenizer.apply_chat_template(chat)
         start = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
         if len(tokens) > longest:
-            fail(f"{where} has {len(tokens)} tokens, the model reads {longest}", "python build_train.py")
+            fail(
+                f"{where} has {len(tokens)} tokens, more than {longest}",
+                "python build_train.py, or a larger --batch-tokens",
+            )
         rows.append(dict(line=line, prompt=ask, completion=say, tokens=tokens, ask=start, start=len(start)))
     return rows or fail(f"data/for_train/{valid.parent.name}/valid.jsonl is empty", "python build_train.py")
 
@@ -230,9 +234,25 @@ def row_losses(model, rows, batch_tokens, label=""):
     return sums, counts
 
 
+def replies_at_a_time(model):
+    """Return 8 if a step of 8 replies takes this machine less than three times as long as a step of one, else 1.
+
+    It does on a GPU and with small models; not on a CPU that is busy with the products of a large one.
+    """
+
+    def seconds(size, best=math.inf):
+        for _ in range(3):
+            start = time.perf_counter()
+            mx.eval(model(mx.zeros((size, 1), dtype=mx.int32)))
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return 8 if seconds(8) < 3 * seconds(1) else 1
+
+
 def write_replies(model, tokenizer, rows, sample, args, replies, label=""):
     """Fill `replies`, {row: text}, batch by batch, so that Ctrl-C keeps what is there."""
-    size = args.reply_batch or (8 if mx.default_device() == mx.gpu else 1)
+    size = args.reply_batch or replies_at_a_time(model)
     options = {"sampler": make_sampler(args.temperature), "max_tokens": args.max_tokens}
     order = sorted(sample, key=lambda i: rows[i]["start"]) if size > 1 else sample
     mx.random.seed(args.seed)
@@ -565,7 +585,7 @@ def main():
     if not valid.exists():
         fail(f"data/for_train/{args.version}/valid.jsonl is not there", f"VERSION={args.version} python build_train.py")
     models, warnings = find_models(root, args)
-    rows = read_rows(valid, next(iter(models.values()))[0])
+    rows = read_rows(valid, next(iter(models.values()))[0], args.batch_tokens)
     sample = random.Random(args.seed).sample(range(len(rows)), min(args.replies, len(rows)))
     final = root / f"data/results/{args.version}_{args.model}"
     clean_up(final)

@@ -115,8 +115,8 @@ def defuse(text):
 
     Also after a separator or a line break: a spreadsheet that expects ';' (Italy) cuts a comma-separated file there.
     """
-    text = re.sub(r"((?:^|[;\t\n])\s*)([=+\-@＝＋－＠])", r"\1'\2", visible(text, 32_000))  # noqa: RUF001
-    return "'" + text if text.startswith("\t") else text
+    text = visible(text, 32_000).replace("\t", " ")
+    return re.sub(r"((?:^|[;\n])\s*)([=+\-@＝＋－＠])", r"\1'\2", text)  # noqa: RUF001
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------

@@ -53,30 +53,23 @@ for argument in "$@"; do
       fail "$argument is a setting of fine_tune.sh" "set it at the top or for one run, as in ITERS=60 ./fine_tune.sh" 2 ;;
   esac
 done
-wrong() { fail "$1=${!1} is not $2" "mend it at the top of fine_tune.sh, or give another: $1=$3 ./fine_tune.sh"; }
-for name in ITERS BATCH_SIZE GRAD_ACCUMULATION RANK MAX_SEQ_LENGTH EVAL_EVERY; do
-  case ${!name} in '' | 0* | *[!0-9]*) wrong $name "a whole number above 0" 8 ;; esac
-done
-for name in WARMUP PATIENCE KEEP_CHECKPOINTS SEED; do
-  case ${!name} in '' | 0?* | *[!0-9]*) wrong $name "a whole number" 0 ;; esac
-done
-for name in LEARNING_RATE SCALE DROPOUT; do
-  [[ ${!name} =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || wrong $name "a number with a decimal point" 0.1
-done
-for name in MASK_PROMPT GRAD_CHECKPOINT RESUME; do
-  case ${!name} in 0 | 1) ;; *) wrong $name "0 or 1" 1 ;; esac
-done
-[ $((EVAL_EVERY % GRAD_ACCUMULATION)) = 0 ] || wrong EVAL_EVERY "a multiple of GRAD_ACCUMULATION" "$GRAD_ACCUMULATION"
-[[ $NUM_LAYERS =~ ^(-1|[1-9][0-9]*)$ ]] || wrong NUM_LAYERS "-1 (all) or a whole number above 0" -1
-case $SCHEDULE in linear | constant) ;; *) wrong SCHEDULE "linear or constant" linear ;; esac
-case $OPTIMIZER in adam | adamw | muon | sgd | adafactor) ;; *) wrong OPTIMIZER "a name that mlx_lm.lora knows" adam ;; esac
-case $FINE_TUNE_TYPE in lora | dora | full) ;; *) wrong FINE_TUNE_TYPE "lora, dora or full" lora ;; esac
 case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
   "MODEL=${MODEL##*/} ./fine_tune.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
-for name in "$VERSION" "$MODEL"; do
-  case $name in '' | [.-]* | *[!A-Za-z0-9._-]*)
-    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, and no '.' or '-' first" ;; esac
+check() { [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "mend it at the top of fine_tune.sh, or for one run: $1=$4 ./fine_tune.sh"; }
+check VERSION '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" v1
+check MODEL '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" gemma-3-1b-it-4bit
+for name in ITERS BATCH_SIZE GRAD_ACCUMULATION RANK MAX_SEQ_LENGTH EVAL_EVERY; do
+  check $name '[1-9][0-9]*' "a whole number above 0" 8
 done
+for name in WARMUP PATIENCE KEEP_CHECKPOINTS SEED; do check $name '0|[1-9][0-9]*' "a whole number" 0; done
+for name in LEARNING_RATE SCALE DROPOUT; do check $name '[0-9]*[.]?[0-9]+(e-?[0-9]+)?' "a number, with a decimal point" 0.1; done
+for name in MASK_PROMPT GRAD_CHECKPOINT RESUME; do check $name '0|1' "0 or 1" 1; done
+check NUM_LAYERS '-1|[1-9][0-9]*' "-1 (all) or a whole number above 0" -1
+check SCHEDULE 'linear|constant' "linear or constant" linear
+check OPTIMIZER 'adam|adamw|muon|sgd|adafactor' "adam, adamw, muon, sgd or adafactor" adam
+check FINE_TUNE_TYPE 'lora|dora|full' "lora, dora or full" lora
+[ $((EVAL_EVERY % GRAD_ACCUMULATION)) = 0 ] ||
+  fail "EVAL_EVERY=$EVAL_EVERY is not a multiple of GRAD_ACCUMULATION" "EVAL_EVERY=$((GRAD_ACCUMULATION * 10)) ./fine_tune.sh"
 BASE=$ROOT/models/base/$MODEL
 DATA=$ROOT/data/for_train/$VERSION
 ADAPTER=$ROOT/models/adapters/adapter-${VERSION}_$MODEL
@@ -94,7 +87,7 @@ for name in train valid; do
   [ -s "$DATA/$name.jsonl" ] || fail "data/for_train/$VERSION/$name.jsonl is missing or empty" \
     "VERSION=$VERSION python build_train.py"
 done
-if [ -f "$PARTIAL/pid" ] && ps -p "$(cat "$PARTIAL/pid")" -o args= 2>/dev/null | grep -qF "$PARTIAL"; then
+if [ -f "$PARTIAL/pid" ] && ps -ww -p "$(cat "$PARTIAL/pid")" -o args= 2>/dev/null | grep -qF "$PARTIAL"; then
   fail "process $(cat "$PARTIAL/pid") is training this adapter" "wait until it is done, or: kill $(cat "$PARTIAL/pid")"
 fi
 if [ -d "$ADAPTER.old" ]; then              # the last run was cut off between the renames at its end: finish them
@@ -304,7 +297,7 @@ LAST=$(awk -F, '$3 != "" { last = $3 } END { print last }' "$PARTIAL/losses.csv"
 cp "$PARTIAL/$(printf %07d "$BEST")_adapters.safetensors" "$PARTIAL/adapters.safetensors"
 python3 -c 'import mlx.core as mx, sys; sys.exit(not all(mx.isfinite(w).all().item() for w in mx.load(sys.argv[1]).values()))' \
   "$PARTIAL/adapters.safetensors" || fail "the best checkpoint holds NaN or infinite weights" "a smaller LEARNING_RATE"
-mv "$PARTIAL/run/adapter_config.json" "$PARTIAL/"
+if [ -d "$PARTIAL/run" ]; then cp "$PARTIAL/run/adapter_config.json" "$PARTIAL/"; fi
 kept=0
 for file in $(cd "$PARTIAL" && ls -r [0-9]*_adapters.safetensors); do
   if [ "$((10#${file%%_*}))" != "$BEST" ] && [ $((kept += 1)) -gt "$KEEP_CHECKPOINTS" ]; then rm "$PARTIAL/$file"; fi

@@ -37,15 +37,14 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-case $FUSED_BITS in auto | base | 16 | 8 | 6 | 5) ;; *) fail "FUSED_BITS=$FUSED_BITS" "FUSED_BITS=16, 8, 6, 5, base or auto" ;; esac
-case $GROUP_SIZE in 32 | 64 | 128) ;; *) fail "GROUP_SIZE=$GROUP_SIZE" "GROUP_SIZE=32, 64 or 128" ;; esac
-[ -z "$GGUF" ] || [ "$FUSED_BITS" = 16 ] || fail "GGUF export needs whole weights" "FUSED_BITS=16 ./fuse.sh --export-gguf" 2
 case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
   "MODEL=${MODEL##*/} ./fuse.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
-for name in "$VERSION" "$MODEL"; do
-  case $name in '' | [.-]* | *[!A-Za-z0-9._-]*)
-    fail "VERSION or MODEL is '$name'" "use letters, digits, '.', '_' and '-' alone, and no '.' or '-' first" ;; esac
-done
+check() { [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "mend it at the top of fuse.sh, or for one run: $1=$4 ./fuse.sh"; }
+check VERSION '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" v1
+check MODEL '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" gemma-3-1b-it-4bit
+check FUSED_BITS 'auto|base|16|8|6|5' "auto, base, 16, 8, 6 or 5" auto
+check GROUP_SIZE '32|64|128' "32, 64 or 128" 64
+[ -z "$GGUF" ] || [ "$FUSED_BITS" = 16 ] || fail "GGUF export needs whole weights" "FUSED_BITS=16 ./fuse.sh --export-gguf" 2
 BASE=$ROOT/models/base/$MODEL
 ADAPTER=$ROOT/models/adapters/adapter-${VERSION}_$MODEL
 FUSED=$ROOT/models/fused/fused-${VERSION}_$MODEL

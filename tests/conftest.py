@@ -40,7 +40,8 @@ def run():
 
     def run(project, script, *args, env=None, cwd=None, timeout=300, start=subprocess.run, **kwargs):
         variables = os.environ | {"VERSION": "v1", "MODEL": "tiny-gemma-3", "PYTHONUTF8": "1"} | (env or {})
-        variables["PATH"] = os.pathsep.join([variables["PATH"], str(Path(sys.executable).parent)])
+        tools = [str(Path(sys.executable).parent), variables["PATH"]]  # an explicit PATH goes first
+        variables["PATH"] = os.pathsep.join(tools[::-1] if "PATH" in (env or {}) else tools)
         command = [sys.executable if script.endswith(".py") else "bash", str(project / script), *map(str, args)]
         if start is subprocess.run:
             kwargs = {"capture_output": True, "timeout": timeout, "encoding": "utf-8"} | kwargs

@@ -358,7 +358,7 @@ ERRORS = {
     "not a rate": (
         None,
         {"LEARNING_RATE": "0,1"},
-        "error: LEARNING_RATE=0,1 is not a number with a decimal point. FIX: ",
+        "error: LEARNING_RATE=0,1 is not a number, with a decimal point. FIX: ",
     ),
     "unknown schedule": (None, {"SCHEDULE": "cosine"}, "error: SCHEDULE=cosine is not linear or constant. FIX: "),
     "a repository as MODEL": (
@@ -367,7 +367,11 @@ ERRORS = {
         "error: MODEL=mlx-community/gemma-3-1b-it-4bit is not the name of a folder in models/base. FIX: "
         + "MODEL=gemma-3-1b-it-4bit ./fine_tune.sh, after hf download mlx-community/gemma-3-1b-it-4bit",
     ),
-    "a path as VERSION": (None, {"VERSION": "../v1"}, "error: VERSION or MODEL is '../v1'. FIX: "),
+    "a path as VERSION": (
+        None,
+        {"VERSION": "../v1"},
+        "error: VERSION=../v1 is not a name of letters, digits, '.', '_' and '-'. FIX: ",
+    ),
 }
 
 

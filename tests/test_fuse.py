@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,9 @@ def trained(template, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text(
             "".join(json.dumps({"prompt": prompt, "completion": reply}) + "\n" for prompt, reply in CHAT)
         )
-    env = os.environ | {"ITERS": "30", "EVAL_EVERY": "30", "LEARNING_RATE": "3e-4"}
-    subprocess.run(["python", project / "tests/tiny_base.py", "--bits", "2"], check=True, capture_output=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "ITERS": "30", "EVAL_EVERY": "30", "LEARNING_RATE": "3e-4"}
+    subprocess.run([sys.executable, project / "tests/tiny_base.py", "--bits", "2"], check=True, capture_output=True)
     for model in ["tiny-gemma-3-2bit", "tiny-gemma-3-4bit", "tiny-gemma-3"]:
         command = ["bash", project / "fine_tune.sh"]
         subprocess.run(command, env=env | {"MODEL": model}, check=True, capture_output=True)
@@ -200,8 +202,8 @@ ERRORS = {
         {},
         "error: the adapter does not fit tiny-gemma-3-2bit: ",
     ),
-    "unknown bits": (None, {"FUSED_BITS": "7"}, "error: FUSED_BITS=7. FIX: FUSED_BITS=16, 8, 6, 5, base or auto"),
-    "unknown group": (None, {"GROUP_SIZE": "48"}, "error: GROUP_SIZE=48. FIX: GROUP_SIZE=32, 64 or 128"),
+    "unknown bits": (None, {"FUSED_BITS": "7"}, "error: FUSED_BITS=7 is not auto, base, 16, 8, 6 or 5. FIX: "),
+    "unknown group": (None, {"GROUP_SIZE": "48"}, "error: GROUP_SIZE=48 is not 32, 64 or 128. FIX: "),
 }
 
 

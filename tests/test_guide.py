@@ -1,0 +1,168 @@
+"""The guide as a whole: the four stages in a row, the layout, bash 3.2, and a README that says what the scripts do."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text("utf-8")
+SHELL = [REPOSITORY / "fine_tune.sh", REPOSITORY / "fuse.sh", REPOSITORY / ".ci/run"]
+
+
+@pytest.mark.parametrize("model", ["tiny-gemma-3", "tiny-gemma-3-4bit"])
+def test_the_four_stages_end_to_end(project, run, model):
+    env = {"MODEL": model, "ITERS": "20", "EVAL_EVERY": "10", "LEARNING_RATE": "1e-3"}
+    for script, *args in [
+        ("build_train.py", "--valid-rows", "16"),
+        ("fine_tune.sh",),
+        ("fuse.sh",),
+        ("test_on_validation.py", "--replies", "4", "--max-tokens", "8"),
+    ]:
+        result = run(project, script, *args, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+    rows = list(map(json.loads, (project / "data/for_train/v1/train.jsonl").read_bytes().splitlines()))
+    assert len(rows) > 300 and all(row.keys() == {"prompt", "completion"} for row in rows)
+    results = project / f"data/results/v1_{model}"
+    loss = json.loads((results / "metrics.json").read_text("utf-8"))["loss"]
+    assert loss["adapter"] < loss["base"] - 0.3
+    assert loss["fused"] == pytest.approx(loss["adapter"], abs=0.01)
+    replies = pd.read_csv(results / "generations.csv")
+    assert len(replies) == 4 and replies.notna().all(axis=None)
+    assert "<script" not in (results / "report.html").read_text("utf-8")
+
+
+def test_another_version_has_folders_of_its_own(project, run):
+    (project / "data/raw/messages_two.json").write_bytes((project / "data/raw/messages_v1.json").read_bytes())
+    result = run(project, "build_train.py", env={"VERSION": "two"})
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (project / "data/for_train").iterdir()] == ["two"]
+    result = run(project, "fine_tune.sh", env={"VERSION": "three"})
+    assert result.stderr.strip().endswith("FIX: VERSION=three python build_train.py")
+    result = run(project, "test_on_validation.py", env={"VERSION": "two"})
+    assert result.returncode == 1 and "adapter-two_tiny-gemma-3" in result.stderr
+
+
+def test_nothing_else_stands_at_the_top():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= {
+        "README.md",
+        "README.it.md",
+        "LICENSE",
+        "requirements.txt",
+        "build_train.py",
+        "fine_tune.sh",
+        "fuse.sh",
+        "test_on_validation.py",
+        "data",
+        "models",
+        "tests",
+    }
+    assert [f for f in tracked.splitlines() if f.startswith(("data/", "models/")) and not f.endswith(".gitkeep")] == [
+        "data/raw/messages_v1.json"
+    ]
+
+
+# ---- a Mac's bash is 3.2 and its tools are BSD's -------------------------------------------------------------------
+NOT_ON_A_MAC = {
+    "associative or global array": r"\bdeclare\s+-[a-zA-Z]*[Ag]",
+    "nameref": r"\b(local|declare)\s+-[a-zA-Z]*n\b",
+    "mapfile": r"\b(mapfile|readarray)\b",
+    "case conversion": r"\$\{[^}]*(,,?|\^\^?)[^}]*\}",
+    "transformation": r"\$\{\w+@[A-Za-z]\}",
+    "negative index or length": r"\$\{\w+(\[-\d+\]|:[^}:]*:\s*-\d+)\}",
+    "append both": r"&>>",
+    "pipe both": r"\|&",
+    "fall through": r";;?&",
+    "test of a variable": r"\[\[?\s+-v\s",
+    "time format": r"printf\s+['\"]?%\(",
+    "wait for any": r"\bwait\s+-n\b",
+    "coprocess": r"\bcoproc\b",
+    "descriptor variable": r"\bexec\s+\{",
+    "read with a default": r"\bread\s+-[a-zA-Z]*i\b",
+    "globstar": r"\bglobstar\b",
+    "EPOCHSECONDS or BASHPID": r"\$\{?(EPOCH|BASHPID)",
+    "empty array under set -u": r"(?<!\+)\"\$\{(?!PIPESTATUS)\w+\[@\]\}\"",
+    "hidden failure": r"\blocal\s+\w+=\"?\$\(",
+    "sed -i": r"\bsed\s+(-\w+\s+)*-i",
+    "grep -P": r"\bgrep\s+-[a-zA-Z]*P",
+    "readlink -f": r"\breadlink\s+-f",
+    "date -d": r"\bdate\s+(-d|--date)",
+    "GNU's alone": r"\b(timeout|nproc|sha256sum|md5sum|tac|shuf|realpath|setsid)\s",
+    "stat -c": r"\bstat\s+(-c|--format)",
+    "sort -V": r"\bsort\s+-[a-zA-Z]*V",
+    "head of all but": r"\bhead\s+-n\s+-",
+    "mktemp without -d": r"\bmktemp\b(?!\s+-d)",
+}
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_no_construct_that_fails_on_a_mac(script):
+    code = [
+        (n, line)
+        for n, line in enumerate(script.read_text("utf-8").splitlines(), 1)
+        if not line.lstrip().startswith("#")
+    ]
+    found = [
+        f"{script.name}:{n}: {what}: {line}"
+        for n, line in code
+        for what, bad in NOT_ON_A_MAC.items()
+        if re.search(bad, line)
+    ]
+    found = [line for line in found if '[@]+"${' not in line]  # the form that bash 3.2 wants
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("mapfile", "mapfile -t lines <file"),
+        ("case conversion", 'echo "${name,,}"'),
+        ("negative index or length", 'echo "${names[-1]}"'),
+        ("empty array under set -u", 'command "${arguments[@]}"'),
+        ("hidden failure", "local x=$(false)"),
+        ("sed -i", "sed -i s/a/b/ file"),
+        ("pipe both", "command |& tee log"),
+        ("GNU's alone", "timeout 5 command"),
+    ],
+)
+def test_the_check_for_a_mac_finds_what_it_looks_for(what, line):
+    assert re.search(NOT_ON_A_MAC[what], line)
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script):
+    subprocess.run(["shellcheck", script], check=True)
+
+
+# ---- the README --------------------------------------------------------------------------------------------------
+def code_blocks():
+    return re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+def test_settings_and_flags_in_the_readme_exist():
+    shell = "".join(path.read_text("utf-8") for path in SHELL)
+    for name in set(re.findall(r"\b([A-Z][A-Z_]+)=\S+ (?:[A-Z_]+=\S+ )*\./", README)):
+        assert f"\n{name}=${{{name}:-" in shell, name
+    for script in ["build_train.py", "test_on_validation.py"]:
+        source = (REPOSITORY / script).read_text("utf-8")
+        for command in re.findall(rf"python {script}([^\n`#;&|]*)", README):
+            for flag in re.findall(r"--[a-z-]+", command):
+                assert flag == "--help" or f'"{flag}"' in source, f"{script} {flag}"
+
+
+def test_files_and_folders_that_the_readme_runs_exist():
+    for block in code_blocks():
+        for name in re.findall(r"(?:^|\s)(?:\./|python )((?:tests/)?[\w/]+\.(?:sh|py))", block):
+            assert (REPOSITORY / name).is_file(), name
+
+
+def test_every_direct_dependency_is_pinned():
+    lines = (REPOSITORY / "requirements.txt").read_text("utf-8").splitlines()
+    for line in [line for line in lines if line and not line.startswith("#")]:
+        assert re.match(r"[\w-]+(\[\w+\])?==[\d.]+", line), line

@@ -79,7 +79,8 @@ def settings():
     s = parser.parse_args()
     counts = ["window", "max_chars", "max_context_chars", "max_seq_length", "batch_size", "valid_rows", "stretch"]
     limits = dict.fromkeys(counts, (1, 10**9)) | dict.fromkeys(["number_share", "stock_share"], (0.0001, 1))
-    limits |= {"min_context": (0, 10**9), "min_chars": (0, 10**9), "valid_size": (0.0001, 0.9999), "seed": (0, 2**32 - 1)}
+    limits |= dict.fromkeys(["min_context", "min_chars"], (0, 10**9))
+    limits |= {"valid_size": (0.0001, 0.9999), "seed": (0, 2**32 - 1)}
     for name, (least, most) in limits.items():
         if not least <= getattr(s, name) <= most:
             parser.error(f"--{name.replace('_', '-')} is {getattr(s, name)}, not from {least} to {most}")
@@ -104,8 +105,8 @@ def rules(s):
         "link":          lambda reply, context, author: LINK.search(reply),
         "too short":     lambda reply, context, author: len(reply) < s.min_chars,
         "too long":      lambda reply, context, author: len(reply) > s.max_chars,
-        "repetition":    lambda reply, context, author: is_repetition(reply),
         "personal data": lambda reply, context, author: masked(reply) != reply,  # in a context it becomes […]
+        "repetition":    lambda reply, context, author: is_repetition(reply),
         "numbers":       lambda reply, context, author: number_share(context) >= s.number_share,
         "duplicate":     is_seen_before(lambda reply, context: (folded(reply), *map(folded, context))),
         "pasted again":  is_seen_before(lambda reply, context: len(reply) >= 80 and folded(reply)),
@@ -392,8 +393,9 @@ def find_places(rows):
             if rows[j].conversation == row.conversation:
                 for early, late in (j, i), (i, j):
                     shared, shift = overlap(rows[early].window, rows[late].window)
-                    if shared:
-                        weight = sum(1 / (1 + counts[message]) for message in shared) + 0.4 * (early == late - 1)
+                    weight = sum(1 / (1 + counts[message]) for message in shared)
+                    weight += 0.4 if shared and early == late - 1 else 0
+                    if weight > 0.2:  # else only what everybody says all the time
                         yield weight, -shift, late, early
 
     unsure, ask_again = [], []
@@ -597,12 +599,18 @@ def padding(rows, s):
     """Return the share of tokens that mlx-lm computes on top, as it pads a batch to 1 more than a multiple of 32."""
     batches = [rows[i : i + s.batch_size] for i in range(0, len(rows) - s.batch_size + 1, s.batch_size)]
     widths = [min(1 + 32 * -(-max(row.tokens for row in batch) // 32), s.max_seq_length) for batch in batches]
-    return s.batch_size * sum(widths) / max(1, sum(row.tokens for batch in batches for row in batch)) - 1
+    return s.batch_size * sum(widths) / sum(row.tokens for batch in batches for row in batch) - 1 if batches else 0
 
 
 # ---- write and report ------------------------------------------------------------------------------------------------
-def finish_swap(folder, partial, old):
-    """Put right what a killed run left behind."""
+def beside(folder):
+    """Return where a new version of the folder is written, and where the previous one waits during the swap."""
+    return folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+
+
+def clear_leftovers(folder):
+    """Finish the swap of a run that was killed in the middle of it, and remove what it left behind."""
+    partial, old = beside(folder)
     if old.exists() and not folder.exists():
         (partial if partial.exists() else old).rename(folder)
     for leftover in partial, old:
@@ -611,9 +619,8 @@ def finish_swap(folder, partial, old):
 
 def write(folder, files):
     """Write {name: lines} to a folder that appears whole or not at all."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    partial, old = beside(folder)
     try:
-        finish_swap(folder, partial, old)
         partial.mkdir(parents=True)
         for name, lines in files.items():
             with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
@@ -621,17 +628,17 @@ def write(folder, files):
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
         fail(f"{folder} cannot be written: {e.strerror}", f"df -h {folder.parent}; ls -ld {folder.parent}; make room")
+    finally:
+        clear_leftovers(folder)
 
 
 def print_table(s, dropped, total):
     """Print how many rows each rule rejected, and the first of them: cleaned text, so that it is safe to print."""
     counts, examples = Counter(rule for _, rule in dropped), {}
     for row, rule in dropped:
-        examples.setdefault(rule, " ".join((row.window[-1] or " ".join(row.window)).split()))
+        examples.setdefault(rule, " ".join((row.window[-1] or "(nothing is left)").split()))
     print(f"\n{'rule':34}{'rejected':>9}   for example")
     for rule in dict.fromkeys([*rules(s), *counts]):
         print(f"{rule:34}{'off' if rule in s.off else format(counts[rule], ','):>9}   {examples.get(rule, '')[:70]}")
@@ -655,6 +662,7 @@ def main():
     raw = next((name for name in names if name.exists()), None)
     if raw is None:
         fail(f"{names[0]} is not there", f"cp YOUR_CHAT.json {names[0]}, or set VERSION to the data that is there")
+    clear_leftovers(folder)
     print(textwrap.fill("settings: " + ", ".join(f"{name} {value!r}" for name, value in vars(s).items()), 120))
 
     dropped = []
@@ -686,12 +694,12 @@ def main():
         tokens = [row.tokens for row in part]
         mean, more = sum(tokens) / len(tokens), padding(part, s)
         print(
-            f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}, {more:.1%} more by padding"
+            f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}, padding {more:.1%} more"
         )
     epoch = len(train) // s.batch_size
-    print(
-        f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; three epochs: ITERS={3 * epoch} ./fine_tune.sh"
-    )
+    print(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; three: ITERS={3 * epoch} ./fine_tune.sh")
+    if min(len(train), len(valid)) < s.batch_size:
+        print(f"NOTE       there are fewer rows than the batch size {s.batch_size}: BATCH_SIZE=1, or a longer chat")
 
     dropped.sort(key=lambda item: item[0].number)
     unit = "line" if raw.suffix == ".jsonl" else "entry"

@@ -123,6 +123,9 @@ depth = config.get("text_config", config).get("num_hidden_layers", layers)
 if layers > depth:
     fail(f"NUM_LAYERS={layers}, but {model} has {depth} layers", "NUM_LAYERS=-1 ./fine_tune.sh trains all")
 
+if kind == "full" and "quantization" in config:
+    fail(f"{model} is quantised, and FINE_TUNE_TYPE=full trains whole weights", "FINE_TUNE_TYPE=lora ./fine_tune.sh")
+
 rows = {}
 for name in ("train", "valid"):
     with open(f"{data}/{name}.jsonl", "rb") as file:

@@ -367,6 +367,11 @@ ERRORS = {
         "error: MODEL=mlx-community/gemma-3-1b-it-4bit is not the name of a folder in models/base. FIX: "
         + "MODEL=gemma-3-1b-it-4bit ./fine_tune.sh, after hf download mlx-community/gemma-3-1b-it-4bit",
     ),
+    "full on a quantised base": (
+        None,
+        {"MODEL": "tiny-gemma-3-4bit", "FINE_TUNE_TYPE": "full"},
+        "error: tiny-gemma-3-4bit is quantised, and FINE_TUNE_TYPE=full trains whole weights. FIX: FINE_TUNE_TYPE=lora ",
+    ),
     "a path as VERSION": (
         None,
         {"VERSION": "../v1"},

@@ -1,4 +1,4 @@
-"""What fine_tune.sh adds to a bare mlx_lm.lora with the same settings: run by hand, on a machine that does nothing else.
+"""What fine_tune.sh adds to a bare mlx_lm.lora with the same settings; run it on a machine that does nothing else.
 
     python tests/tiny_base.py && MODEL=tiny-gemma-3 python build_train.py
     python tests/benchmarks/fine_tune.py --iters 200 --repeat 3

@@ -370,7 +370,7 @@ ERRORS = {
     "full on a quantised base": (
         None,
         {"MODEL": "tiny-gemma-3-4bit", "FINE_TUNE_TYPE": "full"},
-        "error: tiny-gemma-3-4bit is quantised, and FINE_TUNE_TYPE=full trains whole weights. FIX: FINE_TUNE_TYPE=lora ",
+        "error: tiny-gemma-3-4bit is quantised, and FINE_TUNE_TYPE=full trains whole weights. FIX: ",
     ),
     "a path as VERSION": (
         None,

@@ -503,7 +503,7 @@ def test_a_run_stopped_before_a_loss_or_killed_leaves_the_previous_report(projec
     slow(project)
     (project / RESULTS).mkdir(parents=True)
     (project / RESULTS / "report.html").write_text("previous")
-    process = start_and_wait_for(project, run, "base, adapter, fused on 96 rows")
+    process = start_and_wait_for(project, run, "testing base, adapter, fused on 96 rows")
     process.send_signal(kill)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in out) == (code, False)
@@ -582,6 +582,11 @@ def cut_off(path):
             "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
         ),
         (
+            lambda p: cut_off(p / BASE / "tokenizer.json"),
+            [],
+            ". FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
+        ),
+        (
             lambda p: shutil.rmtree(p / ADAPTER),
             [],
             "no whole adapter: models/adapters/adapter-v1_tiny-gemma-3 lacks adapter_config.json, adapters.safetensors"
@@ -611,7 +616,7 @@ def cut_off(path):
         (
             lambda p: write_rows(p, [("a", "b"), ("W" * 100_000, "b")]),
             [],
-            "more than 4096. FIX: python build_train.py, or a larger --batch-tokens",
+            "more than 2048. FIX: python build_train.py, or a larger --batch-tokens",
         ),
         (
             lambda p: None,

@@ -116,7 +116,9 @@ def rules(s):
 
 COMMAND = re.compile(r"[!/][^\W\d_]\w*(\s|$)")  # "!discord", "/msg ann", not "/etc/fstab"
 LINK = re.compile(r"://|www\.|(?<=\w)\.[a-z]{2,6}/", re.I)
+LONG_RUN = re.compile(r"(.)\1{14}")
 NUMBER = re.compile(r"[\d\s.,:+%-]*\d[\d\s.,:+%-]*")
+MAYBE_PERSONAL = re.compile(r"[@\d]")  # a fast look before the long one
 PERSONAL = re.compile(
     r"[\w.+-]{1,64}@[\w-]{1,63}\.\w[\w.]*"  # e-mail
     r"|\b[A-Z]{2}\d\d(?: ?[A-Z\d]{4}){3,7}(?: ?[A-Z\d]{1,3})?\b|\b[a-z]{2}\d\d[a-z]?\d{10}[a-z\d]*"  # IBAN
@@ -140,7 +142,7 @@ def number_share(context):
 @cache
 def masked(text):
     """Return the text with "[…]" where personal data stands."""
-    return PERSONAL.sub("[…]", text) if re.search(r"[@\d]", text) else text
+    return PERSONAL.sub("[…]", text) if MAYBE_PERSONAL.search(text) else text
 
 
 @cache
@@ -153,7 +155,7 @@ def is_repetition(reply):
     """One character 15 times over; the same few words over and over; a wall of signs that are no letters."""
     words = reply.casefold().split()
     return (
-        (len(reply) >= 15 and re.search(r"(.)\1{14}", reply))
+        (len(reply) >= 15 and LONG_RUN.search(reply))
         or (len(words) >= 6 and len(set(words)) <= len(words) / 3)
         or (len(reply) >= 40 and sum(map(str.isalpha, reply)) < 0.3 * len(reply))
     )
@@ -178,7 +180,7 @@ INVISIBLE = re.compile(  # subtle: joiners (200c, 200d) stay where they make an 
     "|(?<![\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]|[\u200c\u200d](?![^\\s\u200c\u200d])"
 )
 BLANK = re.compile("[\u2800\u3164\uffa0]")  # letters by name, with nothing to see
-EMOJI = re.compile("[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u200d\u20e3]")
+EMOJI = re.compile("[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3]")
 
 
 def clean(text, remove_emoji=False):
@@ -187,8 +189,8 @@ def clean(text, remove_emoji=False):
     "  Perche\\u0301\\u200b no?\\n" → "Perché no?"
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", INVISIBLE.sub("", BLANK.sub(" ", text)))
         text = EMOJI.sub("", text) if remove_emoji else text
+        text = unicodedata.normalize("NFC", INVISIBLE.sub("", BLANK.sub(" ", text)))
     elif not text.isprintable():
         text = INVISIBLE.sub("", text)
     return " ".join(text.split())
@@ -331,14 +333,16 @@ def drop_stock_replies(rows, s, dropped):
     most, limit = None, len(rows)
     while most != limit:  # fewer rows make the same share fewer
         most, limit = limit, max(1, int(s.stock_share * sum(min(count, limit) for count in counts.values())))
-    seen, kept = Counter(), []
+    kept, due = [], {reply: 0 for reply, count in counts.items() if count > limit}
     for row in rows:
         reply = folded(row.window[-1])
-        seen[reply] += 1
-        if counts[reply] <= limit or seen[reply] * limit // counts[reply] > (seen[reply] - 1) * limit // counts[reply]:
-            kept.append(row)
-        else:
-            dropped.append((row, "stock reply"))
+        if reply in due:  # limit times in its count, this comes to another whole count
+            due[reply] += limit
+            if due[reply] < counts[reply]:
+                dropped.append((row, "stock reply"))
+                continue
+            due[reply] -= counts[reply]
+        kept.append(row)
     return kept
 
 
@@ -352,6 +356,8 @@ def overlap(a, b):
     ("a", "b", "c"), ("b", "c", "d") → ("b", "c"), 1. The reply of a may be missing in b, as where the context is the
     messages of others alone: ("a", "b", "REPLY"), ("b", "c", "ANSWER") → ("b",), 1.
     """
+    if a[1:] == b[:-1] and len(a) > 1:  # as it is nearly always
+        return a[1:], 1
     for shift in range(len(b)):
         for old, new in (a, b[: len(b) - shift] if shift else ()), (a[:-1], b[: len(b) - 1 - shift]):
             shared = min(len(old), len(new))
@@ -361,17 +367,18 @@ def overlap(a, b):
 
 
 def find_places(rows):
-    """Find out where in its log every window was cut: set row.end, so that windows that overlap are as far apart.
+    """Find out where in its log every window was cut, and set row.end to the place of its reply.
 
-    Nearly always a window overlaps with the one before it in the file. Where it does not, or hardly, it may follow any
-    window that ends in its context, for logs can be shuffled and interleaved: the links that are made first are those
-    over many and rare messages, and a link that contradicts them is not made.
+    Nearly always a window overlaps with the one before it in the file. Where it does not, or hardly, it may overlap
+    with any other, for logs can be shuffled and interleaved: then the windows that share the rarest messages are joined
+    first, and a link that says otherwise later is not made.
     """
     counts = Counter(row.window[-1] for row in rows)
-    latest = {}  # (conversation, message) → last row with that message as its reply or just before it
-    before, gap = list(range(len(rows))), [0] * len(rows)  # row → one that it hangs together with, places between them
+    latest = {}  # (conversation, message) → last row that brought the message in
+    before, gap = list(range(len(rows))), [0] * len(rows)  # row → a row it hangs together with, places from that to it
 
     def root(i):
+        """Return the row that stands for all that hang together with row i; afterwards before[i] is that row."""
         path = []
         while before[i] != i:
             path.append(i)
@@ -387,7 +394,7 @@ def find_places(rows):
             before[a], gap[a] = b, gap[j] + shift - gap[i]
 
     def links(i):
-        """Yield (weight, -shift, row, earlier row) of the ways in which row i may hang together with others."""
+        """Yield (weight, -shift, row, earlier row): ways in which row i may hang together with others."""
         row = rows[i]
         for j in {i - 1, *(latest.get((row.conversation, message), i) for message in row.window)} - {-1, i}:
             if rows[j].conversation == row.conversation:
@@ -512,7 +519,6 @@ def shuffled(rows, seed):
 # ---- length ----------------------------------------------------------------------------------------------------------
 def pair_maker(s):
     """Return the function row → (prompt, completion)."""
-
     mask = str if "personal data" in s.off else masked
 
     @cache
@@ -590,9 +596,11 @@ def order(rows, seed):
     mlx-lm means to sort by length but compares equal keys, so the order of the file makes the batches. Rows at its end
     that do not fill a batch are never used: a few drawn at random stand there, not all the longest or the shortest.
     """
-    rows = shuffled(rows, seed)
-    last = max((len(rows) % batch for batch in range(1, min(16, len(rows)) + 1)), default=0)
-    return sorted(rows[last:], key=lambda row: (-row.tokens, row.number)) + rows[:last]
+    draw, last = random.Random(seed).random, {}
+    while len(last) < max((len(rows) % batch for batch in range(1, min(16, len(rows)) + 1)), default=0):
+        last[int(draw() * len(rows))] = True
+    by_length = sorted((row for i, row in enumerate(rows) if i not in last), key=lambda row: -row.tokens)
+    return by_length + [rows[i] for i in last]
 
 
 def padding(rows, s):
@@ -692,10 +700,8 @@ def main():
         print(f"           hf download mlx-community/{s.model} --local-dir {base}")
     for name, part in ("train", train), ("valid", valid):
         tokens = [row.tokens for row in part]
-        mean, more = sum(tokens) / len(tokens), padding(part, s)
-        print(
-            f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}, padding {more:.1%} more"
-        )
+        total, mean, more = sum(tokens), sum(tokens) / len(tokens), padding(part, s)
+        print(f"{name:10} {total:,} tokens, longest row {max(tokens):,}, mean {mean:.1f}, padding {more:.1%} more")
     epoch = len(train) // s.batch_size
     print(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; three: ITERS={3 * epoch} ./fine_tune.sh")
     if min(len(train), len(valid)) < s.batch_size:

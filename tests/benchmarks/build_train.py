@@ -8,7 +8,6 @@ Needs some minutes and 4 GB of memory; writes to a temporary folder alone.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -78,21 +77,20 @@ def make_chat(path, source, entries):
         file.write("]")
 
 
-def measure(*command, env=None):
-    """Run the command; return (seconds, peak MB of it and its children, what it printed)."""
+def measure(*command):
+    """Run the command; return (seconds, seconds of processor time, peak MB, what it printed)."""
     timer = (
         "import resource, subprocess, sys, time; t = time.perf_counter(); r = subprocess.run(sys.argv[1:], "
         "stdout=subprocess.PIPE, text=True); s = time.perf_counter() - t; "
-        "print(s, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, r.returncode); print(r.stdout)"
+        "u = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(s, u.ru_utime + u.ru_stime, u.ru_maxrss, r.returncode); print(r.stdout)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", timer, *map(str, command)],
-        stdout=subprocess.PIPE, text=True, check=True, env=os.environ | (env or {}),
-    )  # fmt: skip
+    command = [sys.executable, "-c", timer, *map(str, command)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     first, _, output = done.stdout.partition("\n")
-    seconds, peak, code = first.split()
+    seconds, processor, peak, code = first.split()
     assert code == "0", output
-    return float(seconds), int(peak) / (1e6 if sys.platform == "darwin" else 1e3), output
+    return float(seconds), float(processor), int(peak) / (1e6 if sys.platform == "darwin" else 1e3), output
 
 
 def cost(lengths, batch):
@@ -121,27 +119,23 @@ def main():
         plain_script.write_text(YARDSTICK)
 
         make_chat(chat, args.chat, args.entries)
-        print(f"{args.entries:,} entries, {chat.stat().st_size / 1e6:.0f} MB")
-        runs = [
-            (
-                measure(sys.executable, plain_script, chat, root / "plain"),
-                measure(sys.executable, script, "--version", "big", "--model", "none"),
-            )
-            for _ in range(3)
-        ]
-        plain, ours = (min(pair[i] for pair in runs) for i in (0, 1))
-        print(f"yardstick                    {plain[0]:6.1f} s  {plain[1]:5.0f} MB")
-        print(f"without tokenizer            {ours[0]:6.1f} s  {ours[1]:5.0f} MB  {ours[0] / plain[0]:.2f} x  "
-              f"{ours[1] / plain[1]:.2f} x the memory")  # fmt: skip
-        counted = measure(sys.executable, script, "--version", "big", "--model", "base")
-        alone = measure(sys.executable, "-c", TOKENIZER, args.base, root / "data/for_train/big")
-        own = float(alone[2])
-        print(f"with tokenizer               {counted[0]:6.1f} s  {counted[1]:5.0f} MB; tokenizer's own time {own:.1f} s: "
-              f"{(counted[0] - ours[0]) / own:.2f} x that, on top of the time without")  # fmt: skip
+        print(f"{args.entries:,} entries, {chat.stat().st_size / 1e6:.0f} MB; s: seconds, p: seconds of processor time")
+        plain_command = sys.executable, plain_script, chat, root / "plain"
+        our_command = sys.executable, script, "--version", "big", "--model"
+        runs = [(measure(*plain_command), measure(*our_command, "none")) for _ in range(3)]
+        plain, ours = ([min(run[i][k] for run in runs) for k in range(3)] for i in (0, 1))
+        ratios = [b / a for a, b in zip(plain, ours, strict=True)]
+        print(f"yardstick          {plain[0]:6.1f} s {plain[1]:6.1f} p {plain[2]:6.0f} MB")
+        print(f"without tokenizer  {ours[0]:6.1f} s {ours[1]:6.1f} p {ours[2]:6.0f} MB: {ratios[0]:.2f} x the time, "
+              f"{ratios[1]:.2f} x the processor time, {ratios[2]:.2f} x the memory of the yardstick")  # fmt: skip
+        counted = measure(*our_command, "base")
+        own = float(measure(sys.executable, "-c", TOKENIZER, args.base, root / "data/for_train/big")[3])
+        print(f"with tokenizer     {counted[0]:6.1f} s {counted[1]:6.1f} p {counted[2]:6.0f} MB: the time without, and "
+              f"{(counted[0] - ours[0]) / own:.2f} x the tokenizer's own time of {own:.1f} s")  # fmt: skip
         make_chat(chat, args.chat, 5 * args.entries)
-        large = measure(sys.executable, script, "--version", "big", "--model", "none")
-        print(f"{5 * args.entries:,} entries             {large[0]:6.1f} s  {large[1]:5.0f} MB: "
-              f"{large[0] / ours[0]:.2f} x the time of {args.entries:,}")  # fmt: skip
+        large = measure(*our_command, "none")
+        print(f"five times as many {large[0]:6.1f} s {large[1]:6.1f} p {large[2]:6.0f} MB: "
+              f"{large[0] / ours[0]:.2f} x the time, {large[1] / ours[1]:.2f} x the processor time")  # fmt: skip
         chat.unlink()
 
         shutil.copy(args.chat, root / "data/raw/messages_small.json")

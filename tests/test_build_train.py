@@ -205,9 +205,9 @@ def test_a_bad_reply_is_rejected_by_its_rule(chat, reply, rule):
 
 GOOD = (
     """
-perché no?|今日は寒いね|مرحبا بكم|क्या हाल है|да ладно|ไม่เป็นไรนะ|ok|ahahahahahah
-😂😂|+1|NOOOOOOO|gg gg gg|!|<3|e/o|si.no.boh|/etc/fstab non va|kernel 2.6.8.1-3|alle 19:30 del 12/05/2024|192.168.100.200|sono 14.500 euro|che bello!! 10/10
-@giada_ohm ciao|2004-12-25 10:30|l'ho pagato 1.234.567 lire
+perché no?|今日は寒いね|مرحبا بكم|क्या हाल है|да ладно|ไม่เป็นไรนะ|ok|ahahahahahah|😂😂
++1|NOOOOOOO|gg gg gg|!|<3|e/o|si.no.boh|/etc/fstab non va|kernel 2.6.8.1-3|192.168.100.200
+alle 19:30 del 12/05/2024|sono 14.500 euro|che bello!! 10/10|@giada_ohm ciao|2004-12-25 10:30|l'ho pagato 1.234.567 lire
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -876,7 +876,11 @@ def test_every_machine_writes_the_same_bytes(chat):
     chat.raw(windows(talk(300, stock=0.2)))
     assert chat.build() is None
     digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in chat.content().items()}
-    assert digests == {"train.jsonl": "", "valid.jsonl": "", "dropped.jsonl": ""}
+    assert digests == {
+        "train.jsonl": "86332826d72a86da",
+        "valid.jsonl": "a5e47406571c2cc5",
+        "dropped.jsonl": "9cd34e47b096f3f7",
+    }
 
 
 def test_another_seed_gives_another_split(chat):

@@ -419,6 +419,7 @@ def learning_curve(adapter):
         axes.plot(valid.index, valid, color=INKS["adapter"], marker=".", label="validation")
         for i in [i for i in kept if i in valid.index][:1]:
             axes.plot(i, valid[i], "o", color=INKS["adapter"], markersize=9, label=f"kept: iteration {i}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="iteration", ylabel="loss, as training counts it")
         axes.legend()
 
@@ -438,6 +439,7 @@ def length_histogram(results, rows, asked):
             look = {"histtype": "step", "linewidth": 1.4, "linestyle": (0, (2, 2)) if m == "fused" else "-"}
             look = {"histtype": "stepfilled", "alpha": 0.35} if m == "reference" else look
             axes.hist(np.minimum(v, longest), np.linspace(0, longest, 21), color=INKS[m], label=m, **look)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="characters (the last bar: and more)", ylabel="replies")
         axes.legend()
 
@@ -466,11 +468,12 @@ p { margin: 0 } h2 { margin: 3rem 0 .75rem; font-size: 1rem; font-weight: 600 }
 h1 { margin: .5rem 0 1rem; padding-left: 1rem; border-left: .3rem solid; text-wrap: balance;
   font: 500 clamp(1.4rem, 4.5vw, 2.1rem)/1.25 ui-serif, Georgia, serif }
 .good { border-color: var(--good) } .mixed { border-color: var(--mixed) } .bad { border-color: var(--bad) }
-.note, figcaption, footer { color: var(--quiet); font-size: .875rem }
+table + p { margin-top: .75rem } .note, figcaption, footer { color: var(--quiet); font-size: .875rem }
 .warning { margin: .75rem 0 0; padding: .5rem .75rem; border: 1px solid var(--mixed); border-radius: .4rem }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem;
   margin-top: 2.5rem }
-figure { margin: 0 } svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
+figure { margin: 0; max-width: 32rem }
+svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
 table { font-size: clamp(.75rem, 3vw, 1rem) } td { white-space: nowrap } tr:nth-last-child(2) td { white-space: normal }
 th, td { padding: .4em 0 .4em .7em; border-bottom: 1px solid var(--line); text-align: right; font-weight: 400 }
@@ -510,6 +513,8 @@ below, so the losses differ.</figcaption></figure>
 <tr><th>{{ name }}</th>{% for x in line %}<td><bdi>{{ x }}</bdi></td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>
+<p class="note">Loss in nats, lower is better; perplexity: among how many equally likely words the model would have to
+guess. Copied: replies that stand word for word in their context.</p>
 <h2>Side by side</h2>
 {% for card in cards %}
 <article>

@@ -216,8 +216,9 @@ def fail(what, fix):
     sys.exit(f"error: {what}. FIX: {fix}")
 
 
-def progress(rows, what, total=None):
+def progress(rows, what):
     """Yield the rows; show a bar on a terminal, a line every few seconds in a pipe."""
+    total = len(rows) if hasattr(rows, "__len__") else None
     if sys.stderr.isatty():
         yield from tqdm(rows, what, total, unit=" rows", unit_scale=True, leave=False, delay=1)
         return
@@ -406,7 +407,7 @@ def find_places(rows):
                         yield weight, -shift, late, early
 
     unsure, ask_again = [], []
-    for i, row in enumerate(progress(rows, "looking for windows that overlap", len(rows))):
+    for i, row in enumerate(progress(rows, "looking for windows that overlap")):
         shared, shift = overlap(rows[i - 1].window, row.window)
         if i and len(shared) > max(3, len(row.window) // 2) and rows[i - 1].conversation == row.conversation:
             link(i, i - 1, shift)
@@ -712,7 +713,7 @@ def main():
     quote = json.JSONEncoder(ensure_ascii=False).encode
 
     def lines(rows):
-        for prompt, reply in map(pair, progress(rows, "writing", len(rows))):
+        for prompt, reply in map(pair, progress(rows, "writing")):
             yield f'{{"prompt": {quote(prompt)}, "completion": {quote(reply)}}}\n'
 
     reasons = (quote({unit: row.number, "rule": rule, "message": row.window[-1]}) + "\n" for row, rule in dropped)

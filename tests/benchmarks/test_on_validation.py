@@ -140,7 +140,7 @@ def main():
             stage_4.write_replies(model, tokenizer, rows, list(range(min(len(rows), args.replies))), options, {})
 
         chosen = stage_4.replies_at_a_time(model)
-        runs = {"guide": guide, "chosen": lambda: script(0)}
+        runs = {"guide": guide, "chosen": lambda: script(chosen)}
         runs |= {n: lambda n=n: script(n) for n in args.sizes if n != chosen}
         times = race(runs)
         for name, (cold, warm) in times.items():

@@ -70,7 +70,7 @@ mkdir "$PARTIAL" || fail "models/fused cannot be written to" "chmod u+w models/f
 trap 'rm -rf "$PARTIAL"' EXIT
 trap 'echo >&2; echo "interrupted: the previous fused model is as it was" >&2; exit 130' INT
 
-python3 - "$BASE" "$ADAPTER" "$PARTIAL" "$VERSION" "$FUSED_BITS" "$GROUP_SIZE" <<'PYTHON'
+python3 - "$BASE" "$ADAPTER" "$PARTIAL" "$VERSION" "$FUSED_BITS" "$GROUP_SIZE" "$GGUF" <<'PYTHON'
 import glob, hashlib, json, os, shutil, sys
 from importlib.metadata import version
 import mlx.core as mx
@@ -82,20 +82,23 @@ def fail(what, fix):
 def gb(size):
     return f"{size / 1e9:.3g} GB"
 
-base, adapter, partial, data, bits, group = sys.argv[1:]
+base, adapter, partial, data, bits, group, gguf = sys.argv[1:]
 model = os.path.basename(base)
 retrain = f"VERSION={data} MODEL={model} ./fine_tune.sh"
 
 shards = glob.glob(f"{glob.escape(base)}/model*.safetensors")
 outputs = {}  # of every tensor of the base model; a file that is cut off does not open
 try:
-    quantization = json.load(open(f"{base}/config.json")).get("quantization")
+    config = json.load(open(f"{base}/config.json"))
     for shard in shards:
         with safe_open(shard, "numpy") as file:
             outputs.update((name, file.get_slice(name).get_shape()[0]) for name in file.keys())
 except (OSError, ValueError, SafetensorError) as error:
     fail(f"the base model in models/base/{model} is not complete: {error}",
          f"hf download mlx-community/{model} --local-dir models/base/{model}")
+quantization = config.get("quantization")
+if gguf and config.get("model_type") not in ("llama", "mixtral", "mistral"):
+    fail(f"mlx-lm does not export {config.get('model_type')} models as GGUF", "FUSED_BITS=16 ./fuse.sh, then as the README says")
 try:
     trained_on = os.path.basename(json.load(open(f"{adapter}/adapter_config.json"))["model"])
     update = mx.load(f"{adapter}/adapters.safetensors")
@@ -172,6 +175,10 @@ try:
 except Exception as error:  # whatever it is, the result is not one to keep
     sys.exit(f"error: the fused model is not whole: {error}. FIX: make room on the disk, or a smaller LEARNING_RATE")
 PYTHON
+# As the base has them: mlx-lm writes the one for transformers 5 alone, and does not copy the other, which GGUF needs.
+for name in tokenizer_config.json tokenizer.model; do
+  if [ -f "$BASE/$name" ]; then cp "$BASE/$name" "$PARTIAL/model/"; fi
+done
 mv "$PARTIAL/fused_from.json" "$PARTIAL/model/"
 if [ -d "$FUSED" ]; then mv "$FUSED" "$FUSED.old"; fi
 mv "$PARTIAL/model" "$FUSED"

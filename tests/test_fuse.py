@@ -118,6 +118,10 @@ def test_bits_of_the_result_and_its_origin(project, fuse, model, bits, quantizat
     origin = json.loads((fused(project, model) / "fused_from.json").read_text())
     adapter = project / f"models/adapters/adapter-v1_{model}/adapters.safetensors"
     assert origin["adapter_sha256"] == hashlib.sha256(adapter.read_bytes()).hexdigest()
+    tokenizer = "tokenizer_config.json"
+    assert (fused(project, model) / tokenizer).read_bytes() == (
+        project / f"models/base/{model}" / tokenizer
+    ).read_bytes()
     assert (origin["base"], origin["version"]) == (model, "v1") and {"mlx", "mlx_lm"} <= set(origin)
     assert [path.name for path in (project / "models/fused").iterdir() if path.is_dir()] == [fused(project, model).name]
 
@@ -202,6 +206,11 @@ ERRORS = {
         {},
         "error: the adapter does not fit tiny-gemma-3-2bit: ",
     ),
+    "a GGUF of Gemma": (
+        None,
+        {"FUSED_BITS": "16", "ARGUMENT": "--export-gguf"},
+        "error: mlx-lm does not export gemma3_text models as GGUF. FIX: FUSED_BITS=16 ./fuse.sh, then ",
+    ),
     "unknown bits": (None, {"FUSED_BITS": "7"}, "error: FUSED_BITS=7 is not auto, base, 16, 8, 6 or 5. FIX: "),
     "unknown group": (None, {"GROUP_SIZE": "48"}, "error: GROUP_SIZE=48 is not 32, 64 or 128. FIX: "),
 }
@@ -213,7 +222,7 @@ def test_error_before_a_model_is_loaded(project, fuse, name):
     older = put_older_model(project)
     if harm:
         harm(project)
-    result = fuse(**env)
+    result = fuse(*filter(None, [env.get("ARGUMENT")]), **env)
     assert result.returncode == 1
     assert last_error(result).startswith(expected) and ". FIX: " in last_error(result)
     assert "running" not in result.stdout

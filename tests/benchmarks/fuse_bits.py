@@ -2,11 +2,10 @@
 
     python tests/benchmarks/fuse_bits.py models/base/MODEL data/for_train/VERSION
 
-Trains two adapters with sweep.py's recipes, one of small updates and one of large ones, and fuses each at the base's
-own bits (plain mlx_lm.fuse), at 16 bits, and from there to 8, 6, 5 and 4 bits; at 4 bits also with mlx_lm.dwq, which
-tunes the scales of the groups on the training data. Writes a line to --out (tab-separated) after each: size of the
-model, seconds that making it took, loss on all validation rows (as in sweep.py), and the share of the adapter's
-improvement over the base that it keeps.
+Trains adapters with recipes of sweep.py, of small and of large updates, and fuses each at the bits of the base (plain
+mlx_lm.fuse), at 16 bits, and from there to 8, 6, 5 and 4 bits. Writes a line to --out (tab-separated) after each: size
+of the model, seconds that making it took, loss on all validation rows (as in sweep.py), and the share of the adapter's
+improvement over the base that it keeps. mlx_lm.dwq, gptq and awq are not in it: they need another package or the net.
 """
 
 import argparse
@@ -17,10 +16,13 @@ from pathlib import Path
 
 from sweep import DEFAULTS, completion_loss, fuse, mlx_lm, read_rows, train
 
+COMMON = DEFAULTS | {"rank": 8, "keys": None, "batch_size": 4}
+SMALL = COMMON | {"learning_rate": 1e-5, "bias_correction": False}
 ADAPTERS = {
-    "small updates, masked": {"learning_rate": 1e-5, "mask_prompt": True},
-    "small updates": {"learning_rate": 1e-5},
-    "large updates": {"learning_rate": 3e-4},
+    "small updates, masked": SMALL | {"mask_prompt": True},
+    "small updates": SMALL,
+    "large updates": COMMON | {"learning_rate": 3e-4},
+    "defaults": DEFAULTS,
 }
 
 
@@ -29,16 +31,9 @@ def fuse_plain(base, folder):
     return folder / "plain"
 
 
-def dwq(base, folder, data, samples=512):
-    exact, result = fuse(base, folder, 16), folder / "dwq"
-    mlx_lm("dwq", "--model", exact, "--mlx-path", result, "--bits", 4, "--group-size", 64, "--data-path", data,
-           "--num-samples", samples, "--max-seq-length", 512)  # fmt: skip
-    return result
-
-
 def compare(base, data, folder, name, out):
     rows = read_rows(data / "valid.jsonl")
-    train(base, data, folder, DEFAULTS | ADAPTERS[name])
+    train(base, data, folder, ADAPTERS[name])
     before, adapter = completion_loss(base, rows), completion_loss(base, rows, folder / "adapter")
     write(out, base.name, name, "base model", base, 0, before, "")
     write(out, base.name, name, "adapter, not fused", folder / "adapter", 0, adapter, "100.0 %")
@@ -48,7 +43,6 @@ def compare(base, data, folder, name, out):
         for bits in (8, 6, 5, 4)
         for group in (64, 32)
     }
-    ways["4 bits, dwq"] = partial(dwq, base, folder, data)
     for way, make in ways.items():
         started = time.time()
         try:

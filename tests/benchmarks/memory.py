@@ -43,6 +43,8 @@ SETTINGS = [  # batch size, tokens of a row, layers (-1 all), gradient checkpoin
     (1, 256, -1, 1), (1, 512, -1, 1), (1, 1024, -1, 1), (4, 256, -1, 1), (4, 512, -1, 1), (4, 1024, -1, 1),
     (1, 512, 16, 1), (1, 1024, 16, 1), (1, 512, 8, 1),
 ]  # fmt: skip
+LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {"model_type": "gemma3_text", "vocab_size": 262144, "sliding_window_pattern": 6, "tie_word_embeddings": True,
           "quantization": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}  # fmt: skip
 
@@ -60,7 +62,7 @@ def build(shape, bits=4, group_size=64):
     return model
 
 
-def measure_training(model, batch, tokens, layers, checkpointing, iters=3):
+def measure_training(model, batch, tokens, layers, checkpointing, keys=None, iters=3):
     """Return the peak memory (bytes) and the seconds of the last of `iters` iterations, or None if out of memory."""
     plain = gemma3_text.TransformerBlock.__call__
     rng = np.random.default_rng(0)
@@ -75,7 +77,8 @@ def measure_training(model, batch, tokens, layers, checkpointing, iters=3):
             pass
 
     model.freeze()
-    linear_to_lora_layers(model, layers, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    plain_embeddings = model.model.embed_tokens
+    linear_to_lora_layers(model, layers, LORA | ({"keys": keys} if keys else {}))
     mx.eval(model.trainable_parameters())
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -93,6 +96,7 @@ def measure_training(model, batch, tokens, layers, checkpointing, iters=3):
     finally:
         gemma3_text.TransformerBlock.__call__ = plain
         remove_lora_layers(model)
+        model.model.embed_tokens = plain_embeddings
         mx.clear_cache()
 
 
@@ -136,11 +140,10 @@ def measure_fusing(shape, tokenizer, folder, out):
     (base / "config.json").write_text(json.dumps(config))
     model = build(shape)
     mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    linear_to_lora_layers(model, -1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    linear_to_lora_layers(model, -1, LORA)
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
-    lora = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1}
-    lora["lora_parameters"] = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    lora = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": LORA}
     (adapter / "adapter_config.json").write_text(json.dumps(lora))
     mx.save_safetensors(str(adapter / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     del model
@@ -166,9 +169,11 @@ def main():
     parser.add_argument("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this model")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the models that are fused: 4 to 70 GB")
     parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="numbers of settings")
+    parser.add_argument("--embeddings", action="store_true", help="adapt the embeddings as well")
     parser.add_argument("--out", type=Path, default=Path("memory.tsv"))
     s = parser.parse_args()
     print(mx.device_info(), flush=True)
+    keys = [*MATRICES, "model.embed_tokens"] if s.embeddings else None
     for shape in s.shapes:
         if s.fuse:
             measure_fusing(shape, s.fuse, s.folder, s.out)
@@ -177,9 +182,11 @@ def main():
         model = build(shape)
         weights = mx.get_active_memory()
         print(f"{shape}: {gigabytes(weights)} GB of weights, made in {time.time() - started:.1f} s", flush=True)
+        what = "train, embeddings" if keys else "train"
         for batch, tokens, layers, checkpointing in (SETTINGS[i] for i in s.settings):
-            peak, seconds = measure_training(model, batch, tokens, layers, checkpointing) or ("does not fit", 0)
-            write(s.out, shape=shape, what="train", batch=batch, tokens=tokens, layers=layers,
+            result = measure_training(model, batch, tokens, layers, checkpointing, keys)
+            peak, seconds = result or ("does not fit", 0)
+            write(s.out, shape=shape, what=what, batch=batch, tokens=tokens, layers=layers,
                   checkpointing=checkpointing, peak_gb=gigabytes(peak), seconds=f"{seconds:.2f}",
                   disk_gb="")  # fmt: skip
         del model

@@ -6,7 +6,8 @@
 A line goes to --out (tab-separated) as soon as a run is done; runs that stand there already are not repeated. All runs
 see the same number of rows unless their recipe says otherwise, and the tokens that they trained on stand in the table.
 The loss is in nats per token of the completions, the end-of-turn token counted, padding not. Small models leave a GPU
-mostly idle, so several runs share one (--jobs); they are processes of their own and do not change each other's result.
+mostly idle, so several runs share one (--jobs); they are processes of their own and do not change each other's result,
+but a run that finds no memory left is lost, and its line says so. --set 'checkpoint="last"' saves the validations.
 """
 
 import argparse
@@ -23,49 +24,52 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# What fine_tune.sh does. Keys are those of mlx_lm.lora's config; besides: rank, scale, dropout, keys (matrices to
-# adapt; None: all of the layers), schedule (linear or cosine to 0, constant), warmup (updates), bias_correction (of
-# Adam), rows (to train on), checkpoint (best or last), bits (of the fused model), shuffle (rows not ordered by length)
-# context (lines of the prompt that stay; None: all)
-# and rate_times (factor on the learning rate).
-DEFAULTS = {
-    "learning_rate": 1e-4, "schedule": "linear", "warmup": 10, "optimizer": "adam", "bias_correction": False,
-    "fine_tune_type": "lora", "num_layers": -1, "rank": 8, "scale": 20.0, "dropout": 0.0, "keys": None,
-    "batch_size": 4, "mask_prompt": False, "max_seq_length": 1024, "rows": 1200, "checkpoint": "best", "bits": 8,
-    "shuffle": False, "context": None, "rate_times": 1,
-}  # fmt: skip
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+EMBEDDINGS = ["model.embed_tokens"]
+# What fine_tune.sh does. Keys are those of mlx_lm.lora's config; besides: rank, scale, dropout, keys (matrices to
+# adapt; None: all of the layers, no embeddings), schedule (linear or cosine to 0, constant), warmup (updates),
+# bias_correction (of Adam), rows (to train on), checkpoint (best or last), bits (of the fused model), shuffle (rows not
+# ordered by length), context (lines of the prompt that stay; None: all) and rate_times (factor on the learning rate).
+DEFAULTS = {
+    "learning_rate": 1e-4, "schedule": "linear", "warmup": 10, "optimizer": "adam", "bias_correction": True,
+    "fine_tune_type": "lora", "num_layers": -1, "rank": 32, "scale": 20.0, "dropout": 0.0,
+    "keys": [*ATTENTION, *MLP, *EMBEDDINGS], "batch_size": 2, "mask_prompt": False, "max_seq_length": 1024,
+    "rows": 1200, "checkpoint": "best", "bits": 8, "shuffle": False, "context": None, "rate_times": 1,
+}  # fmt: skip
+RATES = (1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 RECIPES = {
     "defaults": {},
-    "mlx-lm's own": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0, "num_layers": 16,
-                     "shuffle": True, "checkpoint": "last", "bits": 16},
-    **{f"rate {rate}": {"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)},
-    **{f"rate {rate}, bias correction": {"learning_rate": rate, "bias_correction": True}
-       for rate in (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)},
+    "mlx-lm's own": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0, "num_layers": 16, "rank": 8,
+                     "keys": None, "batch_size": 4, "bias_correction": False, "shuffle": True, "checkpoint": "last",
+                     "bits": 16},
+    **{f"rate {rate}": {"learning_rate": rate} for rate in RATES},
+    **{f"rate {rate}, no bias correction": {"learning_rate": rate, "bias_correction": False} for rate in RATES},
     **{f"warmup {n}": {"warmup": n} for n in (0, 10, 30, 60)},
     **{f"schedule {name}": {"schedule": name} for name in ("linear", "constant", "cosine")},
     **{f"rank {n}": {"rank": n} for n in (4, 8, 16, 32, 64)},
+    **{f"rank {n}, rate x {times}": {"rank": n, "rate_times": times}
+       for n, times in ((8, 2), (16, 0.7), (32, 0.5), (64, 0.3), (64, 0.7))},
     **{f"scale {n}": {"scale": n} for n in (2.0, 5.0, 10.0, 20.0, 40.0)},
-    **{f"rank {n}, rate x {times}": {"rank": n, "rate_times": times} for n, times in ((16, 0.7), (32, 0.5), (64, 0.3))},
     **{f"scale {n}, rate x {times}": {"scale": n, "rate_times": times}
        for n, times in ((10.0, 2), (5.0, 2), (5.0, 4), (2.0, 5), (2.0, 10), (40.0, 0.5))},
     **{f"layers {n}": {"num_layers": n} for n in (4, 8, 16, -1)},
+    "no embeddings": {"keys": None},
+    "attention and embeddings": {"keys": [*ATTENTION, *EMBEDDINGS]},
     "attention alone": {"keys": ATTENTION},
     "mlp alone": {"keys": MLP},
     "query and value alone": {"keys": ["self_attn.q_proj", "self_attn.v_proj"]},
-    "embeddings as well": {"keys": [*ATTENTION, *MLP, "model.embed_tokens"]},
+    "embeddings as well": {"keys": [*ATTENTION, *MLP, *EMBEDDINGS]},
     **{f"dropout {p}": {"dropout": p} for p in (0.05, 0.1)},
     **{f"batch {n}": {"batch_size": n} for n in (1, 2, 4, 8, 16)},
     **{f"batch {n}, rate x {times}": {"batch_size": n, "rate_times": times}
-       for n, times in ((1, 0.5), (1, 0.25), (2, 0.7), (2, 0.5), (8, 1.4), (8, 2), (16, 2))},
+       for n, times in ((1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7), (4, 1.4), (8, 2), (16, 2.8))},
     "mask": {"mask_prompt": True},
     "mask, batch 16": {"mask_prompt": True, "batch_size": 16},
     **{f"mask, rate x {times}": {"mask_prompt": True, "rate_times": times} for times in (0.3, 2)},
     "dora": {"fine_tune_type": "dora"},
-    "dora, rate x 0.5": {"fine_tune_type": "dora", "rate_times": 0.5},
     "adamw": {"optimizer": "adamw"},
-    **{f"muon {rate}": {"optimizer": "muon", "learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+    **{f"muon {rate}": {"optimizer": "muon", "learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
     "shuffled rows": {"shuffle": True},
     **{f"context {n}": {"context": n} for n in (3, 5)},
     **{f"{n} rows": {"rows": n} for n in (240, 600, 2400, 4800)},
@@ -104,8 +108,12 @@ def write_data(source, target, recipe, seed):
 
 
 def config(recipe, seed):
-    """Return the recipe as mlx_lm.lora reads it: validation and a checkpoint after every third of the run."""
+    """Return the recipe as mlx_lm.lora reads it: validation and a checkpoint after every third of the run.
+
+    Where the last checkpoint is taken anyway, validation is cut to one batch: it would take as long as the training.
+    """
     iters = max(3, recipe["rows"] // recipe["batch_size"])
+    best = recipe["checkpoint"] == "best"
     rate, warmup = recipe["learning_rate"] * recipe["rate_times"], min(recipe["warmup"], iters // 2)
     shape, arguments = {
         "constant": ("linear_schedule", [rate, rate, iters]),
@@ -116,7 +124,7 @@ def config(recipe, seed):
     same = ("fine_tune_type", "num_layers", "optimizer", "batch_size", "mask_prompt", "max_seq_length")
     adam = {"bias_correction": True} if recipe["bias_correction"] else {}
     return {key: recipe[key] for key in same} | {
-        "train": True, "seed": seed, "iters": iters, "val_batches": -1,
+        "train": True, "seed": seed, "iters": iters, "val_batches": -1 if best else 1,
         "steps_per_eval": iters // 3, "save_every": iters // 3, "lora_parameters": lora,
         "lr_schedule": {"name": shape, "arguments": arguments, "warmup": warmup},
         "optimizer_config": {"adam": adam, "adamw": adam},
@@ -156,7 +164,7 @@ def fuse(base, folder, bits, group_size=64):
     return result
 
 
-def completion_loss(model_dir, rows, adapter=None, budget=4096):
+def completion_loss(model_dir, rows, adapter=None, budget=2048):
     """Return the mean negative log-probability, in nats, of the completions' tokens, given prompt and template.
 
     Rows of like length go through the model together, `budget` tokens at a time.
@@ -164,6 +172,7 @@ def completion_loss(model_dir, rows, adapter=None, budget=4096):
     import mlx.core as mx
     from mlx_lm import load
 
+    mx.set_cache_limit(0)  # runs share the memory of one GPU
     model, tokenizer = load(str(model_dir), adapter_path=adapter and str(adapter))
     model.eval()
     texts = []

@@ -14,23 +14,24 @@
 # ---- settings ------------------------------------------------------------------------------------------------------
 VERSION=${VERSION:-v1}                      # which data: data/for_train/VERSION
 MODEL=${MODEL:-gemma-3-text-27b-it-4bit}    # which base model: models/base/MODEL
-ITERS=${ITERS:-300}                         # batches to train on; the best checkpoint is kept, so rather too many
-BATCH_SIZE=${BATCH_SIZE:-4}                 # rows in a batch; out of memory: 2 or 1
-GRAD_ACCUMULATION=${GRAD_ACCUMULATION:-1}   # batches per update of the weights; 4 with BATCH_SIZE=1 is like 1 with 4
-NUM_LAYERS=${NUM_LAYERS:--1}                # layers to train, counted from the last; -1 all; out of memory: 8
+ITERS=${ITERS:-600}                         # batches to train on; the best checkpoint is kept, so rather too many
+BATCH_SIZE=${BATCH_SIZE:-2}                 # rows in a batch; out of memory: 1
+GRAD_ACCUMULATION=${GRAD_ACCUMULATION:-1}   # batches per update of the weights; 2 with BATCH_SIZE=1 is like 1 with 2
+GRAD_CHECKPOINT=${GRAD_CHECKPOINT:-0}       # 1 takes half the memory or less, and a third more time
+MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-1024}      # tokens in a row, as in build_train.py; out of memory: 512 in both
+NUM_LAYERS=${NUM_LAYERS:--1}                # layers to train, counted from the last; -1 all; out of memory: 16 or 8
+EMBEDDINGS=${EMBEDDINGS:-1}                 # 1 adapts the token embeddings too; 0 where NUM_LAYERS shall save memory
+RANK=${RANK:-32}                            # size of the adapter, 4 to 64; overfitting, or 27B in 32 GB: 8
+SCALE=${SCALE:-20.0}                        # factor on what the adapter adds; NaN or a jumping loss: 10
+DROPOUT=${DROPOUT:-0.0}                     # share of the adapter's input dropped, 0 to 0.2; overfitting: more
 LEARNING_RATE=${LEARNING_RATE:-1e-4}        # largest step of an update; NaN or a jumping loss: a third of it
 SCHEDULE=${SCHEDULE:-linear}                # learning rate after the warm-up: linear (to 0 at the end) or constant
 WARMUP=${WARMUP:-10}                        # batches in which the learning rate rises from 0; 0 none
-RANK=${RANK:-8}                             # size of the adapter, 4 to 64; overfitting: less
-SCALE=${SCALE:-20.0}                        # factor on what the adapter adds; NaN or a jumping loss: 10
-DROPOUT=${DROPOUT:-0.0}                     # share of the adapter's input dropped, 0 to 0.2; overfitting: more
-MASK_PROMPT=${MASK_PROMPT:-0}               # 1 learns completions only; 0 is better where prompts are chat as well
-MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-1024}      # tokens in a row, as in build_train.py; out of memory: 512 in both
-GRAD_CHECKPOINT=${GRAD_CHECKPOINT:-0}       # 1 takes far less memory and a third more time
 OPTIMIZER=${OPTIMIZER:-adam}                # adam, adamw, muon, sgd, adafactor
 FINE_TUNE_TYPE=${FINE_TUNE_TYPE:-lora}      # lora, dora, full (an unquantised base and much memory)
-EVAL_EVERY=${EVAL_EVERY:-50}                # batches from one evaluation of the whole validation set to the next
-PATIENCE=${PATIENCE:-4}                     # evaluations without improvement that end the run; 0 never
+MASK_PROMPT=${MASK_PROMPT:-0}               # 1 learns completions only; 0 is better where prompts are chat as well
+EVAL_EVERY=${EVAL_EVERY:-100}               # batches from one evaluation of the whole validation set to the next
+PATIENCE=${PATIENCE:-3}                     # evaluations without improvement that end the run; 0 never
 KEEP_CHECKPOINTS=${KEEP_CHECKPOINTS:-1}     # numbered checkpoints that stay beside the best, 0 or more
 SEED=${SEED:-0}                             # another whole number, another order of the batches
 LAUNCH=${LAUNCH:-}                          # several machines: "mlx.launch --hostfile hosts.json --" (see README)
@@ -63,7 +64,7 @@ for name in ITERS BATCH_SIZE GRAD_ACCUMULATION RANK MAX_SEQ_LENGTH EVAL_EVERY; d
 done
 for name in WARMUP PATIENCE KEEP_CHECKPOINTS SEED; do check $name '0|[1-9][0-9]*' "a whole number" 0; done
 for name in LEARNING_RATE SCALE DROPOUT; do check $name '[0-9]*[.]?[0-9]+(e-?[0-9]+)?' "a number, with a decimal point" 0.1; done
-for name in MASK_PROMPT GRAD_CHECKPOINT RESUME; do check $name '0|1' "0 or 1" 1; done
+for name in EMBEDDINGS MASK_PROMPT GRAD_CHECKPOINT RESUME; do check $name '0|1' "0 or 1" 1; done
 check NUM_LAYERS '-1|[1-9][0-9]*' "-1 (all) or a whole number above 0" -1
 check SCHEDULE 'linear|constant' "linear or constant" linear
 check OPTIMIZER 'adam|adamw|muon|sgd|adafactor' "adam, adamw, muon, sgd or adafactor" adam
@@ -142,8 +143,8 @@ for name in ("train", "valid"):
 
 size = 0  # of a checkpoint: for each trained matrix RANK x (inputs + outputs) numbers of 4 bytes, or all of it (full)
 for name, shape in shapes.items():
-    layer = re.search(r"layers\.(\d+)\..*\.weight$", name)
-    if layer and len(shape) > 1 and int(layer[1]) >= (0 if layers < 0 else depth - layers):
+    layer = re.search(r"layers\.(\d+)\..*\.weight$|embed_tokens\.weight$", name)
+    if layer and len(shape) > 1 and int(layer[1] or depth) >= (0 if layers < 0 else depth - layers):
         scales = shapes.get(name.replace(".weight", ".scales"))  # a quantised matrix is packed, its scales tell the width
         inputs = scales[-1] * config["quantization"]["group_size"] if scales else shape[-1]
         size += 4 * (shape[-2] * inputs if kind == "full" else rank * (shape[-2] + inputs))
@@ -154,10 +155,23 @@ print(f"base model  {model}: {depth} layers, training {'all' if layers < 0 else 
 print(f"data        {version}: {rows['train']} rows to train on, {rows['valid']} to validate on")
 print(f"run         {iters} batches of {batch} = {iters * batch / rows['train']:.1f} epochs; {size / 1e6:.1f} MB a checkpoint")
 PYTHON
-echo "settings    LEARNING_RATE=$LEARNING_RATE SCHEDULE=$SCHEDULE WARMUP=$WARMUP RANK=$RANK SCALE=$SCALE DROPOUT=$DROPOUT"
-echo "            MASK_PROMPT=$MASK_PROMPT MAX_SEQ_LENGTH=$MAX_SEQ_LENGTH OPTIMIZER=$OPTIMIZER EVAL_EVERY=$EVAL_EVERY PATIENCE=$PATIENCE SEED=$SEED"
+echo "settings    LEARNING_RATE=$LEARNING_RATE SCHEDULE=$SCHEDULE WARMUP=$WARMUP RANK=$RANK SCALE=$SCALE EMBEDDINGS=$EMBEDDINGS"
+echo "            DROPOUT=$DROPOUT MASK_PROMPT=$MASK_PROMPT MAX_SEQ_LENGTH=$MAX_SEQ_LENGTH OPTIMIZER=$OPTIMIZER EVAL_EVERY=$EVAL_EVERY PATIENCE=$PATIENCE SEED=$SEED"
 
 # ---- the settings as mlx_lm.lora reads them ------------------------------------------------------------------------
+KEYS=""
+if [ "$EMBEDDINGS" = 1 ]; then              # mlx-lm adapts all matrices of the layers, or those that are named
+  KEYS=$(python3 -c 'import glob, re, sys
+from safetensors import safe_open
+keys = set()
+for shard in glob.glob(glob.escape(sys.argv[1]) + "/model*.safetensors"):
+    with safe_open(shard, "numpy") as file:
+        for name in file.keys():
+            found = re.search(r"(?:layers\.\d+\.(.+)|^(.*embed_tokens))\.weight$", name)
+            if found and len(file.get_slice(name).get_shape()) > 1:
+                keys.add(found[1] or found[2])
+print(", keys: [" + ", ".join(sorted(keys)) + "]")' "$BASE")
+fi
 config() {  # of a run of which $1 batches are done already: the rest of the schedule
   cat <<YAML
 # Written by fine_tune.sh: how this adapter was made.
@@ -166,13 +180,14 @@ config() {  # of a run of which $1 batches are done already: the rest of the sch
 # valid.jsonl: $(cksum <"$DATA/valid.jsonl")
 fine_tune_type: $FINE_TUNE_TYPE
 num_layers: $NUM_LAYERS
-lora_parameters: {rank: $RANK, scale: $SCALE, dropout: $DROPOUT}
+lora_parameters: {rank: $RANK, scale: $SCALE, dropout: $DROPOUT$KEYS}
 batch_size: $BATCH_SIZE
 grad_accumulation_steps: $GRAD_ACCUMULATION
 grad_checkpoint: $([ "$GRAD_CHECKPOINT" = 1 ] && echo true || echo false)
 mask_prompt: $([ "$MASK_PROMPT" = 1 ] && echo true || echo false)
 max_seq_length: $MAX_SEQ_LENGTH
 optimizer: $OPTIMIZER
+optimizer_config: {adam: {bias_correction: true}, adamw: {bias_correction: true}}  # else the first steps are 6 x too large
 seed: $SEED
 iters: $((ITERS - $1))
 steps_per_report: $((EVAL_EVERY < 10 ? EVAL_EVERY : 10))

@@ -12,9 +12,9 @@
 # ---- settings ------------------------------------------------------------------------------------------------------
 VERSION=${VERSION:-v1}                      # which data the adapter was trained on
 MODEL=${MODEL:-gemma-3-text-27b-it-4bit}    # which base model: models/base/MODEL
-FUSED_BITS=${FUSED_BITS:-auto}              # bits per weight: 16, 8, 6, 5, base (as the base has them) or auto: on a
-                                            # quantised base the first of 8, 6, 5 that fits the memory, else base
-GROUP_SIZE=${GROUP_SIZE:-64}                # weights that share a scale at 8, 6 or 5 bits: 32 (half a bit more) or 64
+FUSED_BITS=${FUSED_BITS:-auto}              # bits per weight: 16, 8, 6, 5, base (as the base has them), or auto: on a
+                                            # quantised base 8 if the memory suffices for making it, else base
+GROUP_SIZE=${GROUP_SIZE:-64}                # weights that share a scale: 64; with 6 or 5 bits rather 32
 # --------------------------------------------------------------------------------------------------------------------
 
 set -euo pipefail
@@ -108,7 +108,9 @@ if trained_on != model:
     fail(f"the adapter was trained on {trained_on}, not on {model}", retrain)
 for name, values in update.items():
     matrix, _, part = name.rpartition(".")
-    if part == "lora_b" and outputs.get(matrix + ".weight", values.shape[-1]) != values.shape[-1]:
+    # The side of the update that is as long as the matrix: of an embedding lora_a (rows), else lora_b (outputs).
+    side = {"lora_a": 0} if "embed" in matrix else {"lora_b": -1}
+    if part in side and values.shape[side[part]] != outputs.get(matrix + ".weight", values.shape[side[part]]):
         fail(f"the adapter does not fit {model}: {name} is for another size", retrain)
     if not mx.isfinite(values).all().item():
         fail(f"the adapter holds NaN or infinite values, first in {name}", f"{retrain} with a smaller LEARNING_RATE")
@@ -117,11 +119,13 @@ for name, values in update.items():
 here = sum(map(os.path.getsize, shards))
 weights = here / ((quantization["bits"] + 32 / quantization["group_size"]) / 8 if quantization else 2)
 size = {b: weights * (int(b) + 32 / int(group)) / 8 for b in "865"} | {"16": weights * 2, "base": here}
-# mlx_lm.fuse holds the base and the result in memory at once.
-need = {b: here + (here if b == "base" else size["16"]) for b in size}
-memory = mx.device_info().get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+# Measured: mlx_lm.fuse holds the base and the 16-bit model at once (whatever it is rounded to later), or (base) 2.4 bases.
+need = {b: 2.4 * here if b == "base" else 1.05 * (here + size["16"]) for b in size}
+device = mx.device_info()  # Metal tells what it may use, CUDA what the card has, a CPU nothing
+memory = device.get("max_recommended_working_set_size") or device.get("total_memory")
+memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 if bits == "auto":
-    bits = next((b for b in "865" if need[b] < 0.9 * memory), "base") if quantization else "base"
+    bits = "8" if quantization and need["8"] < memory else "base"
 if need[bits] > memory:
     print(f"warning: needs about {gb(need[bits])} of memory and the machine has {gb(memory)}; the way out is "
           "FUSED_BITS=base ./fuse.sh, or the adapter unfused (see README)", file=sys.stderr)

@@ -22,7 +22,7 @@ ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3"
 # The validation rows ask the same and answer otherwise: what is learned helps at first (the form), then harms.
 TRAIN = [("ciao raga come va", "tutto bene bro"), ("che gioco fai stasera", "sempre lo stesso LULW")] * 4
 VALID = [("ciao raga come va", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")] * 2
-FAST = {"ITERS": "6", "EVAL_EVERY": "3", "BATCH_SIZE": "2", "LEARNING_RATE": "1e-3"}
+FAST = {"ITERS": "6", "EVAL_EVERY": "3", "BATCH_SIZE": "2", "LEARNING_RATE": "1e-3", "RANK": "8"}
 OVERFIT = FAST | {"ITERS": "40", "EVAL_EVERY": "4", "LEARNING_RATE": "3e-3", "SCHEDULE": "constant"}
 OVERFIT |= {"MASK_PROMPT": "1", "PATIENCE": "0"}
 

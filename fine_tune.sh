@@ -69,6 +69,7 @@ check NUM_LAYERS '-1|[1-9][0-9]*' "-1 (all) or a whole number above 0" -1
 check SCHEDULE 'linear|constant' "linear or constant" linear
 check OPTIMIZER 'adam|adamw|muon|sgd|adafactor' "adam, adamw, muon, sgd or adafactor" adam
 check FINE_TUNE_TYPE 'lora|dora|full' "lora, dora or full" lora
+[ "$FINE_TUNE_TYPE" != full ] || EMBEDDINGS=0   # mlx-lm then trains the layers alone
 [ $((EVAL_EVERY % GRAD_ACCUMULATION)) = 0 ] ||
   fail "EVAL_EVERY=$EVAL_EVERY is not a multiple of GRAD_ACCUMULATION" "EVAL_EVERY=$((GRAD_ACCUMULATION * 10)) ./fine_tune.sh"
 BASE=$ROOT/models/base/$MODEL
@@ -96,7 +97,7 @@ if [ -d "$ADAPTER.old" ]; then              # the last run was cut off between t
   rm -rf "$ADAPTER.old"
 fi
 
-python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$NUM_LAYERS" <<'PYTHON'
+python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$EMBEDDINGS" "$NUM_LAYERS" <<'PYTHON'
 import json, os, re, shutil, sys
 from safetensors import SafetensorError, safe_open
 
@@ -105,7 +106,7 @@ def fail(what, fix):
 
 base, data, kind, *numbers = sys.argv[1:]
 model, version = os.path.basename(base), os.path.basename(data)
-iters, batch, rank, every, layers = map(int, numbers)
+iters, batch, rank, every, embeddings, layers = map(int, numbers)
 
 shapes = {}  # of every tensor of the base model; a file that is cut off does not open
 try:
@@ -143,8 +144,9 @@ for name in ("train", "valid"):
 
 size = 0  # of a checkpoint: for each trained matrix RANK x (inputs + outputs) numbers of 4 bytes, or all of it (full)
 for name, shape in shapes.items():
-    layer = re.search(r"layers\.(\d+)\..*\.weight$|embed_tokens\.weight$", name)
-    if layer and len(shape) > 1 and int(layer[1] or depth) >= (0 if layers < 0 else depth - layers):
+    layer = re.search(r"layers\.(\d+)\..*\.weight$", name)
+    trained = int(layer[1]) >= (0 if layers < 0 else depth - layers) if layer else embeddings and "embed_tokens.w" in name
+    if trained and len(shape) > 1:
         scales = shapes.get(name.replace(".weight", ".scales"))  # a quantised matrix is packed, its scales tell the width
         inputs = scales[-1] * config["quantization"]["group_size"] if scales else shape[-1]
         size += 4 * (shape[-2] * inputs if kind == "full" else rank * (shape[-2] + inputs))
@@ -153,7 +155,7 @@ if need > free:
     fail(f"the checkpoints need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of disk are free", "make room, or raise EVAL_EVERY")
 print(f"base model  {model}: {depth} layers, training {'all' if layers < 0 else layers}")
 print(f"data        {version}: {rows['train']} rows to train on, {rows['valid']} to validate on")
-print(f"run         {iters} batches of {batch} = {iters * batch / rows['train']:.1f} epochs; {size / 1e6:.1f} MB a checkpoint")
+print(f"run         {iters} batches of {batch} = {iters * batch / rows['train']:.1f} epochs; {size / 1e6:.3g} MB a checkpoint")
 PYTHON
 echo "settings    LEARNING_RATE=$LEARNING_RATE SCHEDULE=$SCHEDULE WARMUP=$WARMUP RANK=$RANK SCALE=$SCALE EMBEDDINGS=$EMBEDDINGS"
 echo "            DROPOUT=$DROPOUT MASK_PROMPT=$MASK_PROMPT MAX_SEQ_LENGTH=$MAX_SEQ_LENGTH OPTIMIZER=$OPTIMIZER EVAL_EVERY=$EVAL_EVERY PATIENCE=$PATIENCE SEED=$SEED"

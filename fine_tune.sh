@@ -253,6 +253,7 @@ if [ "$DONE" -lt "$ITERS" ]; then
     --model "$BASE" --data "$DATA" --adapter-path "$PARTIAL/run" "$@" 2>"$PARTIAL/run/stderr" | tee "$SCREEN" |
     $AWK -v done="$DONE" -v iters="$ITERS" -v every="$EVAL_EVERY" -v patience="$PATIENCE" -v screen="$SCREEN" '
       function now(  t) { "date +%s" | getline t; close("date +%s"); return t }
+      function clear(seconds) { return seconds < 100 ? int(seconds) + 1 " s" : int(seconds / 60 + .5) " min" }
       function say(text) { printf "%s  %s\n", (screen == "/dev/tty" ? "\r\033[2K" : ""), text; fflush() }
       function row(text) { print text >>losses; close(losses) }
       function stop(code) { system("pkill -P $(cat \"$PARTIAL/pid\"); kill $(cat \"$PARTIAL/pid\")"); exit code }
@@ -281,13 +282,13 @@ if [ "$DONE" -lt "$ITERS" ]; then
           if ($2 !~ /^[0-9.]+$/) stop(3)
           if (!told++) {                    # later estimates, at each checkpoint, are plain proportion
             left = (iters - iteration) * (now() - clock) / $1 + int((iters - iteration) / every) * seconds
-            say(sprintf("about %.0f tokens a batch, about %.0f min left", 1000 * $5 / $1, left / 60 + .5))
+            say(sprintf("about %.0f tokens a batch, about %s left", 1000 * $5 / $1, clear(left)))
           }
         } else if ($1 == "save" && $2 ~ /^[0-9]+_adapters.safetensors$/) {
           # Renamed when complete: a checkpoint in PARTIAL is never one that a kill has cut off.
           system(sprintf("mv \"$PARTIAL/run/%s\" \"$PARTIAL/%07d_adapters.safetensors\"", $2, $2 + done))
           left = (iters - done - $2) * (now() - clock) / $2
-          if (left > 0) say(sprintf("about %.0f min left", left / 60 + .5))
+          if (left > 0) say("about " clear(left) " left")
         }
       }'
   codes=("${PIPESTATUS[@]}")

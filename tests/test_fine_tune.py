@@ -278,7 +278,7 @@ def on_terminal(run, project, env, act):
 def test_on_a_terminal_the_progress_bar_is_live_and_the_log_is_plain(project, run):
     seen, code = on_terminal(run, project, {}, lambda seen, leader: None)
     assert code == 0, seen
-    assert "█" in seen and "\x1b[" in seen and "min left" in seen
+    assert "█" in seen and "\x1b[" in seen and " s left" in seen
     assert seen.rstrip().endswith("./fuse.sh")
     log = (project / ADAPTER / "training.log").read_text("utf-8")
     assert "val " in log and "\x1b" not in log and "█" not in log and "░" not in log
@@ -289,7 +289,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(project, run):
     pressed = []
 
     def press(seen, leader):
-        if seen.count(b"min left") > 1 and not pressed:  # the second stands after a checkpoint
+        if seen.count(b" left") > 1 and not pressed:  # the second stands after a checkpoint
             pressed.append(os.write(leader, b"\x03"))
 
     seen, code = on_terminal(run, project, {"ITERS": "4000"}, press)

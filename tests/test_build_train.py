@@ -144,12 +144,15 @@ def test_ready_pairs_keep_their_prompts_and_line_breaks(chat):
     assert {"prompt": f"{talk(60)[0]} now\nplease", "completion": f"{talk(60)[0]}\nyes"} in chat.pairs()
 
 
-def test_jsonl_and_json_and_a_byte_order_mark_give_the_same_rows(chat):
+def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(chat):
     entries = windows(talk(60))
     chat.raw(entries)
     assert chat.build() is None
     expected = chat.lines("train"), chat.lines("valid")
     chat.raw(b"\xef\xbb\xbf" + json.dumps(entries).encode())
+    assert chat.build() is None
+    assert (chat.lines("train"), chat.lines("valid")) == expected
+    chat.raw(json.dumps(entries).encode("utf-16"))
     assert chat.build() is None
     assert (chat.lines("train"), chat.lines("valid")) == expected
     (chat.root / "data/raw/messages_v1.json").unlink()
@@ -158,12 +161,10 @@ def test_jsonl_and_json_and_a_byte_order_mark_give_the_same_rows(chat):
     assert (chat.lines("train"), chat.lines("valid")) == expected
 
 
-def test_who_speaks_is_shown_only_if_the_setting_says_so(chat):
+def test_who_speaks_is_not_shown(chat):
     chat.raw([{"message": message, "author": "ann"} for message in talk(60)])
     assert chat.build() is None
     assert "ann" not in str(chat.pairs())
-    assert chat.build("--line", "<{author}> {message}") is None
-    assert all(pair["prompt"].startswith("<ann> ") and "<ann>" not in pair["completion"] for pair in chat.pairs())
 
 
 # ---- filter ----------------------------------------------------------------------------------------------------------
@@ -171,18 +172,18 @@ def test_who_speaks_is_shown_only_if_the_setting_says_so(chat):
     ("reply", "rule"),
     [
         ("\u200b \u2800\u3164", "empty"),
-        ("!discord", "bot"),
-        ("!so mirtilla_wav", "bot"),
-        ("/msg ann hello", "bot"),
+        ("!discord", "bot command"),
+        ("!so mirtilla_wav", "bot command"),
+        ("/msg ann hello", "bot command"),
         ("guarda https://example.com/a", "link"),
         ("WWW.EXAMPLE.COM", "link"),
         ("clips.twitch.tv/Abc", "link"),
         ("W", "too short"),
         ("bla " * 251, "too long"),
-        ("noooooooooooooooooo", "repetition"),
-        ("LULW LULW lulw LULW LULW LULW", "repetition"),
-        ("compra ora compra ora compra ora", "repetition"),
-        ("⣿⣿⣷⡁⢆⠈⠕⢕⢂⢕⢂⢕⢂⢔⢂⢕⢄⠂⣂⠂⠆⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕", "repetition"),
+        ("noooooooooooooooooo", "same character"),
+        ("LULW LULW lulw LULW LULW LULW", "same words"),
+        ("compra ora compra ora compra ora", "same words"),
+        ("⣿⣿⣷⡁⢆⠈⠕⢕⢂⢕⢂⢕⢂⢔⢂⢕⢄⠂⣂⠂⠆⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕", "no letters"),
         ("scrivi a anna.rossi+x@example.co.uk", "personal data"),
         ("chiama +39 333 123 4567", "personal data"),
         ("chiama il 3331234567!", "personal data"),
@@ -244,7 +245,7 @@ def test_the_same_reply_to_the_same_context_is_kept_once(chat):
     same = [{"previous_messages": ["CIAO come va", " bene"], "message": "anche io..."}]
     other = [{"previous_messages": ["ciao, come va?", "male"], "message": "Anche io"}]
     chat.raw([{"previous_messages": context, "message": "Anche io!"}, *same, *other, *alone(40)])
-    assert chat.build("--stock-share", 1) is None
+    assert chat.build("--off", "stock reply") is None
     assert chat.rules() == {1: "duplicate"}
 
 
@@ -379,6 +380,14 @@ def cuts(name, count, size, draw):
     return every
 
 
+def entries_of(log, cut, shape="windows"):
+    entries = [{"previous_messages": [log[p] for p in places[:-1]], "message": log[places[-1]]} for places in cut]
+    if shape == "windows":
+        return entries
+    return [{"prompt": "\n".join([*e["previous_messages"], "!"]), "completion": e["message"]} for e in entries]
+
+
+OFF = "stock reply,duplicate,same words,same character"
 IN_ORDER = ["all", "every fifth", "windows that just meet", "a third of them", "replies of one, context of the others"]
 
 
@@ -394,20 +403,26 @@ def test_no_message_of_validation_stands_at_the_same_place_in_training(chat, nam
         if text not in seen:
             seen.add(text)
             cut.append(places)
-    entries = [{"previous_messages": [log[p] for p in places[:-1]], "message": log[places[-1]]} for places in cut]
-    if shape == "pairs":
-        entries = [{"prompt": "\n".join([*e["previous_messages"], "!"]), "completion": e["message"]} for e in entries]
-    chat.raw(entries)
-    assert chat.build("--prompt", "{context}\n!", "--off", "stock reply,duplicate,repetition") is None
+    chat.raw(entries_of(log, cut, shape))
+    assert chat.build("--prompt", "{context}\n!", "--off", OFF) is None
     assert true_leaks(chat, log, cut) == []
 
 
 @pytest.mark.parametrize("size", [3, 10])
+@pytest.mark.parametrize("shape", ["windows", "pairs"])
 @pytest.mark.parametrize("name", ["shuffled", "shuffled, a third of them", "two chats by turns"])
-def test_logs_that_are_out_of_order_are_put_in_order(chat, name, size):
+def test_logs_that_are_out_of_order_are_refused(chat, name, shape, size):
     log = talk(900)
-    cut = cuts(name, len(log), size, random.Random(1))
-    chat.raw([{"previous_messages": [log[p] for p in places[:-1]], "message": log[places[-1]]} for places in cut])
+    chat.raw(entries_of(log, cuts(name, len(log), size, random.Random(1)), shape))
+    error = chat.build("--prompt", "{context}\n!")
+    assert re.search(r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation", error)
+    assert not chat.out.exists()
+
+
+def test_two_chats_by_turns_are_told_apart_by_their_conversation(chat):
+    log = talk(900)
+    cut = cuts("two chats by turns", len(log), 10, random.Random(1))
+    chat.raw([{**e, "conversation": cut[i][-1] // 450} for i, e in enumerate(entries_of(log, cut))])
     assert chat.build("--prompt", "{context}\n!") is None
     assert true_leaks(chat, log, cut) == []
     assert len(chat.lines("train")) > 0.7 * len(cut)
@@ -417,7 +432,7 @@ def test_logs_that_are_out_of_order_are_put_in_order(chat, name, size):
 def test_a_flat_log_does_not_leak(chat, stock):
     log = talk(900, stock=stock)
     chat.raw(log)
-    assert chat.build("--prompt", "{context}\n!", "--window", 10, "--off", "stock reply,duplicate,repetition") is None
+    assert chat.build("--prompt", "{context}\n!", "--window", 10, "--off", OFF) is None
     cut = [[*range(max(0, i - 10), i + 1)] for i in range(1, 900)]
     assert true_leaks(chat, log, cut) == []
 
@@ -498,8 +513,8 @@ THINKING = (  # takes away what an answer thought, and shouts: no template that 
 )
 
 
-@pytest.mark.parametrize(("jinja", "way"), [(None, "fast"), (CHATML, "fast"), (THINKING, "exact")])
-def test_tokens_are_those_of_the_trainer(jinja, way, project, tmp_path):
+@pytest.mark.parametrize("jinja", [None, CHATML, THINKING])
+def test_tokens_are_those_of_the_trainer(jinja, project):
     from mlx_lm.tuner.datasets import CompletionsDataset
     from mlx_lm.utils import load_tokenizer
 
@@ -519,12 +534,10 @@ def test_tokens_are_those_of_the_trainer(jinja, way, project, tmp_path):
         "x\ny",
         "한국어 ÀÈ",
     ]
-    pairs = [(a, b) for a in texts for b in texts]
-    count = build_train.token_counter(base, pairs[:10])
-    rows = [{"prompt": prompt, "completion": reply} for prompt, reply in pairs]
+    count = build_train.token_counter(base)
+    rows = [{"prompt": prompt, "completion": reply} for prompt in texts for reply in texts]
     trainer = CompletionsDataset(rows, load_tokenizer(base), "prompt", "completion", False)
-    assert count(pairs) == [len(trainer.process(row)[0]) for row in rows]
-    assert count.__name__ == way
+    assert count(rows) == [len(trainer.process(row)[0]) for row in rows]
 
 
 def test_long_rows_lose_their_oldest_messages_and_never_the_reply(project, run):
@@ -557,7 +570,7 @@ def test_long_rows_lose_their_oldest_messages_and_never_the_reply(project, run):
 
 
 def rows_of(lengths):
-    return [build_train.Row(i, ("a", "b"), "", None, tokens=tokens) for i, tokens in enumerate(lengths)]
+    return [build_train.Row(i, ("a", "b"), tokens=tokens) for i, tokens in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 1000, 1003, 1999])
@@ -616,7 +629,7 @@ def test_the_summary_tells_what_happened_and_what_comes_next(project, run):
     assert done.returncode == 0, done.stderr
     for rule in build_train.rules(None):
         assert re.search(rf"^{rule} +[\d,]+ ", done.stdout, re.M), rule
-    assert "training rows with one of them: 0" in done.stdout
+    assert "training rows with one: 0" in done.stdout
     assert re.search(r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+, padding [\d.]+% more", done.stdout, re.M)
     assert re.search(r"^one epoch +\d+ iterations at batch size 4", done.stdout, re.M)
     assert done.stdout.rstrip().endswith("next       ./fine_tune.sh")
@@ -637,33 +650,28 @@ def test_chat_text_cannot_write_to_the_terminal(chat, capsys):
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 BAD = {
-    "0 bytes": (b"", r"messages_v1\.json is empty \(0 bytes\)"),
+    "0 bytes": (b"", r"messages_v1\.json is not there or empty"),
     "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"messages_v1\.json is not JSON: .*line 3, column 14"),
     "cut off": (b'["a", "b', r"is not JSON: .*line 1, column 7"),
     "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n', r"line 2, column 1\. FIX: .*mv .*messages_v1\.jsonl"),
-    "UTF-16": ('["à"]'.encode("utf-16"), r"is not UTF-8 text, line 1\. FIX: iconv -f UTF-16"),
     "Windows": ('["a",\n"perché"]'.encode("cp1252"), r"is not UTF-8 text, line 2\. FIX: iconv -f WINDOWS-1252"),
-    "an object": (b'{"messages": []}', r"holds an object, not a list"),
-    "a text": (b'"hi"', r"holds a text, not a list"),
-    "an empty list": (b"[]", r"none of its 0 entries is left"),
-    "a number between": (b'["a", "b", 3]', r"entry 2: a number, not an object or a text"),
-    "a null message": (b'["a", {"message": null}]', r'entry 1: "message" is null, not a text'),
-    "no message": (b'[{"message": "a"}, {"text": "b"}]', r"entry 1: no \"message\", only \['text'\]"),
-    "no keys at all": (b"[{}]", r'entry 0: no "message", only \[\]'),
-    "context is a text": (
-        b'[{"previous_messages": "a", "message": "b"}]',
-        r'"previous_messages" is a text, not a list',
-    ),
-    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r"entry 0: .* holds null"),
-    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r"entry 0: .* holds a list"),
-    "two shapes": (b'["a", {"previous_messages": [], "message": "b"}]', r"entry 1: \"previous_messages\", which"),
-    "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]', r'entry 1: no "completion"'),
-    "an author that is none": (b'[{"message": "a", "author": {}}]', r'entry 0: "author" is an object'),
-    "a conversation that is none": (b'[{"message": "a", "conversation": []}]', r'entry 0: "conversation" is a list'),
-    "too deep": (b"[" * 100_000, r"too deep"),
-    "a number too long": (b"[" + b"9" * 5000 + b"]", r"number too long"),
-    "nothing left": (b'["!a", "!b"]', r"none of its 2 entries is left\. FIX: .*--off"),
-    "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are too few to split"),
+    "an object": (b'{"messages": []}', r"holds \{\"messages\": \[\]\}, not a list"),
+    "a text": (b'"hi"', r"holds \"hi\", not a list"),
+    "an empty list": (b"[]", r"0 rows are left"),
+    "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
+    "a null message": (b'["a", {"message": null}]', r'line 1: "message" is null'),
+    "no message": (b'[{"message": "a"}, {"text": "b"}]', r'line 1: "message" is null in \{"text": "b"\}'),
+    "no keys at all": (b"[{}]", r'line 0: "message" is null in \{\}'),
+    "context is a text": (b'[{"previous_messages": "a", "message": "b"}]', r'"previous_messages" is "a"'),
+    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r'line 0: .* is \["a", null\]'),
+    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r'line 0: .* is \[\["a"\]\]'),
+    "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]', r'line 1: "completion" is null'),
+    "an author that is none": (b'[{"message": "a", "author": {}}]', r'line 0: "author" is \{\}'),
+    "a conversation that is none": (b'[{"message": "a", "conversation": []}]', r'line 0: "conversation" is \[\]'),
+    "too deep": (b"[" * 100_000, r"is not JSON: .*recursion"),
+    "a number too long": (b"[" + b"9" * 5000 + b"]", r"is not JSON: .*digits"),
+    "nothing left": (b'["!a", "!b"]', r"0 rows are left, too few to split\. FIX: .*--off"),
+    "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
 }
 
 
@@ -683,7 +691,7 @@ def test_bad_input_is_answered_with_what_where_and_how_to_mend_it(chat, name):
 
 def test_a_bad_line_of_a_jsonl_file_is_named_by_its_number(chat):
     chat.raw(b'{"message": "a"}\n\n{"message": 3}\n', "messages_v1.jsonl")
-    assert 'messages_v1.jsonl, line 3: "message" is a number' in chat.build()
+    assert 'messages_v1.jsonl, entry or line 3: "message" is 3' in chat.build()
     chat.raw(b'{"message": "a"}\n{"message"}\n', "messages_v1.jsonl")
     assert "line 2, column 11" in chat.build()
 
@@ -691,7 +699,7 @@ def test_a_bad_line_of_a_jsonl_file_is_named_by_its_number(chat):
 def test_all_filtered_out_shows_the_table(chat, capsys):
     chat.raw(["!discord", "!uptime", "!uptime"])
     assert "FIX" in chat.build("--min-context", 0)
-    assert re.search(r"^bot +3 +!discord$", capsys.readouterr().out, re.M)
+    assert re.search(r"^bot command +3 +!discord$", capsys.readouterr().out, re.M)
 
 
 def test_the_process_ends_with_code_1_and_the_error_as_the_last_line(chat):
@@ -709,8 +717,9 @@ def test_the_process_ends_with_code_1_and_the_error_as_the_last_line(chat):
         (["--valid-size", "nan"], 2, "--valid-size is nan"),
         (["--window", "0"], 2, "--window is 0"),
         (["--seed", "-1"], 2, "--seed is -1"),
+        (["--seed", "4294967296"], 2, "--seed is 4294967296"),
         (["--batch-size", "four"], 2, "--batch-size"),
-        (["--prompt", "hello"], 2, "--prompt does not say where {context} goes"),
+        (["--prompt", "hello"], 2, "--prompt or --question-prompt does not say where {context} goes"),
         (["--off", "lnik"], 2, "--off names 'lnik', and the rules are: empty, "),
         (["--nonsense"], 2, "--nonsense"),
         (["--model", "mlx-community/gemma"], 1, "MODEL=gemma"),
@@ -733,7 +742,7 @@ def test_a_file_that_cannot_be_read_is_named(chat):
     process = chat.start()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(r"^error: .*messages_v1\.json.*: .*\. FIX: ls -l", stderr.strip().split("\n")[-1])
+    assert re.search(r"^error: .*messages_v1\.json cannot be read: .*\. FIX: ls -l", stderr.strip().split("\n")[-1])
     if os.geteuid():  # root reads everything
         raw.rmdir()
         chat.raw([])
@@ -776,7 +785,7 @@ def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log,
     chat = Project(tmp_path_factory.mktemp("any") / "p")
     pairs = [{"prompt": a, "completion": b} for a, b in pairwise(log)]
     chat.raw({"windows": windows(log), "log": log, "pairs": pairs}[shape])
-    error = chat.build("--window", 2, "--stretch", 4, "--off", "stock reply,too short,repetition")
+    error = chat.build("--window", 2, "--off", "stock reply,too short,same words,same character,no letters")
     if error is None:
         for pair in chat.pairs():
             assert list(pair) == ["prompt", "completion"] and pair["prompt"] and pair["completion"]
@@ -877,9 +886,9 @@ def test_every_machine_writes_the_same_bytes(chat):
     assert chat.build() is None
     digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in chat.content().items()}
     assert digests == {
-        "train.jsonl": "86332826d72a86da",
-        "valid.jsonl": "a5e47406571c2cc5",
-        "dropped.jsonl": "9cd34e47b096f3f7",
+        "train.jsonl": "d009d38d9a10561f",
+        "valid.jsonl": "3d1528f70f842252",
+        "dropped.jsonl": "be8610903e47da5b",
     }
 
 

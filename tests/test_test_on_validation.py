@@ -22,6 +22,7 @@ import unicodedata
 
 import mlx.core as mx
 import numpy as np
+import pandas as pd
 import pytest
 from mlx_lm import load
 
@@ -140,10 +141,11 @@ def test_the_losses_of_all_models_are_the_true_ones_to_four_digits_and_the_rest_
         loss, tokens = true_loss(project, *model)
         assert found["loss"][name] == pytest.approx(loss, abs=5e-5)
         assert found["perplexity"][name] == pytest.approx(np.exp(loss), rel=1e-4)
-        assert found["completion_tokens"] == tokens
-        assert f"{loss:.4f}" in done.stdout and f"{loss:.4f}" in (project / RESULTS / "report.html").read_text()
+        assert found["tokens"] == tokens
+        shown = f"{found['loss'][name]:.5g}"
+        assert shown in done.stdout and shown in (project / RESULTS / "report.html").read_text()
     base, adapter, fused = (found["loss"][m] for m in ("base", "adapter", "fused"))
-    assert found["kept"] == pytest.approx((base - fused) / (base - adapter))
+    assert found["kept"]["fused"] == pytest.approx((base - fused) / (base - adapter))
     assert done.stdout.splitlines()[2] == found["verdict"]
     # The page has the verdict, both plots in the colours of the page, and the mark of the kept checkpoint.
     page = (project / RESULTS / "report.html").read_text(encoding="utf-8")
@@ -156,25 +158,56 @@ def test_the_losses_of_all_models_are_the_true_ones_to_four_digits_and_the_rest_
     assert [p.name for p in (project / "data/results").iterdir() if p.is_dir()] == ["v1_tiny-gemma-3"]
 
 
+def figures_of(script, replies, prompts, losses):
+    """figures() for replies of a model to prompts, with the reference "ok"; every row has two tokens."""
+    texts = pd.DataFrame({"prompt": prompts, "reference": "ok", **{m: replies for m in losses}}, dtype=object)
+    sums = {m: np.array(x, dtype=float) for m, x in losses.items()}
+    return script.figures(texts, sums, np.full(len(prompts), 2))
+
+
 def test_figures_of_style(script):
     prompts = ["hi\nOK", "hi", "hi\nwhy", "so?"]
-    assert script.style(["ok", "Ok ", "why?", "ja"], prompts) == {
-        "replies": 4,
-        "length": 2.75,
+    table = figures_of(script, ["ok", "Ok", "why?", "ja"], prompts, {"base": [2, 2, 2, 2]})
+    assert table.loc["base"].to_dict() == {
+        "loss": 1.0,
+        "perplexity": pytest.approx(2.71828, abs=1e-5),
+        "length": 2.5,
         "questions": 0.25,
         "distinct": 0.75,
-        "repeated": "ok",
-        "repeated_share": 0.5,
         "copied": 0.25,
+        "most repeated": "ok",
+        "its share": 0.5,
+        "replies": 4,
     }
-    assert script.style(["a", "b"], ["", ""])["repeated"] is None
-    assert script.style(["", "", "x"], ["", "", ""])["repeated"] == ""
-    assert script.style([], []) == {"replies": 0}
+    varied = figures_of(script, ["a", "b"], ["", ""], {"base": [2, 2]})
+    assert varied["most repeated"]["reference"] == "ok" and pd.isna(varied["most repeated"]["base"])
+    missing = figures_of(script, [None, None], ["", ""], {"base": [2, 2]})
+    assert missing["replies"]["base"] == 0 and pd.isna(missing["its share"]["base"])
 
 
-VARIED = {"replies": 20, "repeated": None, "repeated_share": 0.05}
-STUCK = {"replies": 20, "repeated": "lol\x1b[31m lol", "repeated_share": 0.75}
+def test_gain_error_and_what_the_fused_model_keeps(script):
+    table = figures_of(script, ["x"] * 2, [""] * 2, {"base": [10, 6], "adapter": [4, 4], "fused": [6, 4]})
+    assert table["gain"]["adapter"] == 2.0 and table["gain"]["fused"] == 1.5
+    assert table["error"]["adapter"] == pytest.approx(np.sqrt(2**2 + 2**2) / 4)
+    assert table["kept"]["fused"] == 0.75
+
+
 NAN = float("nan")
+STUCK = {"most repeated": "lol", "its share": 0.75}
+
+
+def table_of(loss, kept, style):
+    """A table as figures() makes it, for these losses, every gain having an error of 0.04."""
+    table = pd.DataFrame({"loss": loss}, index=["reference", *loss])
+    if "base" in loss and len(loss) > 1:
+        table["gain"] = (loss["base"] - table["loss"]).drop("base")
+        table["error"] = 0.04
+    if kept is not None:
+        table.loc["fused", "kept"] = kept
+    table["replies"], table["its share"], table["most repeated"] = 20, 0.05, "no"
+    for m, figures in style.items():
+        table.loc[m, list(figures)] = list(figures.values())
+    return table
 
 
 @pytest.mark.parametrize(
@@ -185,97 +218,65 @@ NAN = float("nan")
             0.998,
             {},
             "good",
-            "The adapter is better than the base: loss 3.07 instead of 9.54; the fused model keeps 99.8 % of it.",
+            "Better than the base: loss 3.07 instead of 9.54; the fused model keeps 99.8% of it.",
         ),
-        (
-            {"base": 9.5, "adapter": 3.1},
-            None,
-            {},
-            "good",
-            "The adapter is better than the base: loss 3.10 instead of 9.50.",
-        ),
-        (
-            {"base": 9.5, "fused": 3.1},
-            None,
-            {},
-            "good",
-            "The fused model is better than the base: loss 3.10 instead of 9.50.",
-        ),
+        ({"base": 9.5, "fused": 3.1}, None, {}, "good", "Better than the base: loss 3.10 instead of 9.50."),
         (
             {"base": 9.539, "adapter": 3.402, "fused": 7.85},
             0.275,
             {},
             "bad",
-            "The adapter is better than the base: loss 3.40 instead of 9.54, but the fused model keeps only 28 % of it "
-            "(loss 7.85). Fuse again: FUSED_BITS=8 ./fuse.sh.",
-        ),
-        (
-            {"base": 9.0, "adapter": 3.0, "fused": 9.6},
-            -0.1,
-            {},
-            "bad",
-            "The adapter is better than the base: loss 3.00 instead of 9.00, but the fused model has lost all of it "
-            "(loss 9.60). Fuse again: FUSED_BITS=8 ./fuse.sh.",
+            "Better than the base: loss 3.40 instead of 9.54; the fused model keeps 27.5% of it. "
+            "Fuse again: FUSED_BITS=8 ./fuse.sh.",
         ),
         (
             {"base": 3.0, "adapter": 3.5},
             None,
             {},
             "bad",
-            "The adapter is worse than the base: loss 3.50 instead of 3.00. Train with a lower learning rate, or on "
-            "more data.",
+            "Worse than the base: loss 3.50 instead of 3.00. Train with a lower learning rate, or on more data.",
         ),
         (
             {"base": 3.0, "adapter": 2.95},
             None,
             {},
             "mixed",
-            "The adapter is no better than the base: loss 2.95 instead of 3.00, which may be chance. Train longer, or "
-            "on more data.",
+            "No better than the base: loss 2.95 instead of 3.00, which may be chance. Train longer, or on more data.",
         ),
         (
             {"base": 9.0, "adapter": 3.0},
             None,
             {"adapter": STUCK},
             "bad",
-            "The adapter is better than the base: loss 3.00 instead of 9.00. But the adapter has collapsed: it answers "
-            "75 % of the rows “lol\\x1b[31m lol”.",
+            "Better than the base: loss 3.00 instead of 9.00. But the adapter model repeats itself: 75% are “lol”.",
+        ),
+        # What the chat itself repeats is no collapse.
+        (
+            {"base": 9.0, "adapter": 3.0},
+            None,
+            {"adapter": STUCK, "reference": STUCK},
+            "good",
+            "Better than the base: loss 3.00 instead of 9.00.",
         ),
         (
-            {"base": 9.0, "adapter": NAN, "fused": NAN},
+            {"base": 9.0, "adapter": NAN},
             None,
             {},
             "bad",
-            "Broken: the loss of the adapter and the fused model is not a number. Train again with a lower learning "
-            "rate.",
+            "Broken: a loss is not a number. Train again with a lower learning rate.",
         ),
-        (
-            {"base": 9.0},
-            None,
-            {},
-            "mixed",
-            "Loss of the base model 9.00: whether training helped, a test of base model and adapter together says.",
-        ),
+        ({"base": 9.0}, None, {}, "mixed", "Nothing to compare: test the base model and the adapter together."),
     ],
 )
 def test_the_verdict(script, loss, kept, style, kind, sentence):
-    style = dict.fromkeys(["reference", *loss], VARIED) | style
-    assert script.verdict({"loss": loss, "kept": kept, "error": 0.04, "style": style}) == (kind, sentence)
-
-
-def test_what_the_chat_itself_repeats_is_no_collapse(script):
-    style = {"reference": STUCK, "base": VARIED, "adapter": STUCK}
-    kind, _ = script.verdict({"loss": {"base": 9.0, "adapter": 3.0}, "kept": None, "error": 0.04, "style": style})
-    assert kind == "good"
+    assert script.verdict(table_of(loss, kept, style)) == (kind, sentence)
 
 
 def test_a_loss_that_is_not_a_number_goes_through_to_the_page_and_to_valid_json(script, tmp_path):
-    results = made_up(["base", "adapter"], ["hi"] * 3)
-    results["adapter"]["sums"][1] = NAN
-    write_made_up(script, tmp_path, ["hi"] * 3, results)
+    write_made_up(script, tmp_path, ["hi"] * 3, ["base", "adapter"], losses={"adapter": np.array([1, NAN, 1])})
     found = json.loads((tmp_path / "results/metrics.json").read_text(), parse_constant=pytest.fail)
     assert found["loss"]["adapter"] is None
-    assert "Broken: the loss of the adapter is not a number" in (tmp_path / "results/report.html").read_text()
+    assert "Broken: a loss is not a number" in (tmp_path / "results/report.html").read_text()
 
 
 def test_same_seed_same_replies_other_seed_others(project, stage_4):
@@ -292,41 +293,44 @@ def test_same_seed_same_replies_other_seed_others(project, stage_4):
     assert replies(*one_by_one, "--temperature", "0") == replies("--reply-batch", "3", "--temperature", "0")
 
 
-def test_no_model_stays_in_memory(script, project):
-    args = script.argparse.Namespace(batch_tokens=4096, reply_batch=2, temperature=0.8, max_tokens=2, seed=0, model="")
-    rows = script.read_rows(project / "data/for_train/v1/valid.jsonl", project / BASE, 4096)[:4]
-    before, peak = mx.get_active_memory(), 0
-    for _ in range(3):
-        script.test_model("base", project / BASE, None, rows, [0, 1], args, {})
-        script.gc.collect()
-        peak = max(peak, mx.get_active_memory() - before)
-    assert peak < (project / BASE / "model.safetensors").stat().st_size / 2
+def test_one_model_in_memory_at_a_time(project):
+    """What is in memory when each of three models is taken, and in the end: less than half of one."""
+
+    class Watched(dict):
+        def pop(self, name):
+            held.append(mx.get_active_memory())
+            return super().pop(name)
+
+    held, script = [], load_script(project / "test_on_validation.py")
+    args = script.ArgumentParser().parse_args([])
+    args.temperature, args.seed, args.reply_batch, args.batch_tokens = 0.8, 0, 1, 2048
+    args.models, args.version, args.model, args.max_tokens = "base,adapter,fused", "v1", "tiny-gemma-3", 2
+    models = Watched(script.find_models(args, project / "data/for_train/v1/valid.jsonl")[0])
+    rows = script.read_rows(project / "data/for_train/v1/valid.jsonl", models["base"][1])[:4]
+    script.test_models(models, rows, rows.index[:2], args, {}, {})
+    held.append(mx.get_active_memory())
+    assert len(held) == 4
+    assert max(held) - held[0] < (project / BASE / "model.safetensors").stat().st_size / 2
 
 
 # ---- hostile text ----------------------------------------------------------------------------------------------------
-def made_up(models, texts):
-    """Results as the script holds them, for replies that no tiny model would give."""
-    counts = np.full(len(texts), 2)
-    return {
-        m: {"sums": counts * (9.0 - i), "counts": counts, "replies": dict(enumerate(texts)), "seconds": 1.0}
-        for i, m in enumerate(models)
-    }
-
-
-def write_made_up(script, folder, texts, results, show=50):
-    """Write the three files for rows and replies of these texts, with the functions of the script."""
-    rows = [
-        {"line": i + 1, "prompt": f"{t}\n{t}\n\nGo on.", "completion": t, "tokens": [1, 2, 3], "start": 1}
-        for i, t in enumerate(texts)
-    ]
-    for r in results.values():
-        r["replies"] = {i: script.visible(t) for i, t in r["replies"].items()}
-    args = script.argparse.Namespace(version="v1", model="m", show=show, temperature=0.8, seed=0, max_tokens=60)
-    asked = list(range(len(rows)))
-    out = script.summarize(results, rows, asked)
-    page = script.report(args, out, results, rows, asked, ["a warning"], folder / "no adapter")
-    script.write(folder / "results", args, out, results, rows, asked, ["a warning"], page)
-    return script.verdict(out)[1] + script.table(out).to_string()
+def write_made_up(script, folder, texts, models, losses=None):
+    """Write the three files for prompts, references and replies that no tiny model would give."""
+    losses = {m: np.full(len(texts), 18.0 - 2 * i) for i, m in enumerate(models)} | (losses or {})
+    frame = pd.DataFrame(
+        {"prompt": [f"{t}\n{t}\n\nGo on." for t in texts], "reference": texts, **dict.fromkeys(models)}
+    )
+    for m in models:
+        frame[m] = texts
+    frame = frame.map(script.visible)
+    frame.index += 1
+    table = script.figures(frame, losses, np.full(len(texts), 2))
+    kind, sentence = script.verdict(table)
+    settings = {"version": "v1", "model": "m", "show": 50, "temperature": 0.8, "seed": 0, "max_tokens": 60}
+    facts = {"kind": kind, "verdict": sentence, "warnings": ["a warning"], "rows": len(texts), "settings": settings}
+    facts |= json.loads(table.to_json())
+    script.write(folder / "results", script.report(facts, table, frame, folder / "no adapter"), frame, facts)
+    return sentence + table.T.to_string(**script.LOOK)
 
 
 def readable(text):
@@ -361,7 +365,7 @@ def test_a_cell_is_no_formula(script, text, cell):
 
 
 def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(script, tmp_path):
-    terminal = write_made_up(script, tmp_path, HOSTILE, made_up(["base", "adapter"], HOSTILE))
+    terminal = write_made_up(script, tmp_path, HOSTILE, ["base", "adapter"])
     assert readable(terminal)
     text = (tmp_path / "results/generations.csv").read_text(encoding="utf-8-sig")
     assert readable(text)
@@ -412,7 +416,7 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
     here = f"http://127.0.0.1:{server.server_port}"
     fetches = [f"<img src={here}/a><link rel=stylesheet href={here}/b>", f"<style>@import '{here}/c'</style>"]
     texts = HOSTILE + fetches
-    write_made_up(script, tmp_path, texts, made_up(["base", "adapter"], texts))
+    write_made_up(script, tmp_path, texts, ["base", "adapter"])
     # The same texts in a page that does not take care do run and do fetch, so this test can fail.
     (tmp_path / "careless.html").write_text("<title>v1</title>" + HOSTILE[0] + fetches[0], encoding="utf-8")
     careless = chromium(tmp_path, f"{here}/careless.html")
@@ -426,14 +430,14 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
         re.findall(r"<(?:script|img|iframe|link|object|embed|base|form|a)\b|\son\w+=", re.sub(r">[^<]*<", "><", dom))
         == []
     )
-    assert dom.count("<article>") == len(texts) and dom.count("<svg ") == 1
+    assert dom.count("<dl>") == len(texts) and dom.count("<svg ") == 1
     assert "1337" not in dom and "{{ 7 * 191 }}" in dom  # no template in a text is filled in
     assert readable(dom) and len(dom) < 300_000
 
 
 def test_the_page_fits_a_phone(script, tmp_path):
     texts = [t.replace("\ud800", "").replace("\udfff", "") for t in HOSTILE]
-    write_made_up(script, tmp_path, texts, made_up(["base", "adapter", "fused"], texts))
+    write_made_up(script, tmp_path, texts, ["base", "adapter", "fused"])
     (tmp_path / "phone.html").write_text(
         '<iframe src="results/report.html" style="width:390px;height:800px;border:0" onload="document.title ='
         " 'wide ' + this.contentDocument.documentElement.scrollWidth\"></iframe>"
@@ -452,7 +456,7 @@ def test_hostile_chat_goes_through_the_whole_chain(project, run):
     # On a terminal, where escapes would work.
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    args = ["--models", "base", "--replies", "5", "--max-tokens", "4", "--temperature", "0"]
+    args = ["--models", "base", "--replies", "6", "--max-tokens", "60"]
     child = run(project, "test_on_validation.py", *args, start=subprocess.Popen, stdout=slave, stderr=slave)
     os.close(slave)
     shown = b""
@@ -493,9 +497,9 @@ def test_ctrl_c_reports_what_is_done(project, run):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in out) == (130, False)
-    assert set(metrics(project)["loss"]) == {"base"}
+    assert set(metrics(project)["loss"]) == {"reference", "base"}
     assert "stopped with Ctrl-C" in (project / RESULTS / "report.html").read_text(encoding="utf-8")
-    assert "Loss of the base model" in out
+    assert "Nothing to compare" in out
 
 
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -534,14 +538,14 @@ def test_without_a_fused_model_base_and_adapter_are_compared(project, stage_4):
     shutil.rmtree(project / FUSED)
     code, out, err = stage_4("--replies", "0")
     assert code == 0 and "there is no fused model to test; to make it: VERSION=v1 MODEL=tiny-gemma-3 ./fuse.sh" in err
-    assert set(metrics(project)["loss"]) == {"base", "adapter"} and "adapter is" in out
+    assert set(metrics(project)["loss"]) == {"reference", "base", "adapter"} and "than the base" in out
     assert "there is no fused model" in (project / RESULTS / "report.html").read_text(encoding="utf-8")
 
 
 def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
     shutil.rmtree(project / ADAPTER)
     assert stage_4("--models", "base,fused", "--replies", "0")[0] == 0
-    assert set(metrics(project)["loss"]) == {"base", "fused"}
+    assert set(metrics(project)["loss"]) == {"reference", "base", "fused"}
 
 
 def test_it_warns_of_a_fused_model_of_another_adapter_and_of_other_validation_rows(project, stage_4):
@@ -572,13 +576,13 @@ def cut_off(path):
         (
             lambda p: shutil.rmtree(p / BASE),
             [],
-            "no whole base model: models/base/tiny-gemma-3 lacks config.json, tokenizer_config.json, model.safetensors"
-            ". FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
+            "models/base/tiny-gemma-3 is not there. "
+            "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
         ),
         (
             lambda p: cut_off(p / BASE / "model.safetensors"),
             [],
-            "no whole base model: models/base/tiny-gemma-3 lacks model.safetensors. "
+            "incomplete download or corrupt file?. "
             "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
         ),
         (
@@ -589,14 +593,18 @@ def cut_off(path):
         (
             lambda p: shutil.rmtree(p / ADAPTER),
             [],
-            "no whole adapter: models/adapters/adapter-v1_tiny-gemma-3 lacks adapter_config.json, adapters.safetensors"
-            ". FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fine_tune.sh, or test the base model alone: --models base",
+            "models/adapters/adapter-v1_tiny-gemma-3 is not there. "
+            "FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fine_tune.sh, or test the base model alone: --models base",
+        ),
+        (
+            lambda p: cut_off(p / ADAPTER / "adapters.safetensors"),
+            [],
+            "FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fine_tune.sh, or test the base model alone: --models base",
         ),
         (
             lambda p: shutil.rmtree(p / FUSED),
             ["--models", "base,fused"],
-            "no whole fused model: models/fused/fused-v1_tiny-gemma-3 lacks config.json, tokenizer_config.json, "
-            "model.safetensors. FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fuse.sh",
+            "models/fused/fused-v1_tiny-gemma-3 is not there. FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fuse.sh",
         ),
         (lambda p: write_rows(p, []), [], "data/for_train/v1/valid.jsonl is empty. FIX: python build_train.py"),
         (
@@ -614,21 +622,23 @@ def cut_off(path):
             "FIX: python build_train.py",
         ),
         (
-            lambda p: write_rows(p, [("a", "b"), ("W" * 100_000, "b")]),
+            lambda p: write_rows(p, [("a", "\ud800")]),
             [],
-            "more than 2048. FIX: python build_train.py, or a larger --batch-tokens",
+            'data/for_train/v1/valid.jsonl line 1 is not {"prompt": text, "completion": text} in UTF-8. '
+            "FIX: python build_train.py",
         ),
         (
             lambda p: None,
             ["--model", "mlx-community/gemma-3-text-27b-it-4bit"],
-            "MODEL='mlx-community/gemma-3-text-27b-it-4bit' is not the name of a folder in models/base. FIX: hf "
-            "download mlx-community/gemma-3-text-27b-it-4bit --local-dir models/base/gemma-3-text-27b-it-4bit; "
+            "VERSION or MODEL is 'mlx-community/gemma-3-text-27b-it-4bit', which is not the name of a folder. "
+            "FIX: hf download mlx-community/gemma-3-text-27b-it-4bit --local-dir models/base/gemma-3-text-27b-it-4bit; "
             "MODEL=gemma-3-text-27b-it-4bit python test_on_validation.py",
         ),
         (
             lambda p: None,
             ["--version", ".."],
-            "VERSION or MODEL is '..'. FIX: use letters, digits, '.', '_' and '-' alone",
+            "VERSION or MODEL is '..', which is not the name of a folder. "
+            "FIX: use letters, digits, '.', '_' and '-' alone",
         ),
     ],
 )

@@ -63,7 +63,7 @@ def settings():
     add("--remove-emoji", action="store_true", help="remove emoji from all messages")
     add("--max-context-chars", type=int, default=300, help="characters of a context message; the rest becomes '…'")
     add("--max-seq-length", type=int, default=env("MAX_SEQ_LENGTH", 1024), help="tokens of a row, as in fine_tune.sh")
-    add("--batch-size", type=int, default=env("BATCH_SIZE", 4), help="as in fine_tune.sh; for the figures printed")
+    add("--batch-size", type=int, default=env("BATCH_SIZE", 2), help="as in fine_tune.sh; for the figures printed")
     add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
     add("--valid-rows", type=int, default=400, help="most rows to validate with")
     add("--seed", type=int, default=0, help="of the split; another whole number, another split")

@@ -631,7 +631,7 @@ def test_the_summary_tells_what_happened_and_what_comes_next(project, run):
         assert re.search(rf"^{rule} +[\d,]+ ", done.stdout, re.M), rule
     assert "training rows with one: 0" in done.stdout
     assert re.search(r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+, padding [\d.]+% more", done.stdout, re.M)
-    assert re.search(r"^one epoch +\d+ iterations at batch size 4", done.stdout, re.M)
+    assert re.search(r"^one epoch +\d+ iterations at batch size 2", done.stdout, re.M)
     assert done.stdout.rstrip().endswith("next       ./fine_tune.sh")
     for name in "train.jsonl", "valid.jsonl", "dropped.jsonl":
         assert f"data/for_train/v1/{name}" in done.stdout

@@ -448,7 +448,7 @@ def test_the_page_fits_a_phone(script, tmp_path):
 
 def test_hostile_chat_goes_through_the_whole_chain(project, run):
     raw = [
-        {"previous_messages": ["ciao", f"{t} {i}", t, "che si dice?"], "message": f"{i} {t}"}
+        {"previous_messages": [f"ciao {i}", f"{t} {i}", f"{t} {i * i}", f"che si dice, {i}?"], "message": f"{i} {t}"}
         for i, t in enumerate(HOSTILE * 4)
     ]
     (project / "data/raw/messages_v1.json").write_text(json.dumps(raw), encoding="utf-8")

@@ -45,7 +45,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 ROOT = Path(__file__).resolve().parent
-LOOK = {"na_rep": "", "float_format": "{:,.5g}".format}  # of the figures, on the page and the terminal
+LOOK = dict.fromkeys(("loss", "gain", "error"), "{:.4f}") | {"perplexity": "{:,.1f}", "length": "{:.0f}"}
 INKS = {"reference": "#010101", "base": "#020202", "adapter": "#030303", "fused": "#040404"}  # drawing() replaces them
 
 
@@ -247,6 +247,13 @@ def figures(texts, losses, counts):
     return table
 
 
+def readable(table):
+    """Return the figures as text, a row each, as the page and the terminal show them: what has no LOOK is a share."""
+    plain = ("most repeated", "replies")
+    look = {name: LOOK.get(name, "{}" if name in plain else "{:.1%}").format for name in table}
+    return pd.DataFrame({name: table[name].map(look[name], na_action="ignore") for name in table}).T.fillna("")
+
+
 def verdict(table):
     """Return ("good", "mixed" or "bad", a sentence) for what figures() returned."""
     loss = table["loss"].drop("reference")
@@ -361,7 +368,7 @@ def report(facts, table, texts, adapter):
     cards["prompt"] = ["\n".join(chat.split("\n")[-4:]) for chat in chats]
     cards = cards.map(lambda text: visible(text, 500) or "(nothing)").to_dict("records")
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(facts, plots=plots, cards=cards, table=table.T.to_html(border=0, **LOOK))
+    return page.render(facts, plots=plots, cards=cards, table=readable(table).to_html(border=0))
 
 
 # ---- written whole or not at all -------------------------------------------------------------------------------------
@@ -416,7 +423,7 @@ def main():
     facts |= {"rows": len(rows), "tokens": int(counts.sum())} | json.loads(table.to_json())
     facts["versions"] = {"python": sys.version.split()[0], "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
     write(final, report(facts, table, texts, ROOT / f"models/adapters/adapter-{name}"), texts, facts)
-    print(f"\n{facts['verdict']}\n\n{table.T.to_string(**LOOK)}\n")
+    print(f"\n{facts['verdict']}\n\n{readable(table).to_string()}\n")
     print("\n".join(f"data/results/{name}/{file}" for file in ("report.html", "generations.csv", "metrics.json")))
     return code
 

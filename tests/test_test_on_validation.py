@@ -330,7 +330,7 @@ def write_made_up(script, folder, texts, models, losses=None):
     facts = {"kind": kind, "verdict": sentence, "warnings": ["a warning"], "rows": len(texts), "settings": settings}
     facts |= json.loads(table.to_json())
     script.write(folder / "results", script.report(facts, table, frame, folder / "no adapter"), frame, facts)
-    return sentence + table.T.to_string(**script.LOOK)
+    return sentence + script.readable(table).to_string()
 
 
 def readable(text):

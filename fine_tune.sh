@@ -48,27 +48,32 @@ fail() { echo "error: $1. FIX: $2" >&2; exit "${3:-1}"; }
 # ---- checks before a model is loaded -------------------------------------------------------------------------------
 for argument in "$@"; do
   case $argument in
-    -h | --help) sed -n '2,/^# -----/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    -c | --config* | --model* | --data* | --train | --adapter* | --resume* | --iters* | --save* | --steps* | --val* | \
-      --batch* | --num-layers* | --learning-rate* | --max-seq* | --mask* | --grad* | --optimizer* | --fine* | --seed*)
-      fail "$argument is a setting of fine_tune.sh" "set it at the top or for one run, as in ITERS=60 ./fine_tune.sh" 2 ;;
+    -h | --help) awk 'NR > 1 { if (/^# -----/) exit; sub(/^# ?/, ""); print }' "$0"; exit 0 ;;
+    --report-to* | --project-name* | --test* | --trust-remote-code) ;;
+    -*) fail "$argument is not an argument of fine_tune.sh, or is a setting at its top" \
+      "ITERS=60 ./fine_tune.sh for a setting; --report-to, --project-name, --test, --trust-remote-code go to mlx_lm.lora" 2 ;;
+    [A-Z]*=*) fail "$argument stands behind the command" "$argument ./fine_tune.sh" 2 ;;
   esac
 done
-case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
-  "MODEL=${MODEL##*/} ./fine_tune.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
-check() { [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "mend it at the top of fine_tune.sh, or for one run: $1=$4 ./fine_tune.sh"; }
-check VERSION '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" v1
-check MODEL '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" gemma-3-1b-it-4bit
+case $MODEL in
+  models/* | /*) fail "MODEL=$MODEL is a path" "MODEL=${MODEL##*/} ./fine_tune.sh" ;;
+  */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
+    "MODEL=${MODEL##*/} ./fine_tune.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;;
+esac
+check() {  # the setting $1 must match $2, which $3 says in words; the fix is its default
+  [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "$1=$(sed -n "s/^$1=.*:-\(.*\)}.*/\1/p" "$0") ./fine_tune.sh"
+}
+for name in VERSION MODEL; do check $name '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'"; done
 for name in ITERS BATCH_SIZE GRAD_ACCUMULATION RANK MAX_SEQ_LENGTH EVAL_EVERY; do
-  check $name '[1-9][0-9]*' "a whole number above 0" 8
+  check $name '[1-9][0-9]*' "a whole number above 0"
 done
-for name in WARMUP PATIENCE KEEP_CHECKPOINTS SEED; do check $name '0|[1-9][0-9]*' "a whole number" 0; done
-for name in LEARNING_RATE SCALE DROPOUT; do check $name '[0-9]*[.]?[0-9]+(e-?[0-9]+)?' "a number, with a decimal point" 0.1; done
-for name in EMBEDDINGS MASK_PROMPT GRAD_CHECKPOINT RESUME; do check $name '0|1' "0 or 1" 1; done
-check NUM_LAYERS '-1|[1-9][0-9]*' "-1 (all) or a whole number above 0" -1
-check SCHEDULE 'linear|constant' "linear or constant" linear
-check OPTIMIZER 'adam|adamw|muon|sgd|adafactor' "adam, adamw, muon, sgd or adafactor" adam
-check FINE_TUNE_TYPE 'lora|dora|full' "lora, dora or full" lora
+for name in WARMUP PATIENCE KEEP_CHECKPOINTS SEED; do check $name '0|[1-9][0-9]*' "a whole number"; done
+for name in LEARNING_RATE SCALE DROPOUT; do check $name '[0-9]*[.]?[0-9]+([eE]-?[0-9]+)?' "a number, with a decimal point"; done
+for name in EMBEDDINGS MASK_PROMPT GRAD_CHECKPOINT RESUME; do check $name '0|1' "0 or 1"; done
+check NUM_LAYERS '-1|[1-9][0-9]*' "-1 (all) or a whole number above 0"
+check SCHEDULE 'linear|constant' "linear or constant"
+check OPTIMIZER 'adam|adamw|muon|sgd|adafactor' "adam, adamw, muon, sgd or adafactor"
+check FINE_TUNE_TYPE 'lora|dora|full' "lora, dora or full"
 [ "$FINE_TUNE_TYPE" != full ] || EMBEDDINGS=0   # mlx-lm then trains the layers alone
 [ $((EVAL_EVERY % GRAD_ACCUMULATION)) = 0 ] ||
   fail "EVAL_EVERY=$EVAL_EVERY is not a multiple of GRAD_ACCUMULATION" "EVAL_EVERY=$((GRAD_ACCUMULATION * 10)) ./fine_tune.sh"
@@ -256,6 +261,7 @@ if [ "$DONE" -lt "$ITERS" ]; then
       function clear(seconds) { return seconds < 100 ? int(seconds) + 1 " s" : int(seconds / 60 + .5) " min" }
       function say(text) { printf "%s  %s\n", (screen == "/dev/tty" ? "\r\033[2K" : ""), text; fflush() }
       function row(text) { print text >>losses; close(losses) }
+      # Exit code 3: a loss that is no number; 4: early stop.
       function stop(code) { system("pkill -P $(cat \"$PARTIAL/pid\"); kill $(cat \"$PARTIAL/pid\")"); exit code }
       function judge(loss) { if (best == "" || loss < best) { best = loss; stale = 0 } else stale++ }
       BEGIN {
@@ -312,6 +318,7 @@ fi
 for file in "$PARTIAL"/[0-9]*_adapters.safetensors; do
   awk -F, -v n="$((10#$(basename "$file" _adapters.safetensors)))" '$1 == n && $3 != "" { print $3, $1 }' "$PARTIAL/losses.csv"
 done | sort -n >"$PARTIAL/ranking"
+[ -s "$PARTIAL/ranking" ] || fail "no checkpoint has a validation loss, see ${PARTIAL#"$ROOT/"}/training.log" "./fine_tune.sh"
 read -r LOSS BEST <"$PARTIAL/ranking"
 BEFORE=$(awk -F, '$1 == 1 { print $3; exit }' "$PARTIAL/losses.csv")
 LAST=$(awk -F, '$3 != "" { last = $3 } END { print last }' "$PARTIAL/losses.csv")

@@ -27,23 +27,30 @@ UPLOAD="" GGUF=""
 arguments=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h | --help) sed -n '2,/^# -----/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) awk 'NR > 1 { if (/^# -----/) exit; sub(/^# ?/, ""); print }' "$0"; exit 0 ;;
     --upload-repo) [ $# -gt 1 ] || fail "--upload-repo names no repository" "--upload-repo NAME/MY-MODEL" 2
       UPLOAD=$2; shift ;;
     --upload-repo=*) UPLOAD=${1#*=} ;;
-    --model* | --adapter* | --save* | --deq*) fail "$1 is a setting of fuse.sh" "VERSION, MODEL or FUSED_BITS=16" 2 ;;
     --export-gguf) GGUF=1; arguments+=("$1") ;;
+    --gguf-path* | --trust-remote-code) arguments+=("$1") ;;
+    -*) fail "$1 is not an argument of fuse.sh, or is a setting at its top" \
+      "FUSED_BITS=8 ./fuse.sh for a setting; --export-gguf, --gguf-path, --trust-remote-code go to mlx_lm.fuse" 2 ;;
+    [A-Z]*=*) fail "$1 stands behind the command" "$1 ./fuse.sh" 2 ;;
     *) arguments+=("$1") ;;
   esac
   shift
 done
-case $MODEL in */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
-  "MODEL=${MODEL##*/} ./fuse.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;; esac
-check() { [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "mend it at the top of fuse.sh, or for one run: $1=$4 ./fuse.sh"; }
-check VERSION '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" v1
-check MODEL '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'" gemma-3-1b-it-4bit
-check FUSED_BITS 'auto|base|16|8|6|5' "auto, base, 16, 8, 6 or 5" auto
-check GROUP_SIZE '32|64|128' "32, 64 or 128" 64
+case $MODEL in
+  models/* | /*) fail "MODEL=$MODEL is a path" "MODEL=${MODEL##*/} ./fuse.sh" ;;
+  */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
+    "MODEL=${MODEL##*/} ./fuse.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;;
+esac
+check() {  # the setting $1 must match $2, which $3 says in words; the fix is its default
+  [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "$1=$(sed -n "s/^$1=.*:-\(.*\)}.*/\1/p" "$0") ./fuse.sh"
+}
+for name in VERSION MODEL; do check $name '[A-Za-z0-9_][A-Za-z0-9._-]*' "a name of letters, digits, '.', '_' and '-'"; done
+check FUSED_BITS 'auto|base|16|8|6|5' "auto, base, 16, 8, 6 or 5"
+check GROUP_SIZE '32|64|128' "32, 64 or 128"
 [ -z "$GGUF" ] || [ "$FUSED_BITS" = 16 ] || fail "GGUF export needs whole weights" "FUSED_BITS=16 ./fuse.sh --export-gguf" 2
 BASE=$ROOT/models/base/$MODEL
 ADAPTER=$ROOT/models/adapters/adapter-${VERSION}_$MODEL

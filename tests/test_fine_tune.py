@@ -358,7 +358,7 @@ ERRORS = {
     "not a rate": (
         None,
         {"LEARNING_RATE": "0,1"},
-        "error: LEARNING_RATE=0,1 is not a number, with a decimal point. FIX: ",
+        "error: LEARNING_RATE=0,1 is not a number, with a decimal point. FIX: LEARNING_RATE=1e-4 ",
     ),
     "unknown schedule": (None, {"SCHEDULE": "cosine"}, "error: SCHEDULE=cosine is not linear or constant. FIX: "),
     "a repository as MODEL": (
@@ -371,6 +371,11 @@ ERRORS = {
         None,
         {"MODEL": "tiny-gemma-3-4bit", "FINE_TUNE_TYPE": "full"},
         "error: tiny-gemma-3-4bit is quantised, and FINE_TUNE_TYPE=full trains whole weights. FIX: ",
+    ),
+    "a path as MODEL": (
+        None,
+        {"MODEL": "models/base/tiny-gemma-3"},
+        "error: MODEL=models/base/tiny-gemma-3 is a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh",
     ),
     "a path as VERSION": (
         None,
@@ -412,16 +417,28 @@ def test_without_the_virtual_environment(project, train, tmp_path):
     assert last_error(result).startswith("error: python3 is Python 3.9.6, and 3.11 or newer is needed. FIX: ")
 
 
-def test_wrong_usage(project, train):
-    result = train("--iters", "7")
-    assert result.returncode == 2
-    assert last_error(result).startswith("error: --iters is a setting of fine_tune.sh. FIX: ")
-    result = train("--no-such-flag")
-    assert result.returncode == 2
-    assert last_error(result).startswith("error: mlx_lm.lora does not take the arguments '--no-such-flag'. FIX: ")
+def test_wrong_usage(train):
+    for argument, expected in [
+        ("--iters", "error: --iters is not an argument of fine_tune.sh, or is a setting at its top. FIX: ITERS=60 "),
+        ("--iter", "error: --iter is not an argument of fine_tune.sh, or is a setting at its top. FIX: ITERS=60 "),
+        ("--no-such-flag", "error: --no-such-flag is not an argument of fine_tune.sh, "),
+        ("ITERS=7", "error: ITERS=7 stands behind the command. FIX: ITERS=7 ./fine_tune.sh"),
+    ]:
+        result = train(argument)
+        assert result.returncode == 2
+        assert last_error(result).startswith(expected)
 
 
-def test_help_shows_purpose_and_settings(project, train):
+def test_arguments_go_through_to_mlx_lm(project, train):
+    result = train("--project-name", "mine")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((project / ADAPTER / "adapter_config.json").read_text())["project_name"] == "mine"
+    assert "arguments: --project-name mine" in (project / ADAPTER / "lora_config.yaml").read_text()
+
+
+def test_help_shows_purpose_and_settings(train):
     result = train("--help")
     assert result.returncode == 0
-    assert result.stdout.startswith("Train a LoRA adapter") and "LEARNING_RATE=" in result.stdout
+    assert result.stdout.startswith("Train a LoRA adapter")
+    assert "LEARNING_RATE=${LEARNING_RATE:-1e-4} " in result.stdout and "RESUME=${RESUME:-0} " in result.stdout
+    assert "set -euo" not in result.stdout

@@ -267,14 +267,24 @@ def test_a_read_only_folder(project, fuse, mounted):
 
 def test_wrong_usage(fuse):
     for arguments, expected in [
-        (["--no-such-flag"], "error: mlx_lm.fuse does not take the arguments '--no-such-flag'. FIX: "),
-        (["--save-path", "x"], "error: --save-path is a setting of fuse.sh. FIX: "),
+        (
+            ["--no-such-flag"],
+            "error: --no-such-flag is not an argument of fuse.sh, or is a setting at its top. FIX: FUSED_BITS=8 ",
+        ),
+        (["--save-path", "x"], "error: --save-path is not an argument of fuse.sh, or is a setting at its top. FIX: "),
         (["--upload-repo"], "error: --upload-repo names no repository. FIX: "),
         (["--export-gguf"], "error: GGUF export needs whole weights. FIX: FUSED_BITS=16 ./fuse.sh --export-gguf"),
     ]:
         result = fuse(*arguments)
         assert result.returncode == 2
         assert last_error(result).startswith(expected)
+
+
+def test_help_shows_purpose_and_settings(fuse):
+    result = fuse("--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("Fuse the adapter") and "FUSED_BITS=${FUSED_BITS:-auto} " in result.stdout
+    assert "set -euo" not in result.stdout
 
 
 def test_upload_asks_first_on_a_terminal_and_no_is_no(project, run):

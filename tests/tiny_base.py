@@ -3,7 +3,7 @@
     python tests/tiny_base.py             # models/base/tiny-gemma-3
     python tests/tiny_base.py --bits 4    # also models/base/tiny-gemma-3-4bit
 
-It has the architecture, the chat template and the files of Gemma 3, about 300,000 seeded random weights, and a BPE
+It has the architecture, the chat template and the files of Gemma 3, 420,000 seeded random weights, and a BPE
 tokenizer trained on data/raw/messages_v1.json. It knows no language: it is for trying the steps, not for chatting.
 An existing model is replaced. Exit codes: 0 done, 2 wrong usage.
 """

@@ -59,7 +59,7 @@ def settings():
     add("--min-context", type=int, default=1, help="messages that a reply needs before it; 0 none")
     add("--min-chars", type=int, default=2, help="characters of the shortest reply")
     add("--max-chars", type=int, default=1000, help="characters of the longest reply")
-    add("--stock-share", type=float, default=0.02, help="of the rows, that one reply may be; 5 rows it always may")
+    add("--stock-share", type=float, default=0.02, help="share of the rows for one and the same reply; 5 rows always")
     add("--remove-emoji", action="store_true", help="remove emoji from all messages")
     add("--max-context-chars", type=int, default=300, help="characters of a context message; the rest becomes '…'")
     add("--max-seq-length", type=int, default=env("MAX_SEQ_LENGTH", 1024), help="tokens of a row, as in fine_tune.sh")
@@ -72,7 +72,8 @@ def settings():
     for name, value in vars(s).items():
         least = 0 if name in ("min_context", "min_chars", "seed") else 1
         if (type(value) is int and not least <= value < 2**32) or (type(value) is float and not 0 < value < 1):
-            parser.error(f"--{name.replace('_', '-')} is {value}, which is too little or too much")
+            allowed = f"{least} or more" if type(value) is int else "between 0 and 1"
+            parser.error(f"--{name.replace('_', '-')} is {value}, not {allowed}")
     s.prompt, s.question_prompt = s.prompt.replace("\\n", "\n"), s.question_prompt.replace("\\n", "\n")
     if "{context}" not in s.prompt or "{context}" not in s.question_prompt:
         parser.error("--prompt or --question-prompt does not say where {context} goes")
@@ -184,7 +185,7 @@ def read_entries(path):
         fix = f"mend it or export again; with one entry a line, mv '{path}' '{path.with_suffix('.jsonl')}'"
         fail(f"{path} is not JSON: {what}, line {line}, column {column}", fix)
     except OSError as e:
-        fail(f"{path} cannot be read: {e.strerror}", f"ls -l {path}, and mend its rights")
+        fail(f"{path} cannot be read: {e.strerror}", f"ls -l {path}, and mend its permissions")
     if not isinstance(entries, list):
         fail(f"{path} holds {json.dumps(entries)[:60]}, not a list", "write [ENTRY, ENTRY, …], see README.md")
     for number, entry in enumerate(tqdm(entries, "reading", delay=1, leave=False, disable=None)):
@@ -202,8 +203,9 @@ def read_rows(path, s, dropped):
     def get(key, *types):
         value = entry.get(key)
         if not isinstance(value, types) or (isinstance(value, list) and set(map(type, value)) - {str}):
-            what = f'"{key}" is {json.dumps(value)[:60]} in {json.dumps(entry)[:100]}'
-            fail(f"{path}, entry or line {number}: {what}", "mend or remove it, see README.md")
+            what = f'"{key}" is {json.dumps(value)[:60]}' if key in entry else f'there is no "{key}"'
+            fix = 'mend or remove it; an entry is a text, or has "message", or "prompt" and "completion" (README.md)'
+            fail(f"{path}, entry or line {number}: {what} in {json.dumps(entry)[:100]}", fix)
         return value
 
     for number, entry in read_entries(path):
@@ -279,7 +281,7 @@ def split(rows, s, dropped):
 def drop_copies(train, valid, dropped):
     """Return valid without the rows that share text with train after all: the chat is out of order, or there twice."""
     longest = max((len(row.window) for row in train + valid), default=0)
-    size = max(1, min(3, (longest - 1) // 2))  # messages on end: three, but fewer of short windows
+    size = max(2, min(3, (longest - 1) // 2))  # messages on end: three, or two of short windows
     runs = [set(zip(*(row.window[i:] for i in range(size)), strict=False)) for row in valid]
     telling = {run for some in runs for run in some if len(set("".join(run))) >= 12}  # not "LULW", "gg", "LULW"
     counts = Counter()
@@ -379,7 +381,10 @@ def main():
     for name in s.version, s.model:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             last = name.rstrip("/").split("/")[-1]
-            fix = f"set MODEL={last} or VERSION={last}; hf download {name} --local-dir models/base/{last}"
+            last = re.sub(r"^messages_|[.]jsonl?$", "", last) if name == s.version else last
+            fix = f"{'VERSION' if name == s.version else 'MODEL'}={last or 'v1'} python build_train.py"
+            if name == s.model and name.count("/") == 1:
+                fix += f", after hf download {name} --local-dir models/base/{last}"
             fail(f"MODEL or VERSION is {name!a}, not a name alone", fix)
     os.chdir(Path(__file__).resolve().parent)
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
@@ -405,7 +410,10 @@ def main():
     dropped.sort(key=lambda item: item[0].number)
     print_table(s, dropped)
     if not train or not valid:
-        fail(f"{raw}: {len(rows)} rows are left, too few to split", "use a longer chat, or --off 'RULE' of the table")
+        fix = "use a longer chat, or --off 'RULE' of the table"
+        if s.only_author and not rows:
+            fix = f"--only-author with one of {sorted({row.author for row, _ in dropped})[:20]}"
+        fail(f"{raw}: {len(rows)} rows are left, too few to split (it takes about 30)", fix)
     places = {place for row in valid for place in range(row.start, row.end + 1)}
     leaks = sum(not places.isdisjoint(range(row.start, row.end + 1)) for row in train)
     print(f"\nsplit      {len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped")
@@ -418,6 +426,8 @@ def main():
         padded = sum(size * (1 + 32 * -(-max(batch) // 32)) for batch in batches)  # as mlx-lm pads a batch
         more, mean = padded / max(1, sum(map(sum, batches))) - 1, sum(tokens) / len(tokens)
         print(f"{name:6} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}, padding {more:.1%} more")
+    if not base.is_dir():
+        print(f"warning: these tokens are an estimate, because {base} is not there", file=sys.stderr)
     epoch = len(train) // s.batch_size
     print(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; three: ITERS={3 * epoch} ./fine_tune.sh")
     reasons = ({"entry": row.number, "rule": rule, "message": row.window[-1]} for row, rule in dropped)

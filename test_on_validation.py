@@ -51,7 +51,9 @@ INKS = {"reference": "#010101", "base": "#020202", "adapter": "#030303", "fused"
 
 # ---- settings: edit a default here, or give the flag for a single run ------------------------------------------------
 def settings():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python test_on_validation.py --help\n")
     add, env, cpu = parser.add_argument, os.environ.get, mx.default_device() == mx.cpu
     add("--version", default=env("VERSION", "v1"), help="which data: data/for_train/VERSION")
@@ -62,7 +64,7 @@ def settings():
     add("--temperature", type=float, default=0.8, help="0 always the likeliest word, 1 as the model would, up to 2")
     add("--max-tokens", type=int, default=60, help="tokens of the longest reply, 1 or more")
     add("--seed", type=int, default=0, help="same seed: same rows, and on the same machine the same replies")
-    add("--reply-batch", type=int, default=1 if cpu else 8, help="replies written at a time: 8 pay on a GPU")
+    add("--reply-batch", type=int, default=1 if cpu else 8, help="replies written at a time; 8 are faster on a GPU")
     add("--batch-tokens", type=int, default=2048, help="tokens read at a time; lower it if memory runs out")
     # ---- end of the settings -----------------------------------------------------------------------------------------
     args = parser.parse_args()
@@ -125,6 +127,8 @@ def find_models(args, valid):
         "adapter": (base, adapter, f"{run} ./fine_tune.sh, or test the base model alone: --models base"),
         "fused": (fused, None, f"{run} ./fuse.sh"),
     }
+    if "adapter" in asked and not base.is_dir():
+        fail(f"models/base/{args.model} is not there", models["base"][2])
     models = {m: load(*models[m]) for m in models if m in asked}
     trained, weights, source = adapter / "lora_config.yaml", adapter / "adapters.safetensors", fused / "fused_from.json"
     rows = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout.strip()
@@ -302,7 +306,8 @@ def learning_curve(axes, adapter):
     losses = pd.read_csv(adapter / "losses.csv", index_col="iteration")
     axes.plot(losses["train_loss"].dropna(), color=INKS["reference"], label="training")
     axes.plot(losses["val_loss"].dropna(), ".-", color=INKS["adapter"], label="validation")
-    kept = losses["val_loss"].loc[2:].idxmin()  # at iteration 1 nothing was learned yet
+    scored = losses["val_loss"].dropna()
+    kept = (scored if len(scored) == 1 else scored.loc[2:]).idxmin()  # at iteration 1 nothing was learned yet
     axes.axvline(kept, color=INKS["adapter"], linestyle=":", label=f"kept: iteration {kept}")
     axes.set(xlabel="iteration", ylabel="loss, as training counts it")
 
@@ -313,50 +318,6 @@ def length_histogram(axes, texts):
     lengths = lengths.clip(upper=max(10, lengths.quantile(0.95).max()))
     axes.hist([lengths[m].dropna() for m in lengths], 12, color=[INKS[m] for m in lengths], label=list(lengths))
     axes.set(xlabel="characters (the last bars: and more)", ylabel="replies")
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ settings.version }} · {{ settings.model }}</title>
-<style>
-:root { color-scheme: light dark; --paper: light-dark(#fbfaf8, #191a1c); --line: light-dark(#e4e1dc, #36383c);
-  --ink: light-dark(#2a2926, #e6e4e0); --reference: light-dark(#7d786f, #a8a49c); --base: light-dark(#a3562f, #e0925f);
-  --adapter: light-dark(#2f6db0, #7fb2ea); --fused: light-dark(#237353, #6fc7a0); --good: var(--fused);
-  --mixed: light-dark(#a87a12, #e0b550); --bad: light-dark(#b3382c, #ee8072) }
-body { margin: 0 auto; padding: 2rem 1rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-h1 { padding-left: 1rem; border-left: .3rem solid var(--{{ kind }}); font: 500 1.8rem/1.25 ui-serif, Georgia, serif }
-.note { color: var(--reference); font-size: .875rem }
-.warning { padding: .5rem .75rem; border: 1px solid var(--mixed); border-radius: .4rem }
-section, dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
-svg { width: 100%; max-width: 32rem; height: auto; fill: currentColor }
-table { display: block; overflow-x: auto; overflow-wrap: normal; border-collapse: collapse; font-size: min(3vw, 1rem) }
-th, td { padding: .4em .7em; border: solid var(--line); border-width: 0 0 1px; text-align: right; font-weight: 400 }
-tbody th { padding-left: 0; text-align: left } p, dd, td { unicode-bidi: isolate }
-dl { grid-template-columns: repeat(auto-fit, minmax(min(12rem, 100%), 1fr)); overflow: hidden; padding: 1rem;
-  border: 1px solid var(--line); border-radius: .5rem }
-dt { font-weight: 600; font-size: .875rem } dd { margin: 0; white-space: pre-wrap } .prompt { grid-column: 1 / -1 }
-</style>
-<p class="note">{{ settings.version }} · {{ settings.model }} · temperature {{ settings.temperature }}</p>
-<h1>{{ verdict }}</h1>
-{% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
-<section>{% for plot in plots %}{{ plot | safe }}{% endfor %}</section>
-{{ table | safe }}
-<p class="note">Loss in nats per completion token, lower is better. Gain: over the base. Error: standard error of the
-gain. Kept: how much of the gain the fused model has. Perplexity: among how many equally likely words the model would
-have to guess. Length in characters. Questions, distinct, copied (word for word from the context): shares of all.</p>
-{% for card in cards %}
-<dl>
-{% for name, text in card.items() %}
-<div class="{{ name }}"><dt style="color: var(--{{ name }})">{{ name }}</dt><dd>{{ text }}</dd></div>
-{% endfor %}
-</dl>
-{% endfor %}
-"""
 
 
 def report(facts, table, texts, adapter):
@@ -419,6 +380,8 @@ def main():
     texts = pd.DataFrame(dict(rows[["prompt", "reference"]]) | replies).loc[asked].map(visible, na_action="ignore")
     counts = (rows["tokens"].map(len) - rows["ask"].map(len)).to_numpy()
     table = figures(texts, losses, counts)
+    if any("another adapter" in warning for warning in warnings):
+        table = table.drop(columns="kept", errors="ignore")  # the fuse is not to blame for the difference
     facts = dict(zip(("kind", "verdict"), verdict(table), strict=True)) | {"warnings": warnings, "settings": vars(args)}
     facts |= {"rows": len(rows), "tokens": int(counts.sum())} | json.loads(table.to_json())
     facts["versions"] = {"python": sys.version.split()[0], "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
@@ -428,10 +391,55 @@ def main():
     return code
 
 
+# ---- the page, a template of jinja2 ----------------------------------------------------------------------------------
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ settings.version }} · {{ settings.model }}</title>
+<style>
+:root { color-scheme: light dark; --paper: light-dark(#fbfaf8, #191a1c); --line: light-dark(#e4e1dc, #36383c);
+  --ink: light-dark(#2a2926, #e6e4e0); --reference: light-dark(#7d786f, #a8a49c); --base: light-dark(#a3562f, #e0925f);
+  --adapter: light-dark(#2f6db0, #7fb2ea); --fused: light-dark(#237353, #6fc7a0); --good: var(--fused);
+  --mixed: light-dark(#a87a12, #e0b550); --bad: light-dark(#b3382c, #ee8072) }
+body { margin: 0 auto; padding: 2rem 1rem; max-width: 62rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+h1 { padding-left: 1rem; border-left: .3rem solid var(--{{ kind }}); font: 500 1.8rem/1.25 ui-serif, Georgia, serif }
+.note { color: var(--reference); font-size: .875rem }
+.warning { padding: .5rem .75rem; border: 1px solid var(--mixed); border-radius: .4rem }
+section, dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+svg { width: 100%; max-width: 32rem; height: auto; fill: currentColor }
+table { display: block; overflow-x: auto; overflow-wrap: normal; border-collapse: collapse; font-size: min(3vw, 1rem) }
+th, td { padding: .4em .7em; border: solid var(--line); border-width: 0 0 1px; text-align: right; font-weight: 400 }
+tbody th { padding-left: 0; text-align: left } p, dd, td { unicode-bidi: isolate }
+dl { grid-template-columns: repeat(auto-fit, minmax(min(12rem, 100%), 1fr)); overflow: hidden; padding: 1rem;
+  border: 1px solid var(--line); border-radius: .5rem }
+dt { font-weight: 600; font-size: .875rem } dd { margin: 0; white-space: pre-wrap } .prompt { grid-column: 1 / -1 }
+</style>
+<p class="note">{{ settings.version }} · {{ settings.model }} · temperature {{ settings.temperature }}</p>
+<h1>{{ verdict }}</h1>
+{% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
+<section>{% for plot in plots %}{{ plot | safe }}{% endfor %}</section>
+{{ table | safe }}
+<p class="note">Loss in nats per completion token, lower is better. Gain: over the base. Error: standard error of the
+gain. Kept: how much of the gain the fused model has. Perplexity: among how many equally likely words the model would
+have to guess. Length in characters. Questions, distinct, copied (word for word from the context): shares of all.</p>
+{% for card in cards %}
+<dl>
+{% for name, text in card.items() %}
+<div class="{{ name }}"><dt style="color: var(--{{ name }})">{{ name }}</dt><dd>{{ text }}</dd></div>
+{% endfor %}
+</dl>
+{% endfor %}
+"""
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
-        fail(f"{e.filename}: {e.strerror}", "make room, or mend the rights of the folder")
+        fail(f"{e.filename}: {e.strerror}", "make room, or mend the permissions of the folder")

@@ -102,7 +102,8 @@ if [ -d "$ADAPTER.old" ]; then              # the last run was cut off between t
   rm -rf "$ADAPTER.old"
 fi
 
-python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$EMBEDDINGS" "$NUM_LAYERS" <<'PYTHON'
+look() {  # at the base model and the data; prints what they are, and to descriptor 3 the matrices to adapt
+  python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$EMBEDDINGS" "$NUM_LAYERS" <<'PYTHON'
 import json, os, re, shutil, sys
 from safetensors import SafetensorError, safe_open
 
@@ -147,38 +148,31 @@ for name in ("train", "valid"):
     if number < batch:
         fail(f"{name}.jsonl has {number} rows, fewer than BATCH_SIZE={batch}", f"BATCH_SIZE={number} ./fine_tune.sh")
 
-size = 0  # of a checkpoint: for each trained matrix RANK x (inputs + outputs) numbers of 4 bytes, or all of it (full)
+matrices, size = set(), 0  # a checkpoint holds RANK x (inputs + outputs) numbers of 4 bytes a matrix, or all of it (full)
 for name, shape in shapes.items():
-    layer = re.search(r"layers\.(\d+)\..*\.weight$", name)
-    trained = int(layer[1]) >= (0 if layers < 0 else depth - layers) if layer else embeddings and "embed_tokens.w" in name
-    if trained and len(shape) > 1:
-        scales = shapes.get(name.replace(".weight", ".scales"))  # a quantised matrix is packed, its scales tell the width
-        inputs = scales[-1] * config["quantization"]["group_size"] if scales else shape[-1]
-        size += 4 * (shape[-2] * inputs if kind == "full" else rank * (shape[-2] + inputs))
+    found = re.search(r"(?:layers\.(\d+)\.(.+)|^(.*embed_tokens))\.weight$", name)
+    if found and len(shape) > 1 and (embeddings or not found[3]):
+        matrices.add(found[2] or found[3])
+        if found[3] or int(found[1]) >= (0 if layers < 0 else depth - layers):
+            scales = shapes.get(name.replace(".weight", ".scales"))  # a quantised matrix is packed, its scales tell the width
+            inputs = scales[-1] * config["quantization"]["group_size"] if scales else shape[-1]
+            size += 4 * (shape[-2] * inputs if kind == "full" else rank * (shape[-2] + inputs))
 need, free = size * (iters // every + 3), shutil.disk_usage(os.path.dirname(base)).free
 if need > free:
     fail(f"the checkpoints need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of disk are free", "make room, or raise EVAL_EVERY")
 print(f"base model  {model}: {depth} layers, training {'all' if layers < 0 else layers}")
 print(f"data        {version}: {rows['train']} rows to train on, {rows['valid']} to validate on")
 print(f"run         {iters} batches of {batch} = {iters * batch / rows['train']:.1f} epochs; {size / 1e6:.3g} MB a checkpoint")
+print(", ".join(sorted(matrices)), file=open(3, "w"))
 PYTHON
+}
+{ MATRICES=$(look 3>&1 >&4); } 4>&1         # the summary goes on to the terminal, the names into the variable
 echo "settings    LEARNING_RATE=$LEARNING_RATE SCHEDULE=$SCHEDULE WARMUP=$WARMUP RANK=$RANK SCALE=$SCALE EMBEDDINGS=$EMBEDDINGS"
 echo "            DROPOUT=$DROPOUT MASK_PROMPT=$MASK_PROMPT MAX_SEQ_LENGTH=$MAX_SEQ_LENGTH OPTIMIZER=$OPTIMIZER EVAL_EVERY=$EVAL_EVERY PATIENCE=$PATIENCE SEED=$SEED"
 
 # ---- the settings as mlx_lm.lora reads them ------------------------------------------------------------------------
-KEYS=""
-if [ "$EMBEDDINGS" = 1 ]; then              # mlx-lm adapts all matrices of the layers, or those that are named
-  KEYS=$(python3 -c 'import glob, re, sys
-from safetensors import safe_open
-keys = set()
-for shard in glob.glob(glob.escape(sys.argv[1]) + "/model*.safetensors"):
-    with safe_open(shard, "numpy") as file:
-        for name in file.keys():
-            found = re.search(r"(?:layers\.\d+\.(.+)|^(.*embed_tokens))\.weight$", name)
-            if found and len(file.get_slice(name).get_shape()) > 1:
-                keys.add(found[1] or found[2])
-print(", keys: [" + ", ".join(sorted(keys)) + "]")' "$BASE")
-fi
+KEYS=""                                     # mlx-lm adapts all matrices of the layers, or those that are named
+if [ "$EMBEDDINGS" = 1 ]; then KEYS=", keys: [$MATRICES]"; fi
 config() {  # of a run of which $1 batches are done already: the rest of the schedule
   cat <<YAML
 # Written by fine_tune.sh: how this adapter was made.

@@ -103,13 +103,16 @@ def defuse(text):
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
-def load(folder, adapter, fix):
-    """Return (model, tokenizer) or fail. Lazy: all files are checked, but weights are not read before they are used."""
-    for path in (folder, adapter or folder):
+def load(*parts):
+    """Return (model, tokenizer) or fail. parts: (folder, fix) of the model and perhaps of its adapter.
+
+    Lazy: all files are checked, but weights are not read before they are used.
+    """
+    for path, fix in parts:
         if not path.is_dir():
             fail(f"{path.relative_to(ROOT)} is not there", fix)
     try:
-        return mlx_lm.load(str(folder), adapter_path=adapter and str(adapter), lazy=True)
+        return mlx_lm.load(str(parts[0][0]), adapter_path=str(path) if len(parts) == 2 else None, lazy=True)
     except Exception as e:  # whatever is wrong with the files
         fail(f"{path.relative_to(ROOT)} does not load: {visible(' '.join(str(e).split()), 200)}", fix)
 
@@ -122,14 +125,10 @@ def find_models(args, valid):
     if len(asked) == 3 and not fused.exists():
         asked.remove("fused")
         warnings.append(f"there is no fused model to test; to make it: {run} ./fuse.sh")
-    models = {
-        "base": (base, None, f"hf download mlx-community/{args.model} --local-dir models/base/{args.model}"),
-        "adapter": (base, adapter, f"{run} ./fine_tune.sh, or test the base model alone: --models base"),
-        "fused": (fused, None, f"{run} ./fuse.sh"),
-    }
-    if "adapter" in asked and not base.is_dir():
-        fail(f"models/base/{args.model} is not there", models["base"][2])
-    models = {m: load(*models[m]) for m in models if m in asked}
+    base = base, f"hf download mlx-community/{args.model} --local-dir models/base/{args.model}"
+    tuned = adapter, f"{run} ./fine_tune.sh, or test the base model alone: --models base"
+    parts = {"base": [base], "adapter": [base, tuned], "fused": [(fused, f"{run} ./fuse.sh")]}
+    models = {m: load(*parts[m]) for m in parts if m in asked}
     trained, weights, source = adapter / "lora_config.yaml", adapter / "adapters.safetensors", fused / "fused_from.json"
     rows = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout.strip()
     if "adapter" in models and trained.exists() and rows not in trained.read_bytes():
@@ -305,8 +304,8 @@ def learning_curve(axes, adapter):
     """Plot losses.csv, with the checkpoint of the lowest validation loss, which is adapters.safetensors."""
     losses = pd.read_csv(adapter / "losses.csv", index_col="iteration")
     axes.plot(losses["train_loss"].dropna(), color=INKS["reference"], label="training")
-    axes.plot(losses["val_loss"].dropna(), ".-", color=INKS["adapter"], label="validation")
     scored = losses["val_loss"].dropna()
+    axes.plot(scored, ".-", color=INKS["adapter"], label="validation")
     kept = (scored if len(scored) == 1 else scored.loc[2:]).idxmin()  # at iteration 1 nothing was learned yet
     axes.axvline(kept, color=INKS["adapter"], linestyle=":", label=f"kept: iteration {kept}")
     axes.set(xlabel="iteration", ylabel="loss, as training counts it")

@@ -12,6 +12,22 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = ["build_train.py", "fine_tune.sh", "fuse.sh", "test_on_validation.py"]
 
 
+def contents(folder):
+    """Return {path: bytes} of every file below `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def last_error(result):
+    """Return the last line on stderr of a finished run that must not have shown a traceback."""
+    assert "Traceback" not in result.stdout + result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def cut_off(path):
+    """Take the last 1,000 bytes off a file, as a download that broke off does."""
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory):
     """A project folder with the scripts, the sample and both tiny bases; its name holds a space, as a Mac's may."""

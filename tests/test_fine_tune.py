@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import contents, cut_off, last_error
 from mlx_lm.tuner.utils import build_schedule
 
 ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3"
@@ -44,16 +45,6 @@ def project(project):
 @pytest.fixture
 def train(project, run):
     return lambda *args, **env: run(project, "fine_tune.sh", *args, env=FAST | env)
-
-
-def contents(folder):
-    """Return {path: bytes} of every file below `folder`."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def last_error(result):
-    assert "Traceback" not in result.stdout + result.stderr
-    return result.stderr.strip().splitlines()[-1]
 
 
 def put_older_adapter(project):
@@ -299,10 +290,6 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(project, run):
 
 
 # ---- the errors of a beginner --------------------------------------------------------------------------------------
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
 ERRORS = {
     "no base model": (
         lambda p: shutil.rmtree(p / "models/base/tiny-gemma-3"),

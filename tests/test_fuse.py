@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import contents, cut_off, last_error
 
 CHAT = [
     ("ciao raga come va", "tutto bene bro, tu?"),
@@ -63,19 +64,10 @@ def fused(project, model="tiny-gemma-3-2bit"):
     return project / f"models/fused/fused-v1_{model}"
 
 
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def put_older_model(project):
     fused(project).mkdir()
     (fused(project) / "model.safetensors").write_bytes(b"older")
     return contents(fused(project))
-
-
-def last_error(result):
-    assert "Traceback" not in result.stdout + result.stderr
-    return result.stderr.strip().splitlines()[-1]
 
 
 def kept(project, run, model="tiny-gemma-3-2bit"):
@@ -164,11 +156,6 @@ def change_adapter(project, change):
     mx.save_safetensors(path, change(weights))
 
 
-def cut_off(project, path):
-    path = project / path
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
 ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3-2bit"
 ERRORS = {
     "no base model": (
@@ -177,7 +164,7 @@ ERRORS = {
         "error: there is no base model in models/base/tiny-gemma-3-2bit. FIX: hf download mlx-comm",
     ),
     "a base model cut off": (
-        lambda p: cut_off(p, "models/base/tiny-gemma-3-2bit/model.safetensors"),
+        lambda p: cut_off(p / "models/base/tiny-gemma-3-2bit/model.safetensors"),
         {},
         "error: the base model in models/base/tiny-gemma-3-2bit is not complete: ",
     ),
@@ -187,7 +174,7 @@ ERRORS = {
         f"error: {ADAPTER}/adapters.safetensors is missing. FIX: VERSION=v1 MODEL=tiny-gemma-3-2bit ./fine_tune.sh",
     ),
     "an adapter cut off": (
-        lambda p: cut_off(p, f"{ADAPTER}/adapters.safetensors"),
+        lambda p: cut_off(p / f"{ADAPTER}/adapters.safetensors"),
         {},
         "error: the adapter does not open: ",
     ),

@@ -73,7 +73,7 @@ if [ -d "$FUSED.old" ]; then                # the last run was cut off between t
   rm -rf "$FUSED.old"
 fi
 rm -rf "$PARTIAL"
-mkdir "$PARTIAL" || fail "models/fused cannot be written to" "chmod u+w models/fused, or make room on the disk"
+mkdir -p "$PARTIAL" || fail "models/fused cannot be written to" "chmod u+w models/fused, or make room on the disk"
 trap 'rm -rf "$PARTIAL"' EXIT
 trap 'echo >&2; echo "interrupted: the previous fused model is as it was" >&2; exit 130' INT
 

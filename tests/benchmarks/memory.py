@@ -37,13 +37,14 @@ SHAPES = {
     "12B": (48, 3840, 15360, 16, 8, 256, 1024, 256),
     "27B": (62, 5376, 21504, 32, 16, 128, 1024, 168),
 }
-SETTINGS = [  # batch size, tokens of a row, layers (-1 all), gradient checkpointing
-    (1, 256, -1, 0), (1, 512, -1, 0), (1, 1024, -1, 0), (4, 256, -1, 0), (4, 512, -1, 0), (4, 1024, -1, 0),
-    (1, 512, 16, 0), (1, 1024, 16, 0), (4, 512, 16, 0), (4, 1024, 16, 0), (1, 512, 8, 0), (4, 512, 8, 0),
-    (1, 256, -1, 1), (1, 512, -1, 1), (1, 1024, -1, 1), (4, 256, -1, 1), (4, 512, -1, 1), (4, 1024, -1, 1),
-    (1, 512, 16, 1), (1, 1024, 16, 1), (1, 512, 8, 1),
+NAMES = ("batch", "tokens", "layers", "checkpointing", "rank", "embeddings")  # layers: -1 is all
+SETTINGS = [  # the defaults first
+    (2, 512, -1, 0, 32, 1), (2, 512, -1, 1, 32, 1), (1, 512, -1, 0, 32, 1), (1, 512, -1, 1, 32, 1),
+    (1, 512, -1, 1, 8, 1), (1, 256, -1, 0, 32, 1), (1, 512, 16, 0, 32, 0), (2, 256, -1, 0, 32, 1),
+    (1, 1024, -1, 1, 32, 1), (2, 512, -1, 0, 32, 0), (1, 512, 8, 0, 32, 0), (2, 1024, -1, 1, 32, 1),
+    (4, 512, -1, 1, 32, 1), (4, 512, -1, 0, 32, 1), (2, 1024, -1, 0, 32, 1),
 ]  # fmt: skip
-LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+SCALE = 20.0
 MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {"model_type": "gemma3_text", "vocab_size": 262144, "sliding_window_pattern": 6, "tie_word_embeddings": True,
           "quantization": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}  # fmt: skip
@@ -62,7 +63,7 @@ def build(shape, bits=4, group_size=64):
     return model
 
 
-def measure_training(model, batch, tokens, layers, checkpointing, keys=None, iters=3):
+def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddings, iters=3):
     """Return the peak memory (bytes) and the seconds of the last of `iters` iterations, or None if out of memory."""
     plain = gemma3_text.TransformerBlock.__call__
     rng = np.random.default_rng(0)
@@ -78,7 +79,8 @@ def measure_training(model, batch, tokens, layers, checkpointing, keys=None, ite
 
     model.freeze()
     plain_embeddings = model.model.embed_tokens
-    linear_to_lora_layers(model, layers, LORA | ({"keys": keys} if keys else {}))
+    keys = {"keys": [*MATRICES, "model.embed_tokens"]} if embeddings else {}
+    linear_to_lora_layers(model, layers, {"rank": rank, "scale": SCALE, "dropout": 0.0} | keys)
     mx.eval(model.trainable_parameters())
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -88,7 +90,8 @@ def measure_training(model, batch, tokens, layers, checkpointing, keys=None, ite
                 batch_size=batch, iters=iters, steps_per_report=1, steps_per_save=iters + 1, max_seq_length=tokens,
                 adapter_file=f"{folder}/adapters.safetensors", grad_checkpoint=bool(checkpointing),
             )  # fmt: skip
-            train(model, optim.Adam(learning_rate=1e-4), rows, args=settings, training_callback=Callback())
+            adam = optim.Adam(learning_rate=1e-4, bias_correction=True)
+            train(model, adam, rows, args=settings, training_callback=Callback())
         return mx.get_peak_memory(), clock[-1]
     except (RuntimeError, MemoryError) as error:
         print(f"{type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
@@ -140,10 +143,11 @@ def measure_fusing(shape, tokenizer, folder, out):
     (base / "config.json").write_text(json.dumps(config))
     model = build(shape)
     mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    linear_to_lora_layers(model, -1, LORA)
+    settings = {"rank": 32, "scale": SCALE, "dropout": 0.0, "keys": [*MATRICES, "model.embed_tokens"]}
+    linear_to_lora_layers(model, -1, settings)
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
-    lora = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": LORA}
+    lora = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
     (adapter / "adapter_config.json").write_text(json.dumps(lora))
     mx.save_safetensors(str(adapter / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     del model
@@ -156,8 +160,8 @@ def measure_fusing(shape, tokenizer, folder, out):
         ("16 to 8", eight, "convert", "--hf-path", exact, "--mlx-path", eight, "-q", "--q-bits", 8),
     ):
         peak, seconds = peak_of(*command)
-        write(out, shape=shape, what=what, batch="", tokens="", layers="", checkpointing="",
-              peak_gb=gigabytes(peak), seconds=f"{seconds:.1f}", disk_gb=gigabytes(result))  # fmt: skip
+        line = dict.fromkeys(NAMES, "") | {"peak_gb": gigabytes(peak), "seconds": f"{seconds:.1f}"}
+        write(out, shape=shape, what=what, **line, disk_gb=gigabytes(result))
         shutil.rmtree(plain, ignore_errors=True)
     for path in base, adapter, exact, eight:
         shutil.rmtree(path, ignore_errors=True)
@@ -169,11 +173,9 @@ def main():
     parser.add_argument("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this model")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the models that are fused: 4 to 70 GB")
     parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="numbers of settings")
-    parser.add_argument("--embeddings", action="store_true", help="adapt the embeddings as well")
     parser.add_argument("--out", type=Path, default=Path("memory.tsv"))
     s = parser.parse_args()
     print(mx.device_info(), flush=True)
-    keys = [*MATRICES, "model.embed_tokens"] if s.embeddings else None
     for shape in s.shapes:
         if s.fuse:
             measure_fusing(shape, s.fuse, s.folder, s.out)
@@ -182,13 +184,10 @@ def main():
         model = build(shape)
         weights = mx.get_active_memory()
         print(f"{shape}: {gigabytes(weights)} GB of weights, made in {time.time() - started:.1f} s", flush=True)
-        what = "train, embeddings" if keys else "train"
-        for batch, tokens, layers, checkpointing in (SETTINGS[i] for i in s.settings):
-            result = measure_training(model, batch, tokens, layers, checkpointing, keys)
-            peak, seconds = result or ("does not fit", 0)
-            write(s.out, shape=shape, what=what, batch=batch, tokens=tokens, layers=layers,
-                  checkpointing=checkpointing, peak_gb=gigabytes(peak), seconds=f"{seconds:.2f}",
-                  disk_gb="")  # fmt: skip
+        for setting in (SETTINGS[i] for i in s.settings):
+            peak, seconds = measure_training(model, *setting) or ("does not fit", 0)
+            line = dict(zip(NAMES, setting, strict=True)) | {"peak_gb": gigabytes(peak), "seconds": f"{seconds:.2f}"}
+            write(s.out, shape=shape, what="train", **line, disk_gb="")
         del model
         mx.clear_cache()
 

@@ -29,15 +29,18 @@ MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 EMBEDDINGS = ["model.embed_tokens"]
 # What fine_tune.sh does. Keys are those of mlx_lm.lora's config; besides: rank, scale, dropout, keys (matrices to
 # adapt; None: all of the layers, no embeddings), schedule (linear or cosine to 0, constant), warmup (updates),
-# bias_correction (of Adam), rows (to train on), checkpoint (best or last), bits (of the fused model), shuffle (rows not
-# ordered by length), context (lines of the prompt that stay; None: all) and rate_times (factor on the learning rate).
+# bias_correction and betas (of Adam; None: mlx's), rows (to train on), epochs (passes over rows that are taken evenly
+# from the file, so that together they are the rows to train on; 0: any rows of the file), checkpoint (best or last),
+# bits (of the fused model), shuffle (rows not ordered by length), context (lines of the prompt that stay; None: all),
+# rate_times (factor on the learning rate).
 DEFAULTS = {
     "learning_rate": 1e-4, "schedule": "linear", "warmup": 10, "optimizer": "adam", "bias_correction": True,
     "fine_tune_type": "lora", "num_layers": -1, "rank": 32, "scale": 20.0, "dropout": 0.0,
     "keys": [*ATTENTION, *MLP, *EMBEDDINGS], "batch_size": 2, "mask_prompt": False, "max_seq_length": 1024,
     "rows": 1200, "checkpoint": "best", "bits": 8, "shuffle": False, "context": None, "rate_times": 1,
+    "betas": None, "epochs": 0,
 }  # fmt: skip
-RATES = (1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
+RATES = (1e-5, 3e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 RECIPES = {
     "defaults": {},
     "mlx-lm's own": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0, "num_layers": 16, "rank": 8,
@@ -49,10 +52,10 @@ RECIPES = {
     **{f"schedule {name}": {"schedule": name} for name in ("linear", "constant", "cosine")},
     **{f"rank {n}": {"rank": n} for n in (4, 8, 16, 32, 64)},
     **{f"rank {n}, rate x {times}": {"rank": n, "rate_times": times}
-       for n, times in ((8, 2), (16, 0.7), (32, 0.5), (64, 0.3), (64, 0.7))},
+       for n, times in ((8, 2), (8, 3), (16, 1.4), (64, 0.5), (64, 0.7))},
     **{f"scale {n}": {"scale": n} for n in (2.0, 5.0, 10.0, 20.0, 40.0)},
     **{f"scale {n}, rate x {times}": {"scale": n, "rate_times": times}
-       for n, times in ((10.0, 2), (5.0, 2), (5.0, 4), (2.0, 5), (2.0, 10), (40.0, 0.5))},
+       for n, times in ((10.0, 2), (10.0, 3), (5.0, 4), (2.0, 10), (40.0, 0.5))},
     **{f"layers {n}": {"num_layers": n} for n in (4, 8, 16, -1)},
     "no embeddings": {"keys": None},
     "attention and embeddings": {"keys": [*ATTENTION, *EMBEDDINGS]},
@@ -63,15 +66,17 @@ RECIPES = {
     **{f"dropout {p}": {"dropout": p} for p in (0.05, 0.1)},
     **{f"batch {n}": {"batch_size": n} for n in (1, 2, 4, 8, 16)},
     **{f"batch {n}, rate x {times}": {"batch_size": n, "rate_times": times}
-       for n, times in ((1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7), (4, 1.4), (8, 2), (16, 2.8))},
+       for n, times in ((1, 0.5), (1, 0.7), (4, 1.4), (4, 2), (8, 2), (16, 2.8))},
     "mask": {"mask_prompt": True},
     "mask, batch 16": {"mask_prompt": True, "batch_size": 16},
     **{f"mask, rate x {times}": {"mask_prompt": True, "rate_times": times} for times in (0.3, 2)},
     "dora": {"fine_tune_type": "dora"},
     "adamw": {"optimizer": "adamw"},
+    **{f"betas 0.9 {b}": {"betas": [0.9, b]} for b in (0.95, 0.99)},
     **{f"muon {rate}": {"optimizer": "muon", "learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
     "shuffled rows": {"shuffle": True},
     **{f"context {n}": {"context": n} for n in (3, 5)},
+    **{f"{n} epochs": {"epochs": n} for n in (1, 2, 4)},
     **{f"{n} rows": {"rows": n} for n in (240, 600, 2400, 4800)},
     "last checkpoint": {"checkpoint": "last"},
 }  # fmt: skip
@@ -102,6 +107,8 @@ def write_data(source, target, recipe, seed):
     target.mkdir()
     for name in "train", "valid":
         rows = read_rows(source / f"{name}.jsonl", recipe["context"])
+        if name == "train" and recipe["epochs"]:
+            rows = rows[:: max(1, len(rows) * recipe["epochs"] // recipe["rows"])]
         if recipe["shuffle"]:
             random.Random(seed).shuffle(rows)
         (target / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -123,6 +130,7 @@ def config(recipe, seed):
     lora = {key: recipe[key] for key in ("rank", "scale", "dropout", "keys") if recipe[key] is not None}
     same = ("fine_tune_type", "num_layers", "optimizer", "batch_size", "mask_prompt", "max_seq_length")
     adam = {"bias_correction": True} if recipe["bias_correction"] else {}
+    adam |= {"betas": recipe["betas"]} if recipe["betas"] else {}
     return {key: recipe[key] for key in same} | {
         "train": True, "seed": seed, "iters": iters, "val_batches": -1 if best else 1,
         "steps_per_eval": iters // 3, "save_every": iters // 3, "lora_parameters": lora,

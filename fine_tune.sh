@@ -17,14 +17,14 @@ MODEL=${MODEL:-gemma-3-text-27b-it-4bit}    # which base model: models/base/MODE
 ITERS=${ITERS:-600}                         # batches to train on; the best checkpoint is kept, so rather too many
 BATCH_SIZE=${BATCH_SIZE:-2}                 # rows in a batch; out of memory: 1
 GRAD_ACCUMULATION=${GRAD_ACCUMULATION:-1}   # batches per update of the weights; 2 with BATCH_SIZE=1 is like 1 with 2
-GRAD_CHECKPOINT=${GRAD_CHECKPOINT:-0}       # 1 takes half the memory or less, and a third more time
+GRAD_CHECKPOINT=${GRAD_CHECKPOINT:-0}       # 1 takes about 0.6 of the memory, and a third more time
 MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-1024}      # tokens in a row, as in build_train.py; out of memory: 512 in both
 NUM_LAYERS=${NUM_LAYERS:--1}                # layers to train, counted from the last; -1 all; out of memory: 16 or 8
 EMBEDDINGS=${EMBEDDINGS:-1}                 # 1 adapts the token embeddings too; 0 where NUM_LAYERS shall save memory
 RANK=${RANK:-32}                            # size of the adapter, 4 to 64; overfitting, or 27B in 32 GB: 8
-SCALE=${SCALE:-20.0}                        # factor on what the adapter adds; NaN or a jumping loss: 10
+SCALE=${SCALE:-10.0}                        # factor on what the adapter adds; NaN or a jumping loss: 5
 DROPOUT=${DROPOUT:-0.0}                     # share of the adapter's input dropped, 0 to 0.2; overfitting: more
-LEARNING_RATE=${LEARNING_RATE:-1e-4}        # largest step of an update; NaN or a jumping loss: a third of it
+LEARNING_RATE=${LEARNING_RATE:-2e-4}        # largest step of an update; NaN or a jumping loss: a third of it
 SCHEDULE=${SCHEDULE:-linear}                # learning rate after the warm-up: linear (to 0 at the end) or constant
 WARMUP=${WARMUP:-10}                        # batches in which the learning rate rises from 0; 0 none
 OPTIMIZER=${OPTIMIZER:-adam}                # adam, adamw, muon, sgd, adafactor
@@ -103,7 +103,7 @@ if [ -d "$ADAPTER.old" ]; then              # the last run was cut off between t
 fi
 
 look() {  # at the base model and the data; prints what they are, and to descriptor 3 the matrices to adapt
-  python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$EMBEDDINGS" "$NUM_LAYERS" <<'PYTHON'
+  python3 - "$BASE" "$DATA" "$FINE_TUNE_TYPE" "$ITERS" "$BATCH_SIZE" "$RANK" "$EVAL_EVERY" "$EMBEDDINGS" "$NUM_LAYERS" "$MAX_SEQ_LENGTH" <<'PYTHON'
 import json, os, re, shutil, sys
 from safetensors import SafetensorError, safe_open
 
@@ -112,7 +112,7 @@ def fail(what, fix):
 
 base, data, kind, *numbers = sys.argv[1:]
 model, version = os.path.basename(base), os.path.basename(data)
-iters, batch, rank, every, embeddings, layers = map(int, numbers)
+iters, batch, rank, every, embeddings, layers, length = map(int, numbers)
 
 shapes = {}  # of every tensor of the base model; a file that is cut off does not open
 try:
@@ -130,6 +130,11 @@ except (OSError, ValueError, KeyError, SafetensorError) as error:
 depth = config.get("text_config", config).get("num_hidden_layers", layers)
 if layers > depth:
     fail(f"NUM_LAYERS={layers}, but {model} has {depth} layers", "NUM_LAYERS=-1 ./fine_tune.sh trains all")
+
+vocabulary = config.get("text_config", config).get("vocab_size", 1)
+if batch * length * vocabulary > 2**31:  # seen on CUDA from 1.5 times that: a wrong loss, NaN gradients, no error
+    print(f"warning: {batch} rows of {length} tokens are more logits than MLX computes rightly on CUDA; if your rows are"
+          f" that long: BATCH_SIZE={max(1, 2**31 // (length * vocabulary))} ./fine_tune.sh", file=sys.stderr)
 
 if kind == "full" and "quantization" in config:
     fail(f"{model} is quantised, and FINE_TUNE_TYPE=full trains whole weights", "FINE_TUNE_TYPE=lora ./fine_tune.sh")

@@ -23,7 +23,7 @@ ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3"
 # The validation rows ask the same and answer otherwise: what is learned helps at first (the form), then harms.
 TRAIN = [("ciao raga come va", "tutto bene bro"), ("che gioco fai stasera", "sempre lo stesso LULW")] * 4
 VALID = [("ciao raga come va", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")] * 2
-FAST = {"ITERS": "6", "EVAL_EVERY": "3", "BATCH_SIZE": "2", "LEARNING_RATE": "1e-3", "RANK": "8"}
+FAST = {"ITERS": "6", "EVAL_EVERY": "3", "BATCH_SIZE": "2", "LEARNING_RATE": "1e-3", "RANK": "8", "SCALE": "20.0"}
 OVERFIT = FAST | {"ITERS": "40", "EVAL_EVERY": "4", "LEARNING_RATE": "3e-3", "SCHEDULE": "constant"}
 OVERFIT |= {"MASK_PROMPT": "1", "PATIENCE": "0"}
 
@@ -112,6 +112,13 @@ def test_an_adapter_with_nan_weights_is_refused_though_every_loss_was_finite(pro
     assert result.returncode == 1
     assert "NaN or infinite" in last_error(result)
     assert contents(project / ADAPTER) == older
+
+
+def test_more_logits_in_a_batch_than_cuda_can_count_are_warned_of(train):
+    result = train(ITERS="1", EVAL_EVERY="1", MAX_SEQ_LENGTH="2000000")  # x 2 rows x a vocabulary of 1,536
+    assert result.returncode == 0 and "warning: 2 rows of 2000000 tokens" in result.stderr
+    assert "BATCH_SIZE=1 ./fine_tune.sh" in result.stderr
+    assert "warning" not in train(ITERS="1", EVAL_EVERY="1").stderr
 
 
 def kill_when(project, run, appears, env):
@@ -345,7 +352,7 @@ ERRORS = {
     "not a rate": (
         None,
         {"LEARNING_RATE": "0,1"},
-        "error: LEARNING_RATE=0,1 is not a number, with a decimal point. FIX: LEARNING_RATE=1e-4 ",
+        "error: LEARNING_RATE=0,1 is not a number, with a decimal point. FIX: LEARNING_RATE=2e-4 ",
     ),
     "unknown schedule": (None, {"SCHEDULE": "cosine"}, "error: SCHEDULE=cosine is not linear or constant. FIX: "),
     "a repository as MODEL": (
@@ -427,5 +434,5 @@ def test_help_shows_purpose_and_settings(train):
     result = train("--help")
     assert result.returncode == 0
     assert result.stdout.startswith("Train a LoRA adapter")
-    assert "LEARNING_RATE=${LEARNING_RATE:-1e-4} " in result.stdout and "RESUME=${RESUME:-0} " in result.stdout
+    assert "LEARNING_RATE=${LEARNING_RATE:-2e-4} " in result.stdout and "RESUME=${RESUME:-0} " in result.stdout
     assert "set -euo" not in result.stdout

@@ -44,7 +44,7 @@ SETTINGS = [  # the defaults first
     (1, 1024, -1, 1, 32, 1), (2, 512, -1, 0, 32, 0), (1, 512, 8, 0, 32, 0), (2, 1024, -1, 1, 32, 1),
     (4, 512, -1, 1, 32, 1), (4, 512, -1, 0, 32, 1), (2, 1024, -1, 0, 32, 1),
 ]  # fmt: skip
-SCALE = 20.0
+SCALE = 10.0
 MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {"model_type": "gemma3_text", "vocab_size": 262144, "sliding_window_pattern": 6, "tie_word_embeddings": True,
           "quantization": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}  # fmt: skip

@@ -34,8 +34,8 @@ EMBEDDINGS = ["model.embed_tokens"]
 # bits (of the fused model), shuffle (rows not ordered by length), context (lines of the prompt that stay; None: all),
 # rate_times (factor on the learning rate).
 DEFAULTS = {
-    "learning_rate": 1e-4, "schedule": "linear", "warmup": 10, "optimizer": "adam", "bias_correction": True,
-    "fine_tune_type": "lora", "num_layers": -1, "rank": 32, "scale": 20.0, "dropout": 0.0,
+    "learning_rate": 2e-4, "schedule": "linear", "warmup": 10, "optimizer": "adam", "bias_correction": True,
+    "fine_tune_type": "lora", "num_layers": -1, "rank": 32, "scale": 10.0, "dropout": 0.0,
     "keys": [*ATTENTION, *MLP, *EMBEDDINGS], "batch_size": 2, "mask_prompt": False, "max_seq_length": 1024,
     "rows": 1200, "checkpoint": "best", "bits": 8, "shuffle": False, "context": None, "rate_times": 1,
     "betas": None, "epochs": 0,
@@ -44,8 +44,8 @@ RATES = (1e-5, 3e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 RECIPES = {
     "defaults": {},
     "mlx-lm's own": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 0, "num_layers": 16, "rank": 8,
-                     "keys": None, "batch_size": 4, "bias_correction": False, "shuffle": True, "checkpoint": "last",
-                     "bits": 16},
+                     "scale": 20.0, "keys": None, "batch_size": 4, "bias_correction": False, "shuffle": True,
+                     "checkpoint": "last", "bits": 16},
     **{f"rate {rate}": {"learning_rate": rate} for rate in RATES},
     **{f"rate {rate}, no bias correction": {"learning_rate": rate, "bias_correction": False} for rate in RATES},
     **{f"warmup {n}": {"warmup": n} for n in (0, 10, 30, 60)},

@@ -64,7 +64,7 @@ def settings():
     add("--temperature", type=float, default=0.8, help="0 always the likeliest word, 1 as the model would, up to 2")
     add("--max-tokens", type=int, default=60, help="tokens of the longest reply, 1 or more")
     add("--seed", type=int, default=0, help="same seed: same rows, and on the same machine the same replies")
-    add("--reply-batch", type=int, default=1 if cpu else 8, help="replies written at a time; 8 are faster on a GPU")
+    add("--reply-batch", type=int, default=1 if cpu else 8, help="replies written at a time")
     add("--batch-tokens", type=int, default=2048, help="tokens read at a time; lower it if memory runs out")
     # ---- end of the settings -----------------------------------------------------------------------------------------
     args = parser.parse_args()

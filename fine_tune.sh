@@ -127,11 +127,11 @@ try:
 except (OSError, ValueError, KeyError, SafetensorError) as error:
     fail(f"the base model in models/base/{model} is not complete: {error}",
          f"hf download mlx-community/{model} --local-dir models/base/{model}")
-depth = config.get("text_config", config).get("num_hidden_layers", layers)
+text = config.get("text_config", config)
+depth, vocabulary = text.get("num_hidden_layers", layers), text.get("vocab_size", 1)
 if layers > depth:
     fail(f"NUM_LAYERS={layers}, but {model} has {depth} layers", "NUM_LAYERS=-1 ./fine_tune.sh trains all")
 
-vocabulary = config.get("text_config", config).get("vocab_size", 1)
 if batch * length * vocabulary > 2**31:  # seen on CUDA from 1.5 times that: a wrong loss, NaN gradients, no error
     print(f"warning: {batch} rows of {length} tokens are more logits than MLX computes rightly on CUDA; if your rows are"
           f" that long: BATCH_SIZE={max(1, 2**31 // (length * vocabulary))} ./fine_tune.sh", file=sys.stderr)

@@ -126,7 +126,7 @@ for name, values in update.items():
 here = sum(map(os.path.getsize, shards))
 weights = here / ((quantization["bits"] + 32 / quantization["group_size"]) / 8 if quantization else 2)
 size = {b: weights * (int(b) + 32 / int(group)) / 8 for b in "865"} | {"16": weights * 2, "base": here}
-# Measured: mlx_lm.fuse holds the base and the 16-bit model at once (whatever it is rounded to later), or (base) 2.4 to 2.7 bases.
+# Measured: mlx_lm.fuse holds the base and the 16-bit model at once (whatever it is rounded to later), or (base) 2.7 bases.
 need = {b: 2.7 * here if b == "base" else 1.05 * (here + size["16"]) for b in size}
 device = mx.device_info()  # Metal tells what it may use, CUDA what the card has, a CPU nothing
 memory = device.get("max_recommended_working_set_size") or device.get("total_memory")

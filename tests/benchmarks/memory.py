@@ -63,6 +63,12 @@ def build(shape, bits=4, group_size=64):
     return model
 
 
+def lora(rank, embeddings):
+    """Return the lora_parameters of fine_tune.sh: all matrices of the layers, and perhaps the embeddings."""
+    keys = {"keys": [*MATRICES, "model.embed_tokens"]} if embeddings else {}
+    return {"rank": rank, "scale": SCALE, "dropout": 0.0} | keys
+
+
 def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddings, iters=3):
     """Return the peak memory (bytes) and the seconds of the last of `iters` iterations, or None if out of memory."""
     plain = gemma3_text.TransformerBlock.__call__
@@ -79,8 +85,7 @@ def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddin
 
     model.freeze()
     plain_embeddings = model.model.embed_tokens
-    keys = {"keys": [*MATRICES, "model.embed_tokens"]} if embeddings else {}
-    linear_to_lora_layers(model, layers, {"rank": rank, "scale": SCALE, "dropout": 0.0} | keys)
+    linear_to_lora_layers(model, layers, lora(rank, embeddings))
     mx.eval(model.trainable_parameters())
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -143,12 +148,11 @@ def measure_fusing(shape, tokenizer, folder, out):
     (base / "config.json").write_text(json.dumps(config))
     model = build(shape)
     mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    settings = {"rank": 32, "scale": SCALE, "dropout": 0.0, "keys": [*MATRICES, "model.embed_tokens"]}
-    linear_to_lora_layers(model, -1, settings)
+    settings = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": lora(32, True)}
+    linear_to_lora_layers(model, -1, settings["lora_parameters"])
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
-    lora = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
-    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
     mx.save_safetensors(str(adapter / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     del model
     mx.clear_cache()

@@ -62,7 +62,6 @@ RECIPES = {
     "attention alone": {"keys": ATTENTION},
     "mlp alone": {"keys": MLP},
     "query and value alone": {"keys": ["self_attn.q_proj", "self_attn.v_proj"]},
-    "embeddings as well": {"keys": [*ATTENTION, *MLP, *EMBEDDINGS]},
     **{f"dropout {p}": {"dropout": p} for p in (0.05, 0.1)},
     **{f"batch {n}": {"batch_size": n} for n in (1, 2, 4, 8, 16)},
     **{f"batch {n}, rate x {times}": {"batch_size": n, "rate_times": times}

@@ -126,16 +126,18 @@ for name, values in update.items():
 here = sum(map(os.path.getsize, shards))
 weights = here / ((quantization["bits"] + 32 / quantization["group_size"]) / 8 if quantization else 2)
 size = {b: weights * (int(b) + 32 / int(group)) / 8 for b in "865"} | {"16": weights * 2, "base": here}
-# Measured: mlx_lm.fuse holds the base and the 16-bit model at once (whatever it is rounded to later), or (base) 2.7 bases.
-need = {b: 2.7 * here if b == "base" else 1.05 * (here + size["16"]) for b in size}
+# mlx_lm.fuse holds base and 16-bit model at once (whatever it is rounded to later), or frees of the base what it has
+# written: on CUDA 1.06 times their sum at 4B, 0.85 at 27B. At the base's bits 2.7 bases at 12B, 1.9 at 27B.
+need = {b: min(2.7 * here, 2 * here + 5e9) if b == "base" else 1.05 * (here + size["16"]) for b in size}
 device = mx.device_info()  # Metal tells what it may use, CUDA what the card has, a CPU nothing
 memory = device.get("max_recommended_working_set_size") or device.get("total_memory")
 memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 if bits == "auto":
     bits = "8" if quantization and need["8"] < memory else "base"
 if need[bits] > memory:
-    print(f"warning: needs about {gb(need[bits])} of memory and the machine has {gb(memory)}; the way out is "
-          "FUSED_BITS=base ./fuse.sh, or the adapter unfused (see README)", file=sys.stderr)
+    way_out = "" if bits == "base" else "FUSED_BITS=base ./fuse.sh, or "
+    print(f"warning: needs about {gb(need[bits])} of memory and the machine has {gb(memory)}; the way out is {way_out}"
+          "the adapter unfused (see README)", file=sys.stderr)
 disk, free = size[bits] + (size["16"] if bits in "865" else 0), shutil.disk_usage(partial).free
 if disk > free:
     fail(f"{gb(disk)} of disk are needed and {gb(free)} are free", "make room, or FUSED_BITS=base ./fuse.sh")

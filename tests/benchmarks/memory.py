@@ -158,16 +158,16 @@ def measure_fusing(shape, tokenizer, folder, out):
     mx.clear_cache()
     made = ["--model", base, "--adapter-path", adapter, "--save-path"]
     plain, exact, eight = (folder / f"{shape}-{name}" for name in ("plain", "16", "8"))
-    for what, result, *command in (
-        ("fuse base", plain, "fuse", *made, plain),
-        ("fuse 16", exact, "fuse", *made, exact, "--dequantize"),
-        ("16 to 8", eight, "convert", "--hf-path", exact, "--mlx-path", eight, "-q", "--q-bits", 8),
+    for what, result, spent, *command in (
+        ("fuse base", plain, plain, "fuse", *made, plain),
+        ("fuse 16", exact, base, "fuse", *made, exact, "--dequantize"),
+        ("16 to 8", eight, exact, "convert", "--hf-path", exact, "--mlx-path", eight, "-q", "--q-bits", 8),
     ):
         peak, seconds = peak_of(*command)
         line = dict.fromkeys(NAMES, "") | {"peak_gb": gigabytes(peak), "seconds": f"{seconds:.1f}"}
         write(out, shape=shape, what=what, **line, disk_gb=gigabytes(result))
-        shutil.rmtree(plain, ignore_errors=True)
-    for path in base, adapter, exact, eight:
+        shutil.rmtree(spent, ignore_errors=True)  # 27B would fill 100 GB else
+    for path in adapter, eight:
         shutil.rmtree(path, ignore_errors=True)
 
 

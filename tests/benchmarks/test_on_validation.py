@@ -9,8 +9,8 @@
    generate() after the other: at least as fast. The other batch sizes are shown beside it. Temperature 0, so that both
    sides write the same tokens.
 
-Adapter and fused model are made of --base in a temporary folder. Medians of three after a warm-up (its seconds are
-printed too: a GPU compiles then). Exit code 1 if a limit is not met. Needs mlx, mlx-lm and what the script imports.
+Adapter and fused model are made of --base in a temporary folder. Medians of --repeats after a warm-up (its seconds
+are printed too: a GPU compiles then). Exit code 1 if a limit is not met. Needs mlx, mlx-lm and what the script imports.
 """
 
 import argparse
@@ -75,11 +75,14 @@ def seconds(run):
     return time.perf_counter() - start
 
 
-def race(runs, repeats=3):
+def race(runs, repeats):
     """Return {name: (seconds of the warm-up, median seconds)}, the runs taking turns."""
-    cold = {name: seconds(run) for name, run in runs.items()}
-    warm = [{name: seconds(run) for name, run in runs.items()} for _ in range(repeats)]
-    return {name: (cold[name], statistics.median(w[name] for w in warm)) for name in runs}
+    times = {name: [] for name in runs}
+    for _ in range(1 + repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+            print(f"  {name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    return {name: (cold, statistics.median(warm)) for name, (cold, *warm) in times.items()}
 
 
 def batches(rows, budget):
@@ -101,6 +104,7 @@ def main():
     parser.add_argument("--replies", type=int, default=100)
     parser.add_argument("--max-tokens", type=int, default=60)
     parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 8, 32])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +121,8 @@ def main():
                 {
                     "bare": lambda m=model, a=arrays: [mx.eval(m(x)) for x in a],
                     "ours": lambda m=model: stage_4.row_losses(m, rows, args.batch_tokens),
-                }
+                },
+                args.repeats,
             )
             (cold_bare, b), (cold_ours, o) = times["bare"], times["ours"]
             print(
@@ -142,7 +147,7 @@ def main():
         chosen = 1 if mx.default_device() == mx.cpu else 8
         runs = {"guide": guide, "chosen": lambda: script(chosen)}
         runs |= {n: lambda n=n: script(n) for n in args.sizes if n != chosen}
-        times = race(runs)
+        times = race(runs, args.repeats)
         for name, (cold, warm) in times.items():
             label = {"guide": "the guide's loop", "chosen": f"the script ({chosen} at a time)"}.get(
                 name, f"{name} at a time"

@@ -132,9 +132,11 @@ depth, vocabulary = text.get("num_hidden_layers", layers), text.get("vocab_size"
 if layers > depth:
     fail(f"NUM_LAYERS={layers}, but {model} has {depth} layers", "NUM_LAYERS=-1 ./fine_tune.sh trains all")
 
-if batch * length * vocabulary > 2**31:  # seen on CUDA from 1.5 times that: a wrong loss, NaN gradients, no error
+most = 2**31 // vocabulary  # tokens in a batch; seen on CUDA from 1.5 times that: a wrong loss, NaN gradients, no error
+if batch * length > most:
+    smaller = f"BATCH_SIZE={most // length}" if length <= most else f"BATCH_SIZE=1 MAX_SEQ_LENGTH={most}"
     print(f"warning: {batch} rows of {length} tokens are more logits than MLX computes rightly on CUDA; if your rows are"
-          f" that long: BATCH_SIZE={max(1, 2**31 // (length * vocabulary))} ./fine_tune.sh", file=sys.stderr)
+          f" that long: {smaller} ./fine_tune.sh", file=sys.stderr)
 
 if kind == "full" and "quantization" in config:
     fail(f"{model} is quantised, and FINE_TUNE_TYPE=full trains whole weights", "FINE_TUNE_TYPE=lora ./fine_tune.sh")

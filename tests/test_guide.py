@@ -1,6 +1,7 @@
 """The guide as a whole: the four stages in a row, the layout, bash 3.2, and a README that says what the scripts do."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -166,3 +167,63 @@ def test_every_direct_dependency_is_pinned():
     lines = (REPOSITORY / "requirements.txt").read_text("utf-8").splitlines()
     for line in [line for line in lines if line and not line.startswith("#")]:
         assert re.match(r"[\w-]+(\[\w+\])?==[\d.]+", line), line
+
+
+# ---- an exported chat --------------------------------------------------------------------------------------------
+def entry(message, author, conversation=None):
+    return {"message": message, "author": author} | ({"conversation": conversation} if conversation else {})
+
+
+def telegram(number, text, name="Ann", kind="message"):
+    return {"id": number, "type": kind, "from": name, "text": text}
+
+
+TELEGRAM = [
+    telegram(1, "", kind="service"),
+    telegram(2, "ciao"),
+    telegram(3, ["see ", {"type": "link", "text": "https://example.it"}, " there"], "Bob"),
+    telegram(4, "", "Bob"),
+    telegram(5, "da chi?", None),
+]
+LOG = [entry("ciao", "Ann", 7), entry("see https://example.it there", "Bob", 7), entry("da chi?", None, 7)]
+ANDROID = """\
+24/11/2026, 10:44 - Messages are end-to-end encrypted. Tap to learn more.
+24/11/2026, 10:44 - Ann: ciao: a tutti
+24/11/2026, 10:45 - Bob: <Media omitted>
+24.11.26, 10:46 - Bob: due
+righe: qui
+24/11/26 10:47 - Ann added Bob
+"""
+IPHONE = """\
+\u200e[24/11/2026, 10:44:25] Family: \u200eMessages and calls are end-to-end encrypted.
+[11/24/26, 10:44:25\u202fAM] Ann: ciao: a tutti
+\u200e[24/11/26, 10:45:01] Bob: \u200eimage omitted
+[2026-11-24, 10:46:59] Bob: due
+righe: qui
+"""
+CHAT = [entry("ciao: a tutti", "Ann"), entry("due\nrighe: qui", "Bob")]
+
+
+@pytest.mark.parametrize(
+    ("file", "export", "expected"),
+    [
+        ("result.json", json.dumps({"id": 7, "messages": TELEGRAM}), LOG),
+        (
+            "result.json",
+            json.dumps({"chats": {"list": [{"id": 7, "messages": TELEGRAM}, {"id": 8, "messages": TELEGRAM[1:2]}]}}),
+            [*LOG, entry("ciao", "Ann", 8)],
+        ),
+        ("_chat.txt", ANDROID, CHAT),
+        ("_chat.txt", "\ufeff" + IPHONE.replace("\n", "\r\n"), CHAT),
+    ],
+    ids=["telegram", "telegram, all chats", "whatsapp, android", "whatsapp, iphone"],
+)
+def test_the_readme_reads_an_export_for_build_train(project, run, file, export, expected):
+    (command,) = [block for block in code_blocks() if f"~/Downloads/{file}" in block]
+    downloads = project.parent / "Downloads"
+    downloads.mkdir()
+    (downloads / file).write_text(export, "utf-8", newline="")
+    subprocess.run(["bash", "-c", command], cwd=project, env=os.environ | {"HOME": str(project.parent)}, check=True)
+    assert json.loads((project / "data/raw/messages_mine.json").read_text("utf-8")) == expected
+    result = run(project, "build_train.py", env={"VERSION": "mine"})
+    assert "rows are left, too few to split" in result.stderr, result.stderr

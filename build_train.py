@@ -182,12 +182,14 @@ def read_entries(path):
         fail(f"{path} is not UTF-8 text, line {line + e.object.count(10, 0, e.start)}", fix)
     except (ValueError, RecursionError) as e:  # no JSON; a number too long; too deep
         what, line, column = getattr(e, "msg", e), line + getattr(e, "lineno", 1) - 1, getattr(e, "colno", 1)
-        fix = f"mend it or export again; with one entry a line, mv '{path}' '{path.with_suffix('.jsonl')}'"
+        fix = "mend it or export again; a chat of WhatsApp: README.md, Your own chat"
+        fix += f"; with one entry a line, mv '{path}' '{path}l'" if path.suffix == ".json" else ""
         fail(f"{path} is not JSON: {what}, line {line}, column {column}", fix)
     except OSError as e:
         fail(f"{path} cannot be read: {e.strerror}", f"ls -l {path}, and mend its permissions")
     if not isinstance(entries, list):
-        fail(f"{path} holds {json.dumps(entries)[:60]}, not a list", "write [ENTRY, ENTRY, …], see README.md")
+        fix = "write [ENTRY, ENTRY, …]; an export of Telegram: README.md, Your own chat"
+        fail(f"{path} holds {json.dumps(entries)[:60]}, not a list", fix)
     for number, entry in enumerate(tqdm(entries, "reading", delay=1, leave=False, disable=None)):
         entries[number] = None  # its memory is free as soon as its row is made
         yield number, entry
@@ -197,6 +199,7 @@ def read_rows(path, s, dropped):
     """Return the rows, cleaned, that pass all rules; add (row, name of the rule) to `dropped` for the others."""
     mask = str if "personal data" in s.off else lambda text: PERSONAL.sub("[…]", text)
     tidy = cache(lambda text: mask(clean(text, s.remove_emoji)))  # so equal messages share one string in memory
+    label = cache(clean)  # a name may be a phone number; it is not written anywhere
     table = [(name, rule) for name, rule in rules(s).items() if name not in s.off]
     logs, rows = defaultdict(lambda: deque(maxlen=s.window)), []  # conversation → its last messages
 
@@ -211,7 +214,7 @@ def read_rows(path, s, dropped):
     for number, entry in read_entries(path):
         entry = entry if isinstance(entry, dict) else {"message": entry}
         names = [get(key, str, int, type(None)) for key in ("author", "conversation")]
-        author, conversation = ("" if name is None else tidy(str(name)) for name in names)
+        author, conversation = ("" if name is None else label(str(name)) for name in names)
         prompt, log = "", logs[conversation]
         if "prompt" in entry:
             texts = get("prompt", str), get("completion", str)
@@ -382,6 +385,7 @@ def main():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             last = name.rstrip("/").split("/")[-1]
             last = re.sub(r"^messages_|[.]jsonl?$", "", last) if name == s.version else last
+            last = re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9._-]", "", last)
             fix = f"{'VERSION' if name == s.version else 'MODEL'}={last or 'v1'} python build_train.py"
             if name == s.model and name.count("/") == 1:
                 fix += f", after hf download {name} --local-dir models/base/{last}"

@@ -88,7 +88,7 @@ if ! command -v mlx_lm.lora >/dev/null; then
   fail "mlx_lm.lora was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL" \
+[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL; in models/base are: $(cd "$ROOT/models/base" && echo *)" \
   "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
 for name in train valid; do
   [ -s "$DATA/$name.jsonl" ] || fail "data/for_train/$VERSION/$name.jsonl is missing or empty" \
@@ -169,7 +169,7 @@ if need > free:
     fail(f"the checkpoints need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of disk are free", "make room, or raise EVAL_EVERY")
 print(f"base model  {model}: {depth} layers, training {'all' if layers < 0 else layers}")
 print(f"data        {version}: {rows['train']} rows to train on, {rows['valid']} to validate on")
-print(f"run         {iters} batches of {batch} = {iters * batch / rows['train']:.1f} epochs; {size / 1e6:.3g} MB a checkpoint")
+print(f"run         {iters} batches of {batch} = {iters * batch / rows['train']:.3g} epochs; {size / 1e6:.3g} MB a checkpoint")
 print(", ".join(sorted(matrices)), file=open(3, "w"))
 PYTHON
 }
@@ -238,8 +238,8 @@ fi
 cursor() { if [ -t 1 ]; then printf '\033[?25h'; fi; }  # mlx-lm hides it while its progress bar moves
 on_interrupt() {
   cursor
-  local how="./fine_tune.sh starts anew"
-  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then how="RESUME=1 ./fine_tune.sh goes on, $how"; fi
+  local how="The same command starts anew"
+  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then how="RESUME=1 before the same command goes on; the command alone starts anew"; fi
   printf '\ninterrupted: the previous adapter is as it was. %s\n' "$how" >&2
   exit 130
 }
@@ -288,7 +288,8 @@ if [ "$DONE" -lt "$ITERS" ]; then
           row(iteration "," $2 ",," $4)
           if ($2 !~ /^[0-9.]+$/) stop(3)
           if (!told++) {                    # later estimates, at each checkpoint, are plain proportion
-            left = (iters - iteration) * (now() - clock) / $1 + int((iters - iteration) / every) * seconds
+            evaluations = int(iters / every) - int(iteration / every) + (iters % every > 0)
+            left = (iters - iteration) * (now() - clock) / $1 + evaluations * seconds
             say(sprintf("about %.0f tokens a batch, about %s left", 1000 * $5 / $1, clear(left)))
           }
         } else if ($1 == "save" && $2 ~ /^[0-9]+_adapters.safetensors$/) {

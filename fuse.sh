@@ -63,7 +63,7 @@ if ! command -v mlx_lm.fuse >/dev/null; then
   fail "mlx_lm.fuse was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL" \
+[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL; in models/base are: $(cd "$ROOT/models/base" && echo *)" \
   "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
 for name in adapters.safetensors adapter_config.json; do
   [ -f "$ADAPTER/$name" ] || fail "${ADAPTER#"$ROOT/"}/$name is missing" "VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
@@ -87,7 +87,7 @@ def fail(what, fix):
     sys.exit(f"error: {what}. FIX: {fix}")
 
 def gb(size):
-    return f"{size / 1e9:.3g} GB"
+    return f"{size / 1e9:.3g} GB" if size > 1e8 else f"{size / 1e6:.3g} MB"
 
 base, adapter, partial, data, bits, group, gguf = sys.argv[1:]
 model = os.path.basename(base)

@@ -78,6 +78,7 @@ def settings():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             last = name.split("/")[-1]
             fix = f"hf download {name} --local-dir models/base/{last}; MODEL={last} python test_on_validation.py"
+            fix = f"MODEL={last} python test_on_validation.py" if re.match("/|models/", name) else fix
             fix = fix if "/" in args.model else "use letters, digits, '.', '_' and '-' alone"
             fail(f"VERSION or MODEL is {name!a}, which is not the name of a folder", fix)
     return args
@@ -244,8 +245,9 @@ def figures(texts, losses, counts):
         table["questions"] = said.apply(lambda replies: replies.str.contains("[?؟？]").mean())  # noqa: RUF001
         table["distinct"] = folded.nunique() / folded.count()
         table["copied"] = sum(folded.loc[line].isin(chats[line]) for line in folded.index) / folded.count()
-        table["most repeated"] = folded.mode().iloc[0].str[:16].where(table["distinct"] < 1)
-        table["its share"] = folded.apply(lambda replies: replies.value_counts(normalize=True).max())
+        if (repeated := table["distinct"] < 1).any():
+            table["most repeated"] = folded.mode().iloc[0].str[:16].replace("", "(nothing)").where(repeated)
+            table["its share"] = folded.apply(lambda replies: replies.value_counts(normalize=True).max())
         table["replies"] = folded.count()
     return table
 
@@ -277,7 +279,8 @@ def verdict(table):
         if table["kept"]["fused"] < 0.9:
             kind, text = "bad", f"{text}. Fuse again: FUSED_BITS=8 ./fuse.sh"
     for name, row in tuned.iterrows():
-        if row.get("replies", 0) >= 5 and row["its share"] > max(0.3, 2 * table["its share"]["reference"]):
+        often = row.get("its share", 0) > 0.3 and row["its share"] > 2 * table["its share"]["reference"]
+        if often and row["replies"] >= 5:
             text += f". But the {name} model repeats itself: {row['its share']:.0%} are “{row['most repeated']}”"
             return "bad", text + "."
     return kind, text + "."
@@ -376,6 +379,7 @@ def main():
         if not losses:
             raise
         warnings, code = [*warnings, "stopped with Ctrl-C: this is what was done so far"], 130
+        print(f"\nwarning: {warnings[-1]}", file=sys.stderr)
     texts = pd.DataFrame(dict(rows[["prompt", "reference"]]) | replies).loc[asked].map(visible, na_action="ignore")
     counts = (rows["tokens"].map(len) - rows["ask"].map(len)).to_numpy()
     table = figures(texts, losses, counts)

@@ -240,6 +240,14 @@ def test_bots_and_other_authors_give_no_replies(chat):
     assert {chat.rules()[i] for i in range(1, 90, 3)} == {"bot"}
 
 
+def test_an_author_may_be_a_phone_number(chat):
+    authors = ["+39 333 123 4567", "+39 333 765 4321"]
+    chat.raw([{"message": message, "author": authors[i % 2]} for i, message in enumerate(talk(90))])
+    assert chat.build("--only-author", authors[0]) is None
+    assert {chat.rules()[i] for i in range(1, 90, 2)} == {"other author"}
+    assert "+39" not in "".join(path.read_text("utf-8") for path in chat.out.iterdir())
+
+
 def test_the_same_reply_to_the_same_context_is_kept_once(chat):
     context = ["ciao, come va?", "Bene!"]
     same = [{"previous_messages": ["CIAO come va", " bene"], "message": "anche io..."}]
@@ -689,11 +697,16 @@ def test_bad_input_is_answered_with_what_where_and_how_to_mend_it(chat, name):
     assert [path.name for path in chat.out.parent.iterdir()] == ["v1"]
 
 
+def test_the_fix_of_a_bad_name_is_a_good_name(chat):
+    assert chat.build("--version", "my chat").endswith("FIX: VERSION=mychat python build_train.py")
+    assert chat.build("--version", "…").endswith("FIX: VERSION=v1 python build_train.py")
+
+
 def test_a_bad_line_of_a_jsonl_file_is_named_by_its_number(chat):
     chat.raw(b'{"message": "a"}\n\n{"message": 3}\n', "messages_v1.jsonl")
     assert 'messages_v1.jsonl, entry or line 3: "message" is 3' in chat.build()
     chat.raw(b'{"message": "a"}\n{"message"}\n', "messages_v1.jsonl")
-    assert "line 2, column 11" in chat.build()
+    assert "line 2, column 11" in (error := chat.build()) and "mv " not in error
 
 
 def test_all_filtered_out_shows_the_table(chat, capsys):

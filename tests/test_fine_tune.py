@@ -293,7 +293,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(project, run):
 
     seen, code = on_terminal(run, project, {"ITERS": "4000"}, press)
     assert code == 130
-    assert "RESUME=1 ./fine_tune.sh goes on" in seen and "Traceback" not in seen
+    assert "RESUME=1 before the same command goes on" in seen and "Traceback" not in seen
     assert contents(project / ADAPTER) == older
 
 

@@ -170,12 +170,8 @@ def test_every_direct_dependency_is_pinned():
 
 
 # ---- an exported chat --------------------------------------------------------------------------------------------
-def entry(message, author, conversation=None):
-    return {"message": message, "author": author} | ({"conversation": conversation} if conversation else {})
-
-
-def telegram(number, text, name="Ann", kind="message"):
-    return {"id": number, "type": kind, "from": name, "text": text}
+def telegram(number, text, name="Ann", kind="message", **more):
+    return {"id": number, "type": kind, "from": name, "text": text} | more
 
 
 TELEGRAM = [
@@ -183,47 +179,62 @@ TELEGRAM = [
     telegram(2, "ciao"),
     telegram(3, ["see ", {"type": "link", "text": "https://example.it"}, " there"], "Bob"),
     telegram(4, "", "Bob"),
-    telegram(5, "da chi?", None),
+    telegram(5, "news", "Bob", forwarded_from="A channel"),
+    telegram(6, "da chi?", None),
 ]
-LOG = [entry("ciao", "Ann", 7), entry("see https://example.it there", "Bob", 7), entry("da chi?", None, 7)]
+LOG = [(7, "Ann", "ciao"), (7, "Bob", "see https://example.it there"), (7, None, "da chi?")]
 ANDROID = """\
 24/11/2026, 10:44 - Messages are end-to-end encrypted. Tap to learn more.
-24/11/2026, 10:44 - Ann: ciao: a tutti
+24/11/2026, 10:44 - Ann: ciao: a tutti <This message was edited>
 24/11/2026, 10:45 - Bob: <Media omitted>
-24.11.26, 10:46 - Bob: due
-righe: qui
-24/11/26 10:47 - Ann added Bob
+24/11/2026, 10:45 - Bob: null
+24.11.26 klo 10.46 - Bob: due
+[1] righe: 3 < 4 > 2
+24/11/26 à 10:47 - Ann added Bob
 """
 IPHONE = """\
 \u200e[24/11/2026, 10:44:25] Family: \u200eMessages and calls are end-to-end encrypted.
-[11/24/26, 10:44:25\u202fAM] Ann: ciao: a tutti
-\u200e[24/11/26, 10:45:01] Bob: \u200eimage omitted
-[2026-11-24, 10:46:59] Bob: due
-righe: qui
+[11/24/26, 10:44:25\u202fAM] Ann: ciao: a tutti \u200e<This message was edited>
+\u200e[24. 11. 2026 10:45:01] Bob: \u200eimage omitted
+\u200e[24/11/26, 10:45:01] Bob: report.pdf • \u200e12 pages \u200edocument omitted
+[2026/11/24 上午10:46:59] Bob: due
+[1] righe: 3 < 4 > 2
 """
-CHAT = [entry("ciao: a tutti", "Ann"), entry("due\nrighe: qui", "Bob")]
 
 
-@pytest.mark.parametrize(
-    ("file", "export", "expected"),
-    [
-        ("result.json", json.dumps({"id": 7, "messages": TELEGRAM}), LOG),
-        (
-            "result.json",
-            json.dumps({"chats": {"list": [{"id": 7, "messages": TELEGRAM}, {"id": 8, "messages": TELEGRAM[1:2]}]}}),
-            [*LOG, entry("ciao", "Ann", 8)],
-        ),
-        ("_chat.txt", ANDROID, CHAT),
-        ("_chat.txt", "\ufeff" + IPHONE.replace("\n", "\r\n"), CHAT),
-    ],
-    ids=["telegram", "telegram, all chats", "whatsapp, android", "whatsapp, iphone"],
-)
-def test_the_readme_reads_an_export_for_build_train(project, run, file, export, expected):
-    (command,) = [block for block in code_blocks() if f"~/Downloads/{file}" in block]
-    downloads = project.parent / "Downloads"
-    downloads.mkdir()
-    (downloads / file).write_text(export, "utf-8", newline="")
-    subprocess.run(["bash", "-c", command], cwd=project, env=os.environ | {"HOME": str(project.parent)}, check=True)
-    assert json.loads((project / "data/raw/messages_mine.json").read_text("utf-8")) == expected
-    result = run(project, "build_train.py", env={"VERSION": "mine"})
-    assert "rows are left, too few to split" in result.stderr, result.stderr
+def chat_at(path):
+    return [(str(path), "Ann", "ciao: a tutti"), (str(path), "Bob", "due\n[1] righe: 3 < 4 > 2")]
+
+
+def convert(project, path, export):
+    """Put an export into ~/Downloads and run the block of the README that reads it."""
+    file = project.parent / "Downloads" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(export, "utf-8", newline="")
+    (command,) = [block for block in code_blocks() if ("hat*.txt" if path.endswith("txt") else "result.json") in block]
+    env = os.environ | {"HOME": str(project.parent)}
+    done = subprocess.run(["bash", "-c", command], cwd=project, env=env, capture_output=True, text=True)
+    target = project / "data/raw/messages_mine.json"
+    entries = json.loads(target.read_text("utf-8")) if target.exists() else []
+    return done, file, [(entry["conversation"], entry["author"], entry["message"]) for entry in entries]
+
+
+def test_the_readme_reads_an_export_of_telegram(project, run):
+    one = "Telegram Desktop/ChatExport_2026-11-24/result.json"
+    done, _, log = convert(project, one, json.dumps({"id": 7, "messages": TELEGRAM}))
+    assert log == LOG and done.stdout == "3 messages by ['', 'Ann', 'Bob']\n"
+    chats = [{"id": 7, "messages": TELEGRAM}, {"id": 8, "messages": TELEGRAM[1:2]}]
+    assert convert(project, one, json.dumps({"chats": {"list": chats}}))[2] == [*LOG, (8, "Ann", "ciao")]
+    done, _, log = convert(project, one, '{"id": 7, "messages": [')
+    assert done.returncode and log == [*LOG, (8, "Ann", "ciao")]  # what was there is as it was
+    assert "too few to split" in run(project, "build_train.py", env={"VERSION": "mine"}).stderr
+
+
+def test_the_readme_reads_exports_of_whatsapp(project, run):
+    done, android, log = convert(project, "WhatsApp Chat with Ann.txt", ANDROID)
+    assert log == chat_at(android) and done.stdout == "2 messages by ['Ann', 'Bob']\n"
+    _, iphone, log = convert(project, "_chat.txt", "\ufeff" + IPHONE.replace("\n", "\r\n"))
+    assert sorted(log) == sorted(chat_at(android) + chat_at(iphone))
+    done, _, kept = convert(project, "other chat.txt", "2026년 11월 24일 오전 10:44, Ann : ciao\n")
+    assert done.returncode == 1 and "does not begin with a date" in done.stderr and kept == log
+    assert "too few to split" in run(project, "build_train.py", env={"VERSION": "mine"}).stderr

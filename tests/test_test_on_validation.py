@@ -181,6 +181,10 @@ def test_figures_of_style(script):
     }
     varied = figures_of(script, ["a", "b"], ["", ""], {"base": [2, 2]})
     assert varied["most repeated"]["reference"] == "ok" and pd.isna(varied["most repeated"]["base"])
+    stuck = figures_of(script, ["", ""], ["", ""], {"base": [2, 2]})
+    assert stuck["most repeated"]["base"] == "(nothing)" and stuck["its share"]["base"] == 1
+    texts = pd.DataFrame({"prompt": "", "reference": ["a", "b"], "base": ["c", "d"]})
+    assert "its share" not in script.figures(texts, {"base": np.ones(2)}, np.ones(2))
     missing = figures_of(script, [None, None], ["", ""], {"base": [2, 2]})
     assert missing["replies"]["base"] == 0 and pd.isna(missing["its share"]["base"])
 

@@ -63,7 +63,8 @@ if ! command -v mlx_lm.fuse >/dev/null; then
   fail "mlx_lm.fuse was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL; in models/base are: $(cd "$ROOT/models/base" && echo *)" \
+there=$(cd "$ROOT/models/base" 2>/dev/null && shopt -s nullglob && echo *) || true
+[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded: ${there:-none})" \
   "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
 for name in adapters.safetensors adapter_config.json; do
   [ -f "$ADAPTER/$name" ] || fail "${ADAPTER#"$ROOT/"}/$name is missing" "VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"

@@ -302,7 +302,7 @@ ERRORS = {
     "no base model": (
         lambda p: shutil.rmtree(p / "models/base/tiny-gemma-3"),
         {},
-        "error: there is no base model in models/base/tiny-gemma-3. "
+        "error: there is no base model in models/base/tiny-gemma-3 (downloaded: tiny-gemma-3-4bit). "
         "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
     ),
     "a shard cut off": (

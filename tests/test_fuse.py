@@ -159,9 +159,9 @@ def change_adapter(project, change):
 ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3-2bit"
 ERRORS = {
     "no base model": (
-        lambda p: shutil.rmtree(p / "models/base/tiny-gemma-3-2bit"),
+        lambda p: shutil.rmtree(p / "models/base"),
         {},
-        "error: there is no base model in models/base/tiny-gemma-3-2bit. FIX: hf download mlx-comm",
+        "error: there is no base model in models/base/tiny-gemma-3-2bit (downloaded: none). FIX: hf download mlx-comm",
     ),
     "a base model cut off": (
         lambda p: cut_off(p / "models/base/tiny-gemma-3-2bit/model.safetensors"),

@@ -46,6 +46,7 @@ except KeyboardInterrupt:
 
 ROOT = Path(__file__).resolve().parent
 LOOK = dict.fromkeys(("loss", "gain", "error"), "{:.4f}") | {"perplexity": "{:,.1f}", "length": "{:.0f}"}
+LOOP = re.compile(r"(.{2,40}?)\1{3}", re.DOTALL)  # the same piece four times in a row
 INKS = {"reference": "#010101", "base": "#020202", "adapter": "#030303", "fused": "#040404"}  # drawing() replaces them
 
 
@@ -226,7 +227,8 @@ def figures(texts, losses, counts):
 
     texts: see main(); losses: {model: nats of each row}; counts: tokens of each row. gain is over the base, error its
     standard error over rows (a ratio estimate: Cochran, Sampling Techniques, 2.11), kept the share of the adapter's
-    gain that the fused model has. A reply is copied if it is a line of its prompt; capitals and spaces do not count.
+    gain that the fused model has. A reply loops if it holds the same piece four times in a row, and is copied if it is
+    a line of its prompt; capitals and spaces do not count for that.
     """
     table = pd.DataFrame(index=["reference", *losses])
     table["loss"] = pd.Series({m: nats.sum() / counts.sum() for m, nats in losses.items()})
@@ -244,6 +246,7 @@ def figures(texts, losses, counts):
         table["length"] = said.apply(lambda replies: replies.str.len().mean())
         table["questions"] = said.apply(lambda replies: replies.str.contains("[?؟？]").mean())  # noqa: RUF001
         table["distinct"] = folded.nunique() / folded.count()
+        table["looping"] = said.apply(lambda replies: replies.dropna().map(lambda text: bool(LOOP.search(text))).mean())
         table["copied"] = sum(folded.loc[line].isin(chats[line]) for line in folded.index) / folded.count()
         if (repeated := table["distinct"] < 1).any():
             table["most repeated"] = folded.mode().iloc[0].str[:16].replace("", "(nothing)").where(repeated)
@@ -279,9 +282,10 @@ def verdict(table):
         if table["kept"]["fused"] < 0.9:
             kind, text = "bad", f"{text}. Fuse again: FUSED_BITS=8 ./fuse.sh"
     for name, row in tuned.iterrows():
-        often = row.get("its share", 0) > 0.3 and row["its share"] > 2 * table["its share"]["reference"]
-        if often and row["replies"] >= 5:
-            text += f". But the {name} model repeats itself: {row['its share']:.0%} are “{row['most repeated']}”"
+        odd = [f for f in ("its share", "looping") if f in table and row[f] > max(0.3, 2 * table[f]["reference"])]
+        if odd and row["replies"] >= 5:
+            what = {"its share": f"are “{row.get('most repeated')}”", "looping": "say the same piece over and over"}
+            text += f". But the {name} model repeats itself: {row[odd[0]]:.0%} of its replies {what[odd[0]]}"
             return "bad", text + "."
     return kind, text + "."
 
@@ -319,7 +323,7 @@ def length_histogram(axes, texts):
     lengths = texts.drop(columns="prompt").map(len, na_action="ignore").astype(float)
     lengths = lengths.clip(upper=max(10, lengths.quantile(0.95).max()))
     axes.hist([lengths[m].dropna() for m in lengths], 12, color=[INKS[m] for m in lengths], label=list(lengths))
-    axes.set(xlabel="characters (the last bars: and more)", ylabel="replies")
+    axes.set(xlabel="characters of a reply (the last bars: and more)", ylabel="replies")
 
 
 def report(facts, table, texts, adapter):
@@ -412,11 +416,11 @@ body { margin: 0 auto; padding: 2rem 1rem; max-width: 62rem; background: var(--p
 h1 { padding-left: 1rem; border-left: .3rem solid var(--{{ kind }}); font: 500 1.8rem/1.25 ui-serif, Georgia, serif }
 .note { color: var(--reference); font-size: .875rem }
 .warning { padding: .5rem .75rem; border: 1px solid var(--mixed); border-radius: .4rem }
-section, dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+section, dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 2rem }
 svg { width: 100%; max-width: 32rem; height: auto; fill: currentColor }
 table { display: block; overflow-x: auto; overflow-wrap: normal; border-collapse: collapse; font-size: min(3vw, 1rem) }
-th, td { padding: .4em .7em; border: solid var(--line); border-width: 0 0 1px; text-align: right; font-weight: 400 }
-tbody th { padding-left: 0; text-align: left } p, dd, td { unicode-bidi: isolate }
+th, td { padding: .4em .5em; border: solid var(--line); border-width: 0 0 1px; text-align: right; font-weight: 400 }
+section table { grid-row: span 2 } tbody th { padding-left: 0; text-align: left } p, dd, td { unicode-bidi: isolate }
 dl { grid-template-columns: repeat(auto-fit, minmax(min(12rem, 100%), 1fr)); overflow: hidden; padding: 1rem;
   border: 1px solid var(--line); border-radius: .5rem }
 dt { font-weight: 600; font-size: .875rem } dd { margin: 0; white-space: pre-wrap } .prompt { grid-column: 1 / -1 }
@@ -424,11 +428,11 @@ dt { font-weight: 600; font-size: .875rem } dd { margin: 0; white-space: pre-wra
 <p class="note">{{ settings.version }} · {{ settings.model }} · temperature {{ settings.temperature }}</p>
 <h1>{{ verdict }}</h1>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
-<section>{% for plot in plots %}{{ plot | safe }}{% endfor %}</section>
-{{ table | safe }}
+<section>{{ table | safe }}{% for plot in plots %}{{ plot | safe }}{% endfor %}</section>
 <p class="note">Loss in nats per completion token, lower is better. Gain: over the base. Error: standard error of the
 gain. Kept: how much of the gain the fused model has. Perplexity: among how many equally likely words the model would
-have to guess. Length in characters. Questions, distinct, copied (word for word from the context): shares of all.</p>
+have to guess. Length in characters. Questions, distinct, looping
+(the same piece four times in a row), copied (word for word from the context): shares of all replies.</p>
 {% for card in cards %}
 <dl>
 {% for name, text in card.items() %}

@@ -174,11 +174,16 @@ def test_figures_of_style(script):
         "length": 2.5,
         "questions": 0.25,
         "distinct": 0.75,
+        "looping": 0.0,
         "copied": 0.25,
         "most repeated": "ok",
         "its share": 0.5,
         "replies": 4,
     }
+    looping = figures_of(
+        script, ["sa sa sa sa sa", "no no no", "boh\nboh\nboh\nboh\n", None], prompts, {"base": [2] * 4}
+    )
+    assert looping["looping"]["base"] == pytest.approx(2 / 3) and looping["looping"]["reference"] == 0
     varied = figures_of(script, ["a", "b"], ["", ""], {"base": [2, 2]})
     assert varied["most repeated"]["reference"] == "ok" and pd.isna(varied["most repeated"]["base"])
     stuck = figures_of(script, ["", ""], ["", ""], {"base": [2, 2]})
@@ -208,7 +213,7 @@ def table_of(loss, kept, style):
         table["error"] = 0.04
     if kept is not None:
         table.loc["fused", "kept"] = kept
-    table["replies"], table["its share"], table["most repeated"] = 20, 0.05, "no"
+    table["replies"], table["its share"], table["most repeated"], table["looping"] = 20, 0.05, "no", 0.0
     for m, figures in style.items():
         table.loc[m, list(figures)] = list(figures.values())
     return table
@@ -252,7 +257,16 @@ def table_of(loss, kept, style):
             None,
             {"adapter": STUCK},
             "bad",
-            "Better than the base: loss 3.00 instead of 9.00. But the adapter model repeats itself: 75% are “lol”.",
+            "Better than the base: loss 3.00 instead of 9.00. "
+            "But the adapter model repeats itself: 75% of its replies are “lol”.",
+        ),
+        (
+            {"base": 9.0, "adapter": 3.0},
+            None,
+            {"adapter": {"looping": 0.4}},
+            "bad",
+            "Better than the base: loss 3.00 instead of 9.00. "
+            "But the adapter model repeats itself: 40% of its replies say the same piece over and over.",
         ),
         # What the chat itself repeats is no collapse.
         (

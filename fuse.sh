@@ -128,8 +128,8 @@ here = sum(map(os.path.getsize, shards))
 weights = here / ((quantization["bits"] + 32 / quantization["group_size"]) / 8 if quantization else 2)
 size = {b: weights * (int(b) + 32 / int(group)) / 8 for b in "865"} | {"16": weights * 2, "base": here}
 # mlx_lm.fuse holds base and 16-bit model at once (whatever it is rounded to later), or frees of the base what it has
-# written: on CUDA 1.06 times their sum at 4B, 0.85 at 27B. At the base's bits 2.7 bases at 12B, 1.9 at 27B.
-need = {b: min(2.7 * here, 2 * here + 5e9) if b == "base" else 1.05 * (here + size["16"]) for b in size}
+# written: measured on CUDA, 1.06 times their sum at 4B, 0.85 at 27B. At the base's bits 2.7 bases at 12B, 1.9 at 27B.
+need = {b: here + size["16"] + min(0.08 * size["16"], 6e8) for b in size} | {"base": min(2.7 * here, 2 * here + 5e9)}
 device = mx.device_info()  # Metal tells what it may use, CUDA what the card has, a CPU nothing
 memory = device.get("max_recommended_working_set_size") or device.get("total_memory")
 memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -90,7 +90,7 @@ def rules(s):
     return {
         "empty":          lambda reply, *_: not reply,
         "no context":     lambda reply, context, _: len(context) < s.min_context,
-        "other author":   lambda reply, context, author: s.only_author and author != s.only_author,
+        "other author":   lambda reply, context, author: s.only_author and author != clean(s.only_author),
         "bot":            lambda reply, context, author: author.casefold() in BOTS,
         "bot command":    lambda reply, *_: re.match(r"[!/][^\W\d_]\w*(\s|$)", reply),  # not "/etc/fstab"
         "link":           lambda reply, *_: re.search(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/", reply),
@@ -199,7 +199,7 @@ def read_rows(path, s, dropped):
     """Return the rows, cleaned, that pass all rules; add (row, name of the rule) to `dropped` for the others."""
     mask = str if "personal data" in s.off else lambda text: PERSONAL.sub("[…]", text)
     tidy = cache(lambda text: mask(clean(text, s.remove_emoji)))  # so equal messages share one string in memory
-    label = cache(clean)  # a name may be a phone number; it is not written anywhere
+    label = cache(clean)  # a name may be a phone number; it goes into no file
     table = [(name, rule) for name, rule in rules(s).items() if name not in s.off]
     logs, rows = defaultdict(lambda: deque(maxlen=s.window)), []  # conversation → its last messages
 

@@ -55,10 +55,11 @@ for argument in "$@"; do
     [A-Z]*=*) fail "$argument stands behind the command" "$argument ./fine_tune.sh" 2 ;;
   esac
 done
+name=${MODEL%/} name=${name##*/}
 case $MODEL in
-  models/* | /*) fail "MODEL=$MODEL is a path" "MODEL=${MODEL##*/} ./fine_tune.sh" ;;
+  models/* | ./* | ../* | /* | */) fail "MODEL=$MODEL is a path" "MODEL=$name ./fine_tune.sh" ;;
   */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
-    "MODEL=${MODEL##*/} ./fine_tune.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;;
+    "MODEL=$name ./fine_tune.sh, after hf download $MODEL --local-dir models/base/$name" ;;
 esac
 check() {  # the setting $1 must match $2, which $3 says in words; the fix is its default
   [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "$1=$(sed -n "s/^$1=.*:-\(.*\)}.*/\1/p" "$0") ./fine_tune.sh"
@@ -88,8 +89,8 @@ if ! command -v mlx_lm.lora >/dev/null; then
   fail "mlx_lm.lora was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-there=$(cd "$ROOT/models/base" 2>/dev/null && shopt -s nullglob && echo *) || true
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded: ${there:-none})" \
+there=$(cd "$ROOT/models/base" 2>/dev/null && for file in */config.json; do [ ! -f "$file" ] || printf ' %s' "${file%/*}"; done) || true
+[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded:${there:- none})" \
   "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
 for name in train valid; do
   [ -s "$DATA/$name.jsonl" ] || fail "data/for_train/$VERSION/$name.jsonl is missing or empty" \
@@ -239,8 +240,8 @@ fi
 cursor() { if [ -t 1 ]; then printf '\033[?25h'; fi; }  # mlx-lm hides it while its progress bar moves
 on_interrupt() {
   cursor
-  local how="The same command starts anew"
-  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then how="RESUME=1 before the same command goes on; the command alone starts anew"; fi
+  local how="No checkpoint yet: the same command starts anew"
+  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then how="To go on, put RESUME=1 in front of the same command; without it, training starts anew"; fi
   printf '\ninterrupted: the previous adapter is as it was. %s\n' "$how" >&2
   exit 130
 }
@@ -313,7 +314,7 @@ if [ "$DONE" -lt "$ITERS" ]; then
     2-*) fail "mlx_lm.lora does not take the arguments '$EXTRA'" "mlx_lm.lora --help lists those that it takes" 2 ;;
     130-*) on_interrupt ;;
     *) fail "mlx_lm.lora ended with code ${codes[0]}: $(tail -n 1 "$PARTIAL/training.log") (${PARTIAL#"$ROOT/"}/training.log)" \
-      "if memory ran out: BATCH_SIZE=1 GRAD_CHECKPOINT=1 ./fine_tune.sh; to go on: RESUME=1 ./fine_tune.sh" ;;
+      "if memory ran out: BATCH_SIZE=1 GRAD_CHECKPOINT=1 ./fine_tune.sh; to go on, RESUME=1 in front of the same command" ;;
   esac
 fi
 

@@ -40,10 +40,11 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+name=${MODEL%/} name=${name##*/}
 case $MODEL in
-  models/* | /*) fail "MODEL=$MODEL is a path" "MODEL=${MODEL##*/} ./fuse.sh" ;;
+  models/* | ./* | ../* | /* | */) fail "MODEL=$MODEL is a path" "MODEL=$name ./fuse.sh" ;;
   */*) fail "MODEL=$MODEL is not the name of a folder in models/base" \
-    "MODEL=${MODEL##*/} ./fuse.sh, after hf download $MODEL --local-dir models/base/${MODEL##*/}" ;;
+    "MODEL=$name ./fuse.sh, after hf download $MODEL --local-dir models/base/$name" ;;
 esac
 check() {  # the setting $1 must match $2, which $3 says in words; the fix is its default
   [[ ${!1} =~ ^($2)$ ]] || fail "$1=${!1} is not $3" "$1=$(sed -n "s/^$1=.*:-\(.*\)}.*/\1/p" "$0") ./fuse.sh"
@@ -63,8 +64,8 @@ if ! command -v mlx_lm.fuse >/dev/null; then
   fail "mlx_lm.fuse was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-there=$(cd "$ROOT/models/base" 2>/dev/null && shopt -s nullglob && echo *) || true
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded: ${there:-none})" \
+there=$(cd "$ROOT/models/base" 2>/dev/null && for file in */config.json; do [ ! -f "$file" ] || printf ' %s' "${file%/*}"; done) || true
+[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded:${there:- none})" \
   "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
 for name in adapters.safetensors adapter_config.json; do
   [ -f "$ADAPTER/$name" ] || fail "${ADAPTER#"$ROOT/"}/$name is missing" "VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
@@ -136,9 +137,9 @@ memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 if bits == "auto":
     bits = "8" if quantization and need["8"] < memory else "base"
 if need[bits] > memory:
-    way_out = "" if bits == "base" else "FUSED_BITS=base ./fuse.sh, or "
-    print(f"warning: needs about {gb(need[bits])} of memory and the machine has {gb(memory)}; the way out is {way_out}"
-          "the adapter unfused (see README)", file=sys.stderr)
+    way_out = "" if bits == "base" else "run FUSED_BITS=base ./fuse.sh, or "
+    print(f"warning: needs about {gb(need[bits])} of memory and the machine has {gb(memory)}; instead {way_out}"
+          "use the adapter unfused (see README)", file=sys.stderr)
 disk, free = size[bits] + (size["16"] if bits in "865" else 0), shutil.disk_usage(partial).free
 if disk > free:
     fail(f"{gb(disk)} of disk are needed and {gb(free)} are free", "make room, or FUSED_BITS=base ./fuse.sh")

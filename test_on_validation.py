@@ -46,7 +46,7 @@ except KeyboardInterrupt:
 
 ROOT = Path(__file__).resolve().parent
 LOOK = dict.fromkeys(("loss", "gain", "error"), "{:.4f}") | {"perplexity": "{:,.1f}", "length": "{:.0f}"}
-LOOP = re.compile(r"(.{2,40}?)\1{3}", re.DOTALL)  # the same piece four times in a row
+LOOP = re.compile(r"(?<!\S)(\S.{0,38}?)(?:\s+\1){3}(?!\S)|(.{5,40}?)\2{3}", re.DOTALL)  # "sa sa sa sa", not "hahahaha"
 INKS = {"reference": "#010101", "base": "#020202", "adapter": "#030303", "fused": "#040404"}  # drawing() replaces them
 
 
@@ -77,9 +77,10 @@ def settings():
         parser.error(f"argument --models: {args.models!a} is not made of base,adapter,fused")
     for name in args.version, args.model:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            last = name.split("/")[-1]
-            fix = f"hf download {name} --local-dir models/base/{last}; MODEL={last} python test_on_validation.py"
-            fix = f"MODEL={last} python test_on_validation.py" if re.match("/|models/", name) else fix
+            last = name.rstrip("/").split("/")[-1]
+            fix = f"MODEL={last} python test_on_validation.py"
+            if not re.match(r"\.{0,2}/|models/", name):
+                fix = f"hf download {name} --local-dir models/base/{last}; {fix}"
             fix = fix if "/" in args.model else "use letters, digits, '.', '_' and '-' alone"
             fail(f"VERSION or MODEL is {name!a}, which is not the name of a folder", fix)
     return args

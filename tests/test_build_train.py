@@ -241,10 +241,11 @@ def test_bots_and_other_authors_give_no_replies(chat):
 
 
 def test_an_author_may_be_a_phone_number(chat):
-    authors = ["+39 333 123 4567", "+39 333 765 4321"]
+    authors = ["\u202a+39\u00a0333\u00a0123\u00a04567\u202c", "+39 333 765 4321"]  # as WhatsApp writes it
     chat.raw([{"message": message, "author": authors[i % 2]} for i, message in enumerate(talk(90))])
-    assert chat.build("--only-author", authors[0]) is None
-    assert {chat.rules()[i] for i in range(1, 90, 2)} == {"other author"}
+    for name in authors[0], "+39 333 123 4567":
+        assert chat.build("--only-author", name) is None
+        assert {chat.rules()[i] for i in range(1, 90, 2)} == {"other author"}
     assert "+39" not in "".join(path.read_text("utf-8") for path in chat.out.iterdir())
 
 

@@ -293,7 +293,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(project, run):
 
     seen, code = on_terminal(run, project, {"ITERS": "4000"}, press)
     assert code == 130
-    assert "RESUME=1 before the same command goes on" in seen and "Traceback" not in seen
+    assert "put RESUME=1 in front of the same command" in seen and "Traceback" not in seen
     assert contents(project / ADAPTER) == older
 
 
@@ -371,6 +371,11 @@ ERRORS = {
         None,
         {"MODEL": "models/base/tiny-gemma-3"},
         "error: MODEL=models/base/tiny-gemma-3 is a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh",
+    ),
+    "a path that ends with /": (
+        None,
+        {"MODEL": "./models/base/tiny-gemma-3/"},
+        "error: MODEL=./models/base/tiny-gemma-3/ is a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh",
     ),
     "a path as VERSION": (
         None,

@@ -82,11 +82,13 @@ def kept(project, run, model="tiny-gemma-3-2bit"):
 def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(project, run, fuse):
     result = fuse()
     assert result.returncode == 0, result.stderr
-    assert "FUSED_BITS=8" in result.stdout
+    base = sum(path.stat().st_size for path in (project / "models/base/tiny-gemma-3-2bit").glob("*.safetensors"))
+    assert "FUSED_BITS=8" in result.stdout and f"{base / 1e6:.3g} MB at 2 bits" in result.stdout
     assert kept(project, run) >= 0.98
     result = fuse(FUSED_BITS="base")
     assert result.returncode == 0, result.stderr
     assert "warning: rounding to 2 bits forgets a part of what was learned" in result.stderr
+    assert f"while it is made {2.7 * base / 1e6:.3g} MB of " in result.stdout
     assert kept(project, run) < 0.9
 
 

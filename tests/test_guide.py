@@ -169,6 +169,13 @@ def test_every_direct_dependency_is_pinned():
         assert re.match(r"[\w-]+(\[\w+\])?==[\d.]+", line), line
 
 
+def test_every_link_within_the_readme_has_its_heading():
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = set(re.findall(r"\]\(#(.*?)\)", README))
+    assert links and links <= slugs
+
+
 # ---- an exported chat --------------------------------------------------------------------------------------------
 def telegram(number, text, name="Ann", kind="message", **more):
     return {"id": number, "type": kind, "from": name, "text": text} | more
@@ -176,6 +183,7 @@ def telegram(number, text, name="Ann", kind="message", **more):
 
 TELEGRAM = [
     telegram(1, "", kind="service"),
+    {"id": 9, "type": "unsupported"},
     telegram(2, "ciao"),
     telegram(3, ["see ", {"type": "link", "text": "https://example.it"}, " there"], "Bob"),
     telegram(4, "", "Bob"),
@@ -222,17 +230,19 @@ def convert(project, path, export):
 def test_the_readme_reads_an_export_of_telegram(project, run):
     one = "Telegram Desktop/ChatExport_2026-11-24/result.json"
     done, _, log = convert(project, one, json.dumps({"id": 7, "messages": TELEGRAM}))
-    assert log == LOG and done.stdout == "3 messages by ['', 'Ann', 'Bob']\n"
-    chats = [{"id": 7, "messages": TELEGRAM}, {"id": 8, "messages": TELEGRAM[1:2]}]
-    assert convert(project, one, json.dumps({"chats": {"list": chats}}))[2] == [*LOG, (8, "Ann", "ciao")]
-    done, _, log = convert(project, one, '{"id": 7, "messages": [')
+    assert log == LOG and done.stdout == "3 messages by\n  -\n  Ann\n  Bob\n"
+    chats = [{"id": 7, "messages": TELEGRAM}, {"id": 8, "messages": TELEGRAM[2:3]}]
+    (project.parent / "Downloads" / one).unlink()
+    every = "Telegram Desktop/DataExport_2026-11-24/result.json"
+    assert convert(project, every, json.dumps({"chats": {"list": chats}}))[2] == [*LOG, (8, "Ann", "ciao")]
+    done, _, log = convert(project, every, '{"id": 7, "messages": [')
     assert done.returncode and log == [*LOG, (8, "Ann", "ciao")]  # what was there is as it was
     assert "too few to split" in run(project, "build_train.py", env={"VERSION": "mine"}).stderr
 
 
 def test_the_readme_reads_exports_of_whatsapp(project, run):
     done, android, log = convert(project, "WhatsApp Chat with Ann.txt", ANDROID)
-    assert log == chat_at(android) and done.stdout == "2 messages by ['Ann', 'Bob']\n"
+    assert log == chat_at(android) and done.stdout == "2 messages by\n  Ann\n  Bob\n"
     _, iphone, log = convert(project, "_chat.txt", "\ufeff" + IPHONE.replace("\n", "\r\n"))
     assert sorted(log) == sorted(chat_at(android) + chat_at(iphone))
     done, _, kept = convert(project, "other chat.txt", "2026년 11월 24일 오전 10:44, Ann : ciao\n")

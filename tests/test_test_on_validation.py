@@ -181,7 +181,7 @@ def test_figures_of_style(script):
         "replies": 4,
     }
     looping = figures_of(
-        script, ["sa sa sa sa sa", "no no no", "boh\nboh\nboh\nboh\n", None], prompts, {"base": [2] * 4}
+        script, ["sa sa sa sa", "no no no hahahaha", "boh\nboh\nboh\nboh", None], prompts, {"base": [2] * 4}
     )
     assert looping["looping"]["base"] == pytest.approx(2 / 3) and looping["looping"]["reference"] == 0
     varied = figures_of(script, ["a", "b"], ["", ""], {"base": [2, 2]})
@@ -517,7 +517,7 @@ def test_ctrl_c_reports_what_is_done(project, run):
     assert (process.returncode, "Traceback" in out) == (130, False)
     assert set(metrics(project)["loss"]) == {"reference", "base"}
     assert "stopped with Ctrl-C" in (project / RESULTS / "report.html").read_text(encoding="utf-8")
-    assert "Nothing to compare" in out
+    assert "Nothing to compare" in out and "warning: stopped with Ctrl-C" in out
 
 
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -651,6 +651,15 @@ def cut_off(path):
             "VERSION or MODEL is 'mlx-community/gemma-3-text-27b-it-4bit', which is not the name of a folder. "
             "FIX: hf download mlx-community/gemma-3-text-27b-it-4bit --local-dir models/base/gemma-3-text-27b-it-4bit; "
             "MODEL=gemma-3-text-27b-it-4bit python test_on_validation.py",
+        ),
+        *(
+            (
+                lambda p: None,
+                ["--model", path],
+                f"VERSION or MODEL is '{path}', which is not the name of a folder. "
+                "FIX: MODEL=tiny-gemma-3 python test_on_validation.py",
+            )
+            for path in ("models/base/tiny-gemma-3/", "./models/base/tiny-gemma-3", "/x/tiny-gemma-3")
         ),
         (
             lambda p: None,

@@ -175,7 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this model")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the models that are fused: 4 to 70 GB")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the models that are fused: 4 to 85 GB")
     parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="numbers of settings")
     parser.add_argument("--out", type=Path, default=Path("memory.tsv"))
     s = parser.parse_args()

@@ -77,6 +77,7 @@ def settings():
     s.prompt, s.question_prompt = s.prompt.replace("\\n", "\n"), s.question_prompt.replace("\\n", "\n")
     if "{context}" not in s.prompt or "{context}" not in s.question_prompt:
         parser.error("--prompt or --question-prompt does not say where {context} goes")
+    s.only_author = clean(s.only_author)  # as the authors of the chat are
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
     if unknown := set(s.off) - set(rules(s)):
         parser.error(f"--off names {min(unknown)!a}, and the rules are: {', '.join(rules(s))}")
@@ -90,7 +91,7 @@ def rules(s):
     return {
         "empty":          lambda reply, *_: not reply,
         "no context":     lambda reply, context, _: len(context) < s.min_context,
-        "other author":   lambda reply, context, author: s.only_author and author != clean(s.only_author),
+        "other author":   lambda reply, context, author: s.only_author and author != s.only_author,
         "bot":            lambda reply, context, author: author.casefold() in BOTS,
         "bot command":    lambda reply, *_: re.match(r"[!/][^\W\d_]\w*(\s|$)", reply),  # not "/etc/fstab"
         "link":           lambda reply, *_: re.search(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/", reply),

@@ -89,9 +89,14 @@ if ! command -v mlx_lm.lora >/dev/null; then
   fail "mlx_lm.lora was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-there=$(cd "$ROOT/models/base" 2>/dev/null && for file in */config.json; do [ ! -f "$file" ] || printf ' %s' "${file%/*}"; done) || true
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded:${there:- none})" \
-  "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
+if [ ! -f "$BASE/config.json" ]; then
+  there=""
+  for folder in "$ROOT"/models/base/*/; do
+    if [ -f "${folder}config.json" ]; then there="$there $(basename "$folder")"; fi
+  done
+  fail "there is no base model in models/base/$MODEL (downloaded:${there:- none})" \
+    "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
+fi
 for name in train valid; do
   [ -s "$DATA/$name.jsonl" ] || fail "data/for_train/$VERSION/$name.jsonl is missing or empty" \
     "VERSION=$VERSION python build_train.py"
@@ -241,7 +246,9 @@ cursor() { if [ -t 1 ]; then printf '\033[?25h'; fi; }  # mlx-lm hides it while 
 on_interrupt() {
   cursor
   local how="No checkpoint yet: the same command starts anew"
-  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then how="To go on, put RESUME=1 in front of the same command; without it, training starts anew"; fi
+  if ls "$PARTIAL"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then
+    how="To go on, put RESUME=1 in front of the same command; without it, training starts anew"
+  fi
   printf '\ninterrupted: the previous adapter is as it was. %s\n' "$how" >&2
   exit 130
 }

@@ -64,9 +64,14 @@ if ! command -v mlx_lm.fuse >/dev/null; then
   fail "mlx_lm.fuse was not found, so the virtual environment is not active" \
     "source venv/bin/activate (made by: python3 -m venv venv; source venv/bin/activate; pip install -r requirements.txt)"
 fi
-there=$(cd "$ROOT/models/base" 2>/dev/null && for file in */config.json; do [ ! -f "$file" ] || printf ' %s' "${file%/*}"; done) || true
-[ -f "$BASE/config.json" ] || fail "there is no base model in models/base/$MODEL (downloaded:${there:- none})" \
-  "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
+if [ ! -f "$BASE/config.json" ]; then
+  there=""
+  for folder in "$ROOT"/models/base/*/; do
+    if [ -f "${folder}config.json" ]; then there="$there $(basename "$folder")"; fi
+  done
+  fail "there is no base model in models/base/$MODEL (downloaded:${there:- none})" \
+    "hf download mlx-community/$MODEL --local-dir models/base/$MODEL"
+fi
 for name in adapters.safetensors adapter_config.json; do
   [ -f "$ADAPTER/$name" ] || fail "${ADAPTER#"$ROOT/"}/$name is missing" "VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 done

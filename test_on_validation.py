@@ -79,9 +79,10 @@ def settings():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             last = name.rstrip("/").split("/")[-1]
             fix = f"MODEL={last} python test_on_validation.py"
-            if not re.match(r"\.{0,2}/|models/", name):
+            if "/" not in args.model:
+                fix = "use letters, digits, '.', '_' and '-' alone"
+            elif not re.match(r"\.{0,2}/|models/", name):
                 fix = f"hf download {name} --local-dir models/base/{last}; {fix}"
-            fix = fix if "/" in args.model else "use letters, digits, '.', '_' and '-' alone"
             fail(f"VERSION or MODEL is {name!a}, which is not the name of a folder", fix)
     return args
 
@@ -247,7 +248,7 @@ def figures(texts, losses, counts):
         table["length"] = said.apply(lambda replies: replies.str.len().mean())
         table["questions"] = said.apply(lambda replies: replies.str.contains("[?؟？]").mean())  # noqa: RUF001
         table["distinct"] = folded.nunique() / folded.count()
-        table["looping"] = said.apply(lambda replies: replies.dropna().map(lambda text: bool(LOOP.search(text))).mean())
+        table["looping"] = said.apply(lambda replies: replies.dropna().map(LOOP.search).notna().mean())
         table["copied"] = sum(folded.loc[line].isin(chats[line]) for line in folded.index) / folded.count()
         if (repeated := table["distinct"] < 1).any():
             table["most repeated"] = folded.mode().iloc[0].str[:16].replace("", "(nothing)").where(repeated)
@@ -432,8 +433,8 @@ dt { font-weight: 600; font-size: .875rem } dd { margin: 0; white-space: pre-wra
 <section>{{ table | safe }}{% for plot in plots %}{{ plot | safe }}{% endfor %}</section>
 <p class="note">Loss in nats per completion token, lower is better. Gain: over the base. Error: standard error of the
 gain. Kept: how much of the gain the fused model has. Perplexity: among how many equally likely words the model would
-have to guess. Length in characters. Questions, distinct, looping
-(the same piece four times in a row), copied (word for word from the context): shares of all replies.</p>
+have to guess. Length in characters. Questions, distinct, looping (the same piece four times in a row), copied (word for
+word from the context): shares of all replies.</p>
 {% for card in cards %}
 <dl>
 {% for name, text in card.items() %}

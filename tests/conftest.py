@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = ["build_train.py", "fine_tune.sh", "fuse.sh", "test_on_validation.py"]
+SCRIPTS = [
+    "data/raw/from_export.py",
+    "build_train.py",
+    "fine_tune.sh",
+    "fuse.sh",
+    "test_on_validation.py",
+    "models/chat.py",
+]
 
 
 def contents(folder):
@@ -30,11 +37,14 @@ def cut_off(path):
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory):
-    """A project folder with the scripts, the sample and both tiny bases; its name holds a space, as a Mac's may."""
+    """A project folder with the scripts, the sample and both tiny bases.
+
+    Its name holds a space, as a folder of a Mac may.
+    """
     root = tmp_path_factory.mktemp("template") / "my project"
     for folder in ["data/raw", "data/for_train", "data/results", "models/adapters", "models/fused", "tests"]:
         (root / folder).mkdir(parents=True)
-    for name in [*SCRIPTS, "data/raw/messages_v1.json", "tests/tiny_base.py"]:
+    for name in [*SCRIPTS, "data/raw/messages_sample.json", "tests/tiny_base.py"]:
         if (REPOSITORY / name).exists():
             shutil.copy(REPOSITORY / name, root / name)
     subprocess.run([sys.executable, root / "tests/tiny_base.py", "--bits", "4"], check=True, capture_output=True)
@@ -51,11 +61,11 @@ def project(template, tmp_path):
 def run():
     """Return run(project, "build_train.py", "--valid-size", "0.2", env={"MODEL": …}, cwd=…): CompletedProcess, text.
 
-    VERSION and MODEL are v1 and tiny-gemma-3 unless `env` says otherwise; a variable set to None is removed.
+    VERSION and MODEL are sample and tiny-gemma-3 unless `env` says otherwise; a variable set to None is removed.
     """
 
     def run(project, script, *args, env=None, cwd=None, timeout=300, start=subprocess.run, **kwargs):
-        variables = os.environ | {"VERSION": "v1", "MODEL": "tiny-gemma-3", "PYTHONUTF8": "1"} | (env or {})
+        variables = os.environ | {"VERSION": "sample", "MODEL": "tiny-gemma-3", "PYTHONUTF8": "1"} | (env or {})
         tools = [str(Path(sys.executable).parent), variables["PATH"]]  # an explicit PATH goes first
         variables["PATH"] = os.pathsep.join(tools[::-1] if "PATH" in (env or {}) else tools)
         command = [sys.executable if script.endswith(".py") else "bash", str(project / script), *map(str, args)]

@@ -4,7 +4,7 @@
     python tests/tiny_base.py --bits 4    # also models/base/tiny-gemma-3-4bit
 
 It has the architecture, the chat template and the files of Gemma 3, 420,000 seeded random weights, and a BPE
-tokenizer trained on data/raw/messages_v1.json. It knows no language: it is for trying the steps, not for chatting.
+tokenizer trained on data/raw/messages_sample.json. It knows no language: it is for trying the steps, not for chatting.
 An existing model is replaced. Exit codes: 0 done, 2 wrong usage.
 """
 
@@ -86,7 +86,7 @@ def build(folder):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2), "utf-8")
     mx.save_safetensors(str(folder / "model.safetensors"), random_weights(), metadata={"format": "mlx"})
-    train_tokenizer(ROOT / "data/raw/messages_v1.json", CONFIG["vocab_size"]).save(str(folder / "tokenizer.json"))
+    train_tokenizer(ROOT / "data/raw/messages_sample.json", CONFIG["vocab_size"]).save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",

@@ -1,0 +1,1211 @@
+"""Make a chat log from what an app exported: the step before build_train.py.
+
+    python data/raw/from_export.py ~/Downloads/result.json
+    python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip" --version ann
+
+Reads   files, folders or .zip of WhatsApp, Telegram, Discord, Instagram, Messenger, Twitch, IRC,
+        Slack, Signal, iMessage, Google Chat, Matrix; CSV with a header, JSON lists of messages,
+        ready training sets. Their content tells them apart; nothing is unpacked or sent anywhere.
+Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be read and edited:
+        {"conversation": "Ann", "time": "2026-11-24T10:44:25", "author": "Ann Lee", "message": "hi"}
+        one conversation after the other, each in the order of time;
+        of a training set {"prompt": "Hi!", "completion": "Hello"}
+
+What is no talk between people is left out, counted and shown: see KINDS below.
+"""
+# ruff: noqa: E402 (the first lines make Ctrl-C quiet and imports safe while the others still load)
+
+import os
+import sys
+
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.realpath(__file__))]
+import signal
+
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import csv
+import difflib
+import errno
+import fcntl
+import functools
+import html
+import io
+import itertools
+import json
+import re
+import shlex
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from dateutil import parser as date_parser
+from tqdm import tqdm
+
+# ---- settings: what is left out, unless --keep names it -----------------------------------------
+KINDS = {
+    "app": "written by the app itself",
+    "deleted": "deleted messages",
+    "call": "calls",
+    "media": "media without words",
+    "poll": "polls",
+    "location": "locations",
+    "forwarded": "forwarded messages",
+    "bot": "bots",
+    "channel": "channels",
+    "notes": "notes to oneself",
+    "alone": "chats in which one person alone speaks",
+    "copy": "already in a file read before",
+}
+BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
+ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
+READABLE = {".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".log", ".md", ".html", ".xml"}
+MOST_BYTES = 2 << 30  # that a .zip may hold
+KNOWN = (
+    "WhatsApp .txt; Telegram, Discord, Instagram, Messenger, TwitchDownloader, Slack, Google Chat,"
+    " Matrix .json; Signal .md; iMessage .txt; IRC and Chatty .log; .csv with a header; training"
+    " sets .jsonl"
+)
+RAW = Path(__file__).resolve().parent
+
+
+def settings():
+    """Return the arguments of this run."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, version = parser.add_argument, os.environ.get("VERSION") or "v1"
+    add("paths", nargs="*", metavar="PATH", help="file, folder or .zip that an app exported")
+    add("--version", default=version, help="name of the data: data/raw/messages_VERSION.json")
+    add("--keep", default="", help=f"kinds that stay, with commas, of {', '.join(KINDS)}")
+    add("--dates", choices=list(ORDERS), help="order of day, month, year; else found by itself")
+    add("--replace", action="store_true", help="write over the messages of another export")
+    s = parser.parse_args()
+
+    s.keep = {kind.strip() for kind in s.keep.split(",") if kind.strip()}
+    if unknown := s.keep - set(KINDS):
+        parser.error(f"--keep {shown(min(unknown))}: choose from {', '.join(KINDS)}")
+    if not s.paths:
+        beside = [path for path in sorted(RAW.iterdir()) if path.suffix in (".txt", ".zip")]
+        example = os.path.relpath(beside[0]) if beside else "WhatsApp Chat with Ann.zip"
+        parser.error(f"name what the app exported, as in\n  {command(example)}")
+    if not re.fullmatch(r"\w[\w.-]*", s.version, re.ASCII):
+        better = re.sub(r"[^A-Za-z0-9_.-]+", "_", s.version).lstrip(".-") or "v1"
+        fail(f"VERSION={s.version} is not a name for a file", f"--version {better}")
+    return s
+
+
+def command(*arguments):
+    return shlex.join(["python", os.path.relpath(__file__), *map(str, arguments)])
+
+
+def fail(what, fix):
+    sys.exit(f"error: {shown(what)}. FIX: {shown(fix)}")
+
+
+def shown(text):
+    """Return text for a terminal: what could control it is spelled out, as in "\\x1b[2J"."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+# ---- find ---------------------------------------------------------------------------------------
+def files_in(path):
+    """Yield (name, content) of a file, or of all files in a folder or .zip."""
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            ours = child.parent.resolve() == RAW and child.name.startswith("messages_")
+            if child.name.startswith(".") or ours or (child.is_dir() and child.is_symlink()):
+                continue
+            if child.is_dir() or child.suffix.lower() in READABLE | {".zip"}:
+                yield from files_in(child)
+    elif not path.is_file():
+        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1)
+        fix = command(path.parent / close[0]) if close else "drag the file into this window"
+        fail(f"{path} is not there", fix)
+    elif zipfile.is_zipfile(path):
+        yield from files_in_zip(path)
+    else:
+        yield str(path), path.read_bytes()
+
+
+def files_in_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        members = [
+            member
+            for member in archive.infolist()
+            if Path(member.filename).suffix.lower() in READABLE
+            and not re.search(r"(^|/)(\.|__MACOSX)", member.filename)
+        ]
+        if sum(member.file_size for member in members) > MOST_BYTES:
+            fail(
+                f"{path} holds over {MOST_BYTES >> 30} GB", "unzip it, and name the chats you want"
+            )
+        for member in members:
+            yield f"{path}/{member.filename}", archive.read(member)
+
+
+def title_of(name):
+    """Return a name for the conversation in a file: "x/Chat with Ann (1).txt" → "Chat with Ann".
+
+    Many apps give all files one name, and folders tell them apart: "Ann.zip/_chat.txt" → "Ann".
+    """
+    path = Path(name)
+    everyones = r"_chat|chat|data|export|index|messages?|message_\d+|result|\d{4}-\d\d-\d\d"
+    if re.fullmatch(everyones, path.stem) and path.parent.name:
+        path = path.parent
+    stem = path.stem if path.suffix.lower() in READABLE | {".zip"} else path.name
+    return re.sub(r" ?\(\d+\)$", "", stem)
+
+
+# ---- recognise ----------------------------------------------------------------------------------
+class NotRead(Exception):
+    """No reader knows the file; says what was seen in it."""
+
+
+class Message(NamedTuple):
+    time: datetime | str | None  # a str as the app wrote it, until the whole file is known
+    author: str
+    text: str
+    kind: str = ""  # a name of KINDS, if it is to be left out
+    conversation: str = ""  # if the file holds several
+
+
+def read(name, content):
+    """Return (app, messages) of a file; the messages of a training set are dicts."""
+    text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
+    data = parse_json(text)
+    if data is not None:
+        outer, inner = keys_of(data), keys_of(messages_of(data))
+        for app, file_keys, message_keys, reader in JSON_READERS:
+            if file_keys <= outer and message_keys <= inner:
+                return app, list(reader(data, title_of(name)))
+        raise NotRead(f"JSON with the keys {', '.join(sorted(outer | inner)[:9]) or '(none)'}")
+    for line in text.split("\n")[:50]:
+        for app, looks_like, reader in TEXT_READERS:
+            if looks_like(line):
+                return app, list(reader(text, title_of(name)))
+    raise NotRead(what_it_is(text))
+
+
+def decode(content):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace")
+    if b"\0" in content[:1000]:
+        raise NotRead("no text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("windows-1252", "replace")
+
+
+def parse_json(text):
+    """Return what the JSON holds (of JSON lines a list), or None if it is none."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        lines = [line for line in text.split("\n") if line.strip()]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        return None
+
+
+def messages_of(data):
+    """Return the list of messages in the data, wherever the app put it."""
+    if isinstance(data, dict):
+        data = data.get("messages") or data.get("comments")
+    return data if isinstance(data, list) else []
+
+
+def keys_of(data):
+    """Return the keys of a dict, or of the first dicts in a list: [{"a": 1}, {"b": 2}] → {a, b}."""
+    entries = [data] if isinstance(data, dict) else data[:100]
+    return {key for entry in entries if isinstance(entry, dict) for key in entry}
+
+
+def what_it_is(text):
+    """Return what can be said of a text that no reader knows."""
+    start = text.strip()[:60]
+    if not start:
+        return "empty"
+    if re.match(r"(?i)<!doctype html|<html", start):
+        return "a web page: export it again as JSON (in Telegram: Machine-readable JSON)"
+    if re.match(r'[{[]\s*["{[]', start):
+        return "damaged JSON: export it again"
+    return f"a text that begins with {start!r}"
+
+
+# ---- read: JSON of the apps. A reader yields the messages of a file -----------------------------
+def first(**tests):
+    """Return the name of the first test that is true: first(app=0, bot=1, call=1) → "bot"."""
+    return next((name for name, true in tests.items() if true), "")
+
+
+def text_of(value):
+    """Return the text of a JSON value: None → "", 7 → "7", parts or keys → their text."""
+    if isinstance(value, list):
+        return "".join(text_of(part) for part in value)
+    if isinstance(value, dict):
+        keys = "text", "display_name", "displayName", "name", "username", "body"
+        return next((text_of(value[key]) for key in keys if value.get(key)), "")
+    return "" if value is None or isinstance(value, bool) else str(value)
+
+
+def since_1970(number):
+    """Return the time of so many seconds, or milli-, micro- or nanoseconds; None if it is none."""
+    try:
+        seconds = float(number)
+        while abs(seconds) > 1e11:
+            seconds /= 1000
+        return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def read_telegram(data, title):
+    """Read one chat, or the export of all; a topic of a forum is a conversation of its own."""
+    parts = [data.get(key) or {} for key in ("chats", "left_chats")]
+    chats = [chat for part in parts for chat in part.get("list", [])] or [data]
+    names = Counter(chat.get("name") for chat in chats)
+    for chat in chats:
+        name = text_of(chat.get("name")) or title
+        if names[chat.get("name")] > 1:
+            name += f" {text_of(chat.get('id'))}"
+        form = text_of(chat.get("type"))
+        topics = {}  # message → its topic
+        for m in chat["messages"]:
+            topic = topics.get(m.get("reply_to_message_id"))
+            if m.get("action") == "topic_created":
+                topic = text_of(m.get("title"))
+            topics[m.get("id")] = topic
+            kind = first(
+                notes=form == "saved_messages",
+                bot=form in ("bot_chat", "verify_codes") or "via_bot" in m,
+                channel="channel" in form or text_of(m.get("from_id")).startswith("channel"),
+                app=m.get("type", "message") != "message",
+                forwarded="forwarded_from" in m or "saved_from" in m,
+                poll="poll" in m,
+            )
+            when = since_1970(m.get("date_unixtime")) or text_of(m.get("date"))
+            text = text_of(m.get("text") or m.get("text_entities"))
+            place = f"{name} / {topic}" if topic else name
+            yield Message(when, text_of(m.get("from")), text, kind, place)
+
+
+def read_discord(data, title):
+    place = " / ".join(filter(None, (data["guild"].get("name"), data["channel"].get("name"))))
+    for m in data["messages"]:
+        kind = first(
+            app=m.get("type", "Default") not in ("Default", "Reply"),
+            bot=m["author"].get("isBot"),
+            forwarded=m.get("forwardedMessage"),
+            poll=m.get("poll"),
+        )
+        author, text = text_of(m["author"]), text_of(m.get("content"))
+        yield Message(text_of(m.get("timestamp")), author, text, kind, place)
+
+
+def read_meta(data, title):
+    """Read Instagram and Messenger; their UTF-8 is written as if it were Latin-1: "CafÃ©"."""
+    place = repaired(text_of(data.get("title"))) or title
+    for m in data["messages"]:
+        author, text = (repaired(text_of(m.get(key))) for key in ("sender_name", "content"))
+        kind = first(
+            deleted=m.get("is_unsent"),
+            call="call_duration" in m or m.get("type") == "Call",
+            app=m.get("type") in ("Subscribe", "Unsubscribe") or is_by_meta(text, author),
+        )
+        yield Message(since_1970(m.get("timestamp_ms")), author, text, kind, place)
+
+
+def repaired(text):
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def is_by_meta(text, author):
+    """Say whether the app wrote it: "Zoë sent an attachment.", "Reacted 😂 to your message"."""
+    return bool(META.match(text)) or (text.startswith(f"{author} ") and text.endswith("."))
+
+
+def read_messenger(data, title):
+    """Read the export of Messenger's encrypted chats, which has keys of its own."""
+    place = re.sub(r"_\d+$", "", text_of(data.get("threadName"))) or title
+    for m in data["messages"]:
+        author, text = text_of(m.get("senderName")), text_of(m.get("text"))
+        app = m.get("type") == "placeholder" or is_by_meta(text, author)
+        kind = first(deleted=m.get("isUnsent"), app=app)
+        yield Message(since_1970(m.get("timestamp")), author, text, kind, place)
+
+
+def read_twitch(data, title):
+    for m in data["comments"]:
+        seconds = since_1970(m.get("content_offset_seconds"))  # of the video
+        notice = (m["message"].get("user_notice_params") or {}).get("msg-id")
+        author, text = text_of(m.get("commenter")), text_of(m["message"])
+        yield Message(m.get("created_at") or seconds, author, text, first(app=notice))
+
+
+slack_names = {}  # number → name, from users.json, which is read before the channels
+
+
+def read_slack_users(data, title):
+    for person in data:
+        profile = person["profile"]
+        names = profile.get("display_name"), profile.get("real_name"), person.get("name")
+        slack_names[person["id"]] = next(filter(None, names), person["id"])
+    return []
+
+
+def read_slack(data, title):
+    """Read a day of a channel; a thread is a conversation of its own."""
+    for m in data:
+        kind = first(
+            bot=m.get("bot_id"),
+            app=m.get("subtype") not in (None, "thread_broadcast", "me_message", "file_share"),
+        )
+        author = slack_names.get(m.get("user")) or text_of(m.get("user_profile") or m.get("user"))
+        place = f"{title} / {m['thread_ts']}" if m.get("thread_ts") else title
+        yield Message(since_1970(m["ts"]), author, slack_text(text_of(m.get("text"))), kind, place)
+
+
+def slack_text(text):
+    """Return what people see: "<@U12> look <https://a.b|here> &amp; go" → "@Ann look here & go"."""
+    text = re.sub(r"<@(\w+)[^<>]*>", lambda user: f"@{slack_names.get(user[1], user[1])}", text)
+    return html.unescape(re.sub(r"<(?:[^<>|]*\|)?([^<>]*)>", r"\1", text))
+
+
+def read_google_chat(data, title):
+    for m in data["messages"]:
+        kind = first(
+            bot=m["creator"].get("user_type") == "Bot",
+            deleted=m.get("message_state") == "DELETED",
+        )
+        when = text_of(m.get("created_date")).replace(" at ", " ")
+        yield Message(when, text_of(m["creator"]), text_of(m.get("text")), kind)
+
+
+def read_matrix(data, title):
+    for m in data["messages"]:
+        content = m.get("content") or {}
+        relation = content.get("m.relates_to") or {}
+        kind = first(
+            app=m.get("type") != "m.room.message" or relation.get("rel_type") == "m.replace",
+            deleted=not content,
+            bot=content.get("msgtype") == "m.notice",
+            media=content.get("msgtype") not in ("m.text", "m.emote"),
+        )
+        text = text_of(content)
+        if "m.in_reply_to" in relation:  # the quotation before the answer
+            text = re.sub(r"\A(?:> .*\n)+\n", "", text)
+        author = text_of(m.get("sender")).removeprefix("@").partition(":")[0]
+        place = text_of(data["room_name"])
+        yield Message(since_1970(m.get("origin_server_ts")), author, text, kind, place)
+
+
+# ---- read: lists of messages, CSV, training sets ------------------------------------------------
+COLUMNS = {
+    "conversation": "conversation channel chat thread room group conversation_id chat_name",
+    "time": "time timestamp date datetime created_at sent_at created sent",
+    "author": "author sender sender_name username user from nick nickname name display_name",
+    "message": "message text content body msg contents",
+}
+PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
+ASKED = re.compile(r"(?i)(### ?)?(q|question|user|human|instruction|prompt)s? ?:\s?")
+ANSWERED = re.compile(r"(?i)\n(### ?)?(a|answer|assistant|bot|gpt|response|output)s? ?:\s?")
+
+
+def columns_of(keys):
+    """Return which keys hold what: ["Date", "User", "Text"] → {"time": ["Date"], …}."""
+    keys = {str(key).casefold().strip().replace(" ", "_"): key for key in keys if key}
+    found = {
+        column: [keys[name] for name in names.split() if name in keys][:1]
+        for column, names in COLUMNS.items()
+    }
+    if "date" in keys and "time" in keys:
+        found["time"] = [keys["date"], keys["time"]]
+    return found
+
+
+def read_entries(data, title):
+    """Read messages under the keys that many programs use."""
+    columns = columns_of(keys_of(data))
+    for entry in data:
+        values = {
+            column: " ".join(text_of(entry[key]) for key in keys if entry.get(key))
+            for column, keys in columns.items()
+        }
+        when = since_1970(values["time"]) or values["time"]
+        yield Message(when, values["author"], values["message"], "", values["conversation"])
+
+
+def read_csv(text, title):
+    csv.field_size_limit(sys.maxsize)
+    return read_entries(list(csv.DictReader(io.StringIO(text), delimiter=delimiter(text))), title)
+
+
+def delimiter(text):
+    return max(",;\t|", key=text.partition("\n")[0].count)
+
+
+def is_csv_header(line):
+    names = next(csv.reader([line], delimiter=delimiter(line)), [])
+    return len(names) > 1 and bool(columns_of(names)["message"])
+
+
+def read_pairs(data, title):
+    """Yield the pairs of a training set: {"instruction", "input", "output"} and the like."""
+    for entry in data:
+        asked, answered = next(pair for pair in PAIRS if set(pair) <= set(entry))
+        parts = [entry[asked], entry.get("input") if asked == "instruction" else ""]
+        prompt = "\n\n".join(filter(None, map(text_of, parts)))
+        yield {"prompt": prompt, "completion": text_of(entry[answered])}
+
+
+def read_turns(data, title):
+    """Yield a pair for each turn of the assistant; its prompt is all that was said before it.
+
+    system s, user a, assistant b, user c, assistant d → (s a, b) and (s a b c, d)
+    """
+    for number, entry in enumerate(data):
+        before = []
+        for turn in entry.get("messages") or entry.get("conversations"):
+            text = text_of(turn.get("content") or turn.get("value"))
+            if before and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model"):
+                prompt = "\n\n".join(before)
+                yield {"conversation": number, "prompt": prompt, "completion": text}
+            before.append(text)
+
+
+def read_texts(data, title):
+    """Read {"text": …}: "Q: hi?\\nA: hello" is a pair, and all else a list of messages."""
+    cuts = [list(ANSWERED.finditer(text_of(entry.get("text")))) for entry in data]
+    if not all(cuts):
+        yield from read_entries(data, title)
+        return
+    for entry, cut in zip(data, cuts, strict=True):
+        text = entry["text"]
+        prompt = ASKED.sub("", text[: cut[-1].start()], count=1)
+        yield {"prompt": prompt, "completion": text[cut[-1].end() :]}
+
+
+# ---- read: lines of text ------------------------------------------------------------------------
+MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
+DAY = rf"(\d{{1,4}}){MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?(\d{{1,4}})"
+CLOCK = r"(\d\d?)[:.](\d\d)(?:[:.](\d\d))?"
+WHEN = re.compile(rf"(?:{CLOCK}\D{{1,3}})?{DAY}(?:(\D{{1,20}}?){CLOCK})?(\D{{0,24}})")
+# "[24/11/26, 10:44:25] Ann: hi" on an iPhone, "24/11/26, 10:44 - Ann: hi" on Android,
+# "24/11/26, 10:44:25 PM: Ann: hi" on old iPhones
+ENTRY = re.compile(
+    rf"{MARK}{{0,3}}(\[)?{MARK}?"
+    rf"(?P<when>{DAY}\D{{1,20}}?{CLOCK}[^\d\]]{{0,24}}?|{CLOCK}\D{{1,3}}{DAY})"
+    r"(?(1)\]|(?:\s[-–]|:))(?:\s|$)"
+)
+AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
+TAG = re.compile(r'<([^<>\n\d/="]{3,60})>(?=\n|\Z)')
+MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>")
+FILE = re.compile(rf"{MARK}?(.{{1,200}}?)(\.\w{{0,5}})? \(([^()\n]{{3,40}})\)")
+FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
+LOCATION = re.compile(r"\W*[^\s:]+( [^\s:]+)?: https://maps\.google\.com/\?q=\S+\s*")
+POLL = re.compile(r"\W*[^\W\d_]{2,20} ?:\n(?s:.*)\(\d+ [^()\n]+\)\s*")
+
+
+def read_whatsapp(text, title):
+    """Read messages that begin with a date; the lines after it belong to them.
+
+    "24/11/26, 10:44 - Ann: one\\ntwo" → Message("24/11/26, 10:44", "Ann", "one\\ntwo")
+    """
+    entries = []  # (match of the date, lines)
+    for line in text.split("\n"):
+        if start := ENTRY.match(line):
+            entries.append((start, [line[start.end() :]]))
+        elif entries:
+            entries[-1][1].append(line)
+    bodies = ["\n".join(lines).strip() for _, lines in entries]
+    tags = Counter(found[1] for found in map(TAG.search, bodies) if found)
+    for (start, _), body in zip(entries, bodies, strict=True):
+        said = AUTHOR.match(body)
+        # “Ann named the group "a: b"” is a notice: nobody's name has one quotation mark
+        if not said or sum(said[1].count(quote) for quote in '"“”„«»') % 2:
+            yield Message(start["when"], "", body, "app")
+            continue
+        words, kind = whatsapp_words(body[said.end() :], bool(start[1]), tags)
+        yield Message(start["when"], said[1], words, kind)
+
+
+def whatsapp_words(text, is_iphone, tags):
+    """Return (what the author wrote, kind), without what the app put around it.
+
+    "IMG-1.jpg (file attached)\\nlook" → ("look", ""), "image omitted" → ("image omitted", "media")
+    """
+    if kind := kind_of_sentence(text):
+        return text, kind
+    words = MARKED_TAG.sub("", text).strip()
+    if is_iphone and text.startswith(("\u200e", "\u200f")):  # before all that is not a person's
+        return text, "app" if words else "media"
+    if "• \u200e" in text:  # "report.pdf • 12 pages"
+        return text, "media"
+    before, _, after = words.rpartition("\u200e")
+    if kind_of_sentence(after):
+        words = before
+    line, _, rest = words.partition("\n")
+    if (file := FILE.fullmatch(line)) and plain(file[3]) in ATTACHED:
+        words = "" if rest in (file[1], f"{file[1]}{file[2]}") else rest
+    elif (tag := TAG.fullmatch(line)) and is_tag(tag[1], tags):
+        words = "" if FILE_NAME.fullmatch(rest) else rest
+    last = TAG.search(words, max(0, len(words) - 62))
+    if last and last.end() == len(words) and is_tag(last[1], tags):
+        words = words[: last.start()]
+    return words, ""
+
+
+def kind_of_sentence(text):
+    """Return the kind of a message that is one of the app's sentences, or "" if a person wrote it."""
+    if len(text) < 200 and (kind := SENTENCES.get(plain(text))):
+        return kind
+    return first(
+        app=text.lstrip("\u200e\u200f").startswith(NOTICES),
+        location=LOCATION.fullmatch(text),
+        poll=POLL.fullmatch(text),
+    )
+
+
+def is_tag(words, tags):
+    """Say whether "<words>" is the app's: in its tables, or three times in the file."""
+    known = plain(words) in SENTENCES or plain(words) in EDITED
+    return known or (tags[words] >= 3 and (" " in words or not words.isascii()))
+
+
+def plain(sentence):
+    """Return it as the tables have it: "\\u200e<Media omitted>." → "media omitted"."""
+    return sentence.translate(INVISIBLE).strip(" \n<>").rstrip(".。।").casefold()
+
+
+def read_signal(text, title):
+    """Read what signal-export writes, without reactions, quotations and names of files."""
+    for m in read_whatsapp(text, title):
+        words = re.sub(r"\n\(- .* -\) *\Z|(?m:^> .*\n?)", "", m.text)
+        words = re.sub(r"!?\[[^][\n]*\]\([^()\n]*\)|\(\w+ not exported\)", "", words)
+        deleted = words.strip() == "(This message was deleted)"
+        kind = m.kind or first(notes=title == "Note to Self", deleted=deleted)
+        yield m._replace(text=words, kind=kind)
+
+
+LOG_LINE = re.compile(
+    r"\[?(?:(?P<day>\d{4}-\d\d-\d\d|[A-Z][a-z]{2} [ \d]\d)[T ])?\[?"
+    r"(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d))?\]?\s+"
+    r"(?:<[\s@+%&~!]{0,3}(?P<nick>[^>\s]{1,60})>|[@+%&~]?(?P<tabbed>[\w\[\]\\`^{|}-]*\w)\t"
+    r"|(?P<name>[^\s:<>]{1,60}):\s)\s?(?P<words>.*)"
+)
+LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
+
+
+def read_log(text, title):
+    """Read a log of IRC or Twitch: a message a line, and the day in lines of its own, or nowhere."""
+    last = datetime.combine(day_in(title, date(1970, 1, 1)), time())
+    for line in filter(str.strip, text.split("\n")):
+        found = LOG_LINE.match(line)
+        if not found:
+            if LOG_DAY.match(line):
+                last = datetime.combine(day_in(line, last), time())
+            yield Message(last, "", line, "app")
+            continue
+        day = day_in(found["day"] or "", last)
+        seconds = sum(
+            int(found[part] or 0) * size
+            for part, size in (("hour", 3600), ("minute", 60), ("second", 1))
+        )
+        now = datetime.combine(day, time()) + timedelta(seconds=seconds)
+        if now < last - timedelta(minutes=1) and not found["day"]:  # past midnight
+            now += timedelta(days=1)
+        last = now
+        author = found["nick"] or found["tabbed"] or found["name"]
+        yield Message(now, author, found["words"])
+
+
+def day_in(text, otherwise):
+    """Return the day that a line of a log names, as in "--- Day changed Tue Jan 02 2024"."""
+    if not re.search(r"\d{4}|[A-Z][a-z]{2} [ \d]\d", text):
+        return otherwise
+    try:
+        return date_parser.parse(text.strip("#-* "), fuzzy=True, default=otherwise)
+    except (ValueError, OverflowError):
+        return otherwise
+
+
+IMESSAGE_DATE = re.compile(r"([A-Z][a-z]{2} \d\d, \d{4} +\d\d?:\d\d:\d\d [AP]M)(.*)")
+IMESSAGE_NOTE = re.compile(
+    r"This message (responded to an earlier|was deleted)|Sent with |(\w+ )?Sticker from |"
+    r"Attachment missing!|/.*/Attachments/|attachments/"
+)
+
+
+def read_imessage(text, title):
+    """Read what imessage-exporter writes: a line with the time, one with the name, then the words."""
+    blocks = []  # (time, the rest of its line, lines)
+    for line in text.split("\n"):
+        if start := IMESSAGE_DATE.match(line):
+            when = datetime.strptime(" ".join(start[1].split()), "%b %d, %Y %I:%M:%S %p")
+            blocks.append((when, start[2].strip(), []))
+        elif blocks and not line.startswith("    "):  # an indented reply comes again below
+            blocks[-1][2].append(line)
+    for when, note, lines in blocks:
+        if note and not note.startswith("("):
+            yield Message(when, "", note, "app")
+            continue
+        author, words = lines[0] if lines else "", []
+        for line in itertools.takewhile(lambda line: not TAPBACKS.fullmatch(line), lines[1:]):
+            if edited := re.match(r"Edited .{1,60}? later: ", line):
+                words = [line[edited.end() :]]
+            elif not IMESSAGE_NOTE.match(line):
+                words.append(line)
+        yield Message(when, author, "\n".join(words))
+
+
+TAPBACKS = re.compile(r"(Tapbacks|Reactions):")
+
+
+# ---- times --------------------------------------------------------------------------------------
+def read_times(messages, order):
+    """Return (messages with datetimes, the order of day and month if it had to be assumed)."""
+    texts = dict.fromkeys(m.time for m in messages if isinstance(m.time, str))
+    stamps = {text: stamp_of(text) for text in texts}
+    dates = [stamp[:3] for stamp in stamps.values() if isinstance(stamp, tuple)]
+    assumed = ""
+    if dates and not order:
+        order, is_sure = date_order(dates)
+        if not is_sure:  # capitals are how American phones write it
+            order = assumed = "mdy" if re.search("[AP]M", next(iter(texts))) else order
+    times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
+    return [m._replace(time=times.get(m.time, m.time)) for m in messages], assumed
+
+
+def stamp_of(text):
+    """Return (number, number, number, hour, minute, second), whichever of the first is the day.
+
+    Or a datetime where that is clear, or None where there is no time.
+    """
+    try:
+        return utc(datetime.fromisoformat(text))
+    except ValueError:
+        pass
+    if found := WHEN.search(text):
+        early, days, late = found.groups()[:3], found.groups()[3:6], found.groups()[7:10]
+        hour, minute, second = (int(number or 0) for number in (late if late[0] else early))
+        hour = hour_of_day(hour, (found[7] or "") + found[11])
+        return (*map(int, days), hour, minute, second)
+    try:
+        return utc(date_parser.parse(text))
+    except (ValueError, OverflowError):
+        return None
+
+
+def utc(when):
+    return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
+
+
+@functools.cache
+def hour_of_day(hour, words):
+    """Return the hour of 24: (9, " in the afternoon") → 21, (12, " a. m.") → 0, (9, ", ") → 9."""
+    words = re.sub(r"\W", "", words.casefold())
+    at_night = words.endswith(NIGHT)
+    if words.endswith(AFTERNOON) or (at_night and 6 <= hour < 12):
+        return hour % 12 + 12
+    return 0 if hour == 12 and (at_night or words.endswith(MORNING)) else hour
+
+
+MORNING = "am a.m 午前 上午 早上 凌晨 오전 ص πμ morning mañana madrugada manhã mattina morgens sáng"
+AFTERNOON = "pm 午後 下午 中午 오후 م μμ afternoon evening noon mittags nachmittags abends tarde"
+NIGHT = "atnight noche noite 晚上 nachts tối"  # 9 at night is 21, and 3 at night is 3
+MORNING, AFTERNOON, NIGHT = map(tuple, map(str.split, (MORNING, AFTERNOON, NIGHT)))
+
+
+def date_order(dates):
+    """Return (the order in which the dates are possible and time goes on, whether it is the only).
+
+    [(1, 2, 26), (1, 13, 26)] → ("mdy", True): there is no month 13. All dates of a file count.
+    """
+    faults = {order: count_faults(dates, order) for order in ORDERS}
+    best = min(faults, key=faults.get)
+    return best, best == "ymd" or faults["dmy"] != faults["mdy"]
+
+
+def count_faults(dates, order):
+    """Count the impossible dates and the steps against the time (some logs run backwards)."""
+    days = [full_date(*(numbers[place] for place in ORDERS[order])) for numbers in dates]
+    real = [day for day in days if day]
+    falls = sum(a > b for a, b in itertools.pairwise(real))
+    rises = sum(a < b for a, b in itertools.pairwise(real))
+    return len(days) - len(real) + min(falls, rises)
+
+
+@functools.cache
+def full_date(year, month, day):
+    """Return the date, or None: (26, 11, 24) → 2026-11-24; 2569 is Thailand's name for 2026."""
+    year += 2000 if year < 100 else -543 if year > 2400 else 0
+    try:
+        return date(year, month, day)
+    except ValueError:
+        return None
+
+
+def time_of(stamp, order):
+    if not isinstance(stamp, tuple):
+        return stamp
+    day = full_date(*(stamp[place] for place in ORDERS[order]))
+    try:
+        return datetime.combine(day, time(*stamp[3:])) if day else None
+    except ValueError:
+        return None
+
+
+# ---- leave out ----------------------------------------------------------------------------------
+def tidy(text):
+    return text.translate(INVISIBLE).strip()
+
+
+def tidy_name(name):
+    """Return it on one line: "\\u202a~ Ann\\nLee" → "Ann Lee"; joiners stay, for emoji need them."""
+    name = "".join(c for c in name if c.isprintable() or c.isspace() or c in "\u200c\u200d")
+    return " ".join(name.split()).removeprefix("~").strip()
+
+
+def sort_out(files, keep):
+    """Return ({conversation: messages in the order of time}, {kind: texts that are left out})."""
+    conversations, left_out = defaultdict(list), defaultdict(list)
+    seen = Counter()
+    for name, _, messages in files:
+        here, new = Counter(), defaultdict(list)
+        for m in messages:
+            place = tidy_name(m.conversation or title_of(name))
+            m = Message(m.time, tidy_name(m.author), tidy(m.text), m.kind, place)
+            here[m] += 1
+            kind = m.kind or first(
+                bot=m.author.casefold() in BOTS,
+                media=not m.text,
+                copy=here[m] <= seen[m],  # two equal messages in one file are no copies
+            )
+            if m.text and kind in keep | {""}:
+                new[place].append(m)
+            else:
+                left_out[kind].append(m.text)
+        seen |= here
+        for place, messages_of_it in new.items():
+            conversations[place] += oldest_first(messages_of_it)
+
+    for place, messages in list(conversations.items()):
+        authors = {m.author for m in messages}
+        if len(authors) == 1 and "" not in authors and "alone" not in keep:
+            left_out["alone"] += [m.text for m in conversations.pop(place)]
+        else:
+            conversations[place] = oldest_first(messages)
+    return conversations, left_out
+
+
+def oldest_first(messages):
+    """Return messages in the order of time; equal times stay as the file has them."""
+    if not all(m.time for m in messages):
+        return messages
+    if messages[0].time > messages[-1].time:  # newest first, within a minute too
+        messages = messages[::-1]
+    return sorted(messages, key=lambda m: m.time)
+
+
+def without_number(name, people):
+    """Return "Person 1" for the first name that is a phone number, and so on; others as they are."""
+    digits = re.sub(r"\D", "", name)
+    if len(digits) < 7 or not re.fullmatch(r"\+?[\d\s().\-\u2011/]{7,30}", name):
+        return name
+    return people.setdefault(digits, f"Person {len(people) + 1}")
+
+
+def entries_of(conversations):
+    """Return the entries to write: [{"conversation": …, "time": …, "author": …, "message": …}]."""
+    people, entries = {}, []
+    for place, messages in conversations.items():
+        for m in messages:
+            entry = {
+                "conversation": without_number(place, people),
+                "time": m.time and m.time.isoformat(timespec="seconds"),
+                "author": without_number(m.author, people),
+                "message": m.text,
+            }
+            entries.append({key: value for key, value in entry.items() if value})
+    return entries
+
+
+# ---- write --------------------------------------------------------------------------------------
+def claim(target):
+    """Check that the target can be written; return a file whose lock keeps a second run away."""
+    if target.is_symlink() or target.is_dir():
+        fail(f"{target} is a link or a folder", f"mv {shlex.quote(str(target))} /tmp")
+    log = target.with_suffix(".jsonl")
+    if log.exists():
+        fail(f"{log} holds data of this version", "another --version")
+    lock = open(target.with_name(f".{target.name}.lock"), "w")  # noqa: SIM115 (open until the end)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing {target}", "wait until it is done, or end it")
+    return lock
+
+
+def write(target, entries, replace):
+    """Write one entry a line, whole or not at all."""
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
+    if target.exists() and not replace and target.read_bytes() != content:
+        what = f"{target} has other content: another export, or edited by hand"
+        fail(what, "add --replace to write over it, or --version NAME to write beside it")
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(target)
+
+
+# ---- tell ---------------------------------------------------------------------------------------
+def line(title, number, text):
+    number = f"{number:,}" if isinstance(number, int) else number
+    print(f"{title:<14}{number:>9}  {shown(text)}".rstrip())
+
+
+def table(title, counts):
+    line(title, len(counts), "")
+    for name, number in counts.most_common(10):
+        line("", number, name)
+    if len(counts) > 10:
+        line("", "…", f"and {len(counts) - 10:,} more")
+
+
+def report(files, not_read, left_out, entries):
+    for app, number in Counter(app for _, app, _ in files).items():
+        name = next(name for name, its_app, _ in files if its_app == app)
+        line("read", number, f"{app}, {name}" if number == 1 else f"{app}, {name} and so on")
+    for name, why in list(not_read.items())[:5]:
+        line("not read", 1, f"{name}: {why}")
+    if len(not_read) > 5:
+        line("not read", len(not_read) - 5, "more files")
+    for title, key in (("conversations", "conversation"), ("authors", "author")):
+        if counts := Counter(entry[key] for entry in entries if key in entry):
+            table(title, counts)
+    days = sorted(entry["time"][:10] for entry in entries if "time" in entry)
+    if days:
+        line("period", "", f"{days[0]} to {days[-1]}")
+    for kind, texts in sorted(left_out.items(), key=lambda item: -len(item[1])):
+        sample = " ".join(next(filter(None, texts), "").split())[:40]
+        line("left out", len(texts), f"{KINDS[kind]} ({kind})" + (f": {sample}" if sample else ""))
+
+
+def next_steps(entries, version):
+    """Print the commands that go on: first for the author who speaks in most conversations."""
+    build = f"VERSION={version} python build_train.py"
+    places = {(entry.get("author"), entry.get("conversation")) for entry in entries}
+    messages = Counter(entry.get("author") for entry in entries)
+    everywhere = Counter(author for author, _ in places if author)
+    if everywhere:
+        author = max(everywhere, key=lambda name: (everywhere[name], messages[name]))
+        print(f"next  {build} --only-author {shown(shlex.quote(author))}  # answers as one of them")
+        print(f"      {build}  # answers as everybody")
+    else:
+        print(f"next  {build}")
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+def read_files(paths, dates):
+    """Return ([(name, app, messages)], {name: why it is not read}) of all that the paths hold."""
+    contents = [file for path in paths for file in files_in(Path(path).expanduser())]
+    contents.sort(key=lambda file: not file[0].endswith("users.json"))  # Slack's names come first
+    files, not_read = [], {}
+    for name, content in tqdm(contents, unit=" files", leave=False, disable=None):
+        try:
+            app, messages = read(name, content)
+        except NotRead as e:
+            not_read[name] = str(e)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, csv.Error) as e:
+            not_read[name] = f"an entry is not as its app writes it ({e!r:.80})"
+        else:
+            if messages and isinstance(messages[0], Message):
+                messages, assumed = read_times(messages, dates)
+                if assumed:
+                    words = " ".join(WORDS[letter] for letter in assumed)
+                    line("dates", "", f"{name}: taken as {words}; if they are not, add --dates")
+            files.append((name, app, messages))
+    if wrong := [name for name in not_read if name in paths or not files]:
+        what = f"{wrong[0]} is {not_read[wrong[0]]}; known are {KNOWN}"
+        fail(what, "export the chat again in one of these formats")
+    if not contents:
+        fail(
+            f"{', '.join(paths)} holds no file that could be read; known are {KNOWN}",
+            "another folder",
+        )
+    return files, not_read
+
+
+WORDS = {"d": "day", "m": "month", "y": "year"}
+
+
+def main():
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+    s = settings()
+    target = RAW / f"messages_{s.version}.json"
+    lock = claim(target)
+    files, not_read = read_files(s.paths, s.dates)
+    pairs = [m for _, _, messages in files for m in messages if isinstance(m, dict)]
+    if pairs and any(isinstance(m, Message) for _, _, messages in files for m in messages):
+        fail("these are chats and training sets", "one run for each, with another --version")
+    conversations, left_out = ({}, {}) if pairs else sort_out(files, s.keep)
+    entries = pairs or entries_of(conversations)
+    report(files, not_read, left_out, entries)
+    if not entries:
+        fail("nothing that one person says to another is left", "--keep KIND, of the kinds above")
+    write(target, entries, s.replace)
+    print(
+        f"\nwrote {target}: {len(entries):,} entries; read it, and take out what is not to be learned"
+    )
+    next_steps(entries, s.version)
+    lock.close()
+
+
+# ---- tables: who reads what ---------------------------------------------------------------------
+JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the first that fits
+    ("Telegram", {"chats"}, set(), read_telegram),
+    ("Telegram", {"left_chats"}, set(), read_telegram),
+    ("Discord", {"guild", "channel", "messages"}, set(), read_discord),
+    ("Instagram or Messenger", {"participants"}, {"sender_name"}, read_meta),
+    ("Messenger", {"participants"}, {"senderName"}, read_messenger),
+    ("Twitch", {"comments"}, {"commenter"}, read_twitch),
+    ("Matrix", {"room_name"}, {"sender"}, read_matrix),
+    ("Google Chat", {"messages"}, {"creator"}, read_google_chat),
+    ("Telegram", {"messages"}, {"type", "text"}, read_telegram),
+    ("Slack", set(), {"ts", "type"}, read_slack),
+    ("Slack", set(), {"id", "profile"}, read_slack_users),
+    ("training set", set(), {"messages"}, read_turns),
+    ("training set", set(), {"conversations"}, read_turns),
+    *(("training set", set(), set(pair), read_pairs) for pair in PAIRS),
+    *(("list of messages", set(), {key}, read_texts) for key in ("text",)),
+    *(("list of messages", set(), {key}, read_entries) for key in COLUMNS["message"].split()),
+)
+TEXT_READERS = (  # app, how one of the first lines looks, reader
+    ("iMessage", IMESSAGE_DATE.match, read_imessage),
+    ("log", LOG_LINE.match, read_log),
+    ("Signal", re.compile(r"\[\d{4}(-\d\d){2},? \d\d:\d\d(:\d\d)?\] Me: ").match, read_signal),
+    ("WhatsApp", ENTRY.match, read_whatsapp),
+    ("CSV", is_csv_header, read_csv),
+)
+
+
+# ---- tables: what the apps write, in the languages of their users -------------------------------
+def sentences(table):
+    return {plain(sentence) for sentence in table.replace("\n", " ").split("|")}
+
+
+INVISIBLE = dict.fromkeys(  # control characters but line breaks and tabs, and MARK
+    [*range(9), *range(11, 32), *range(127, 160), 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFC]
+    + [*range(0x202A, 0x202F), *range(0x2060, 0x206A)]
+)
+DELETED = """
+This message was deleted | You deleted this message | This message was deleted by an admin |
+Diese Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje |
+Este mensaje fue eliminado | Eliminaste este mensaje | Ce message a été supprimé |
+Vous avez supprimé ce message | Questo messaggio è stato eliminato | Hai eliminato questo messaggio |
+Mensagem apagada | Esta mensagem foi apagada | Você apagou esta mensagem | Apagou esta mensagem |
+Apagaste esta mensagem | Dit bericht is verwijderd | U hebt dit bericht verwijderd |
+Je hebt dit bericht verwijderd | Данное сообщение удалено | Вы удалили данное сообщение |
+Вы удалили это сообщение | Сообщение удалено | Це повідомлення було видалено |
+Ви видалили це повідомлення | Ta wiadomość została usunięta | Usunięto tę wiadomość |
+Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva byla smazána | Tato zpráva byla odstraněna |
+Tuto zprávu jste smazal/a | Tuto zprávu jste odstranil/a | Táto správa bola odstránená |
+Túto správu ste odstránili | Acest mesaj a fost șters | Ați șters acest mesaj |
+Ez az üzenet törlésre került | Törölted ezt az üzenetet | Ezt az üzenetet törölted |
+Αυτό το μήνυμα διαγράφηκε | Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz |
+הודעה זו נמחקה | מחקת הודעה זו | מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة |
+أنت حذفت هذه الرسالة | این پیام حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید |
+یہ میسج حذف کر دیا گیا ہے | یہ پیغام حذف کیا گیا | آپ نے یہ میسج حذف کر دیا ہے |
+यह मैसेज डिलीट कर दिया गया है | यह संदेश मिटाया गया | आपने यह मैसेज डिलीट किया |
+हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে | આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus |
+Pesan ini telah dihapus | Anda menghapus pesan ini | Anda telah menghapus pesan ini |
+Mesej ini telah dipadam | Anda telah memadamkan mesej ini | Tin nhắn này đã bị xóa |
+Bạn đã xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 | 您已刪除此訊息 |
+这条消息已被删除 | 您已删除这条消息 | このメッセージは削除されました | このメッセージを削除しました |
+이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한 메시지입니다 |
+Det här meddelandet raderades | Du raderade det här meddelandet | Detta meddelande raderades |
+Denne besked er blevet slettet | Denne besked blev slettet | Du har slettet denne besked |
+Du slettede denne besked | Denne meldingen ble slettet | Du slettet denne meldingen |
+Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana | Izbrisali ste ovu poruku |
+Ова порука је обрисана | Съобщението беше изтрито | Aquest missatge s'ha suprimit |
+Has suprimit aquest missatge | Ujumbe huu ulifutwa | Umefuta ujumbe huu | Hierdie boodskap was uitgevee
+"""
+CALLS = """
+Missed voice call | Missed video call | Missed group voice call | Missed group video call |
+Verpasster Sprachanruf | Verpasster Videoanruf | Llamada perdida | Llamada de voz perdida |
+Videollamada perdida | Appel vocal manqué | Appel vidéo manqué | Chiamata vocale persa |
+Videochiamata persa | Chamada de voz perdida | Chamada de vídeo perdida | Videochamada perdida |
+Ligação de voz perdida | Ligação de vídeo perdida | Gemist spraakgesprek | Gemist videogesprek |
+Gemiste spraakoproep | Gemiste video-oproep | Пропущенный аудиозвонок | Пропущенный видеозвонок |
+Пропущений аудіодзвінок | Пропущений відеодзвінок | Nieodebrane połączenie |
+Nieodebrane połączenie głosowe | Nieodebrane połączenie wideo | Zmeškaný hovor |
+Zmeškaný hlasový hovor | Zmeškaný videohovor | Apel vocal nepreluat | Apel video nepreluat |
+Nem fogadott hanghívás | Nem fogadott videohívás | Αναπάντητη κλήση | Αναπάντητη φωνητική κλήση |
+Αναπάντητη βιντεοκλήση | Cevapsız sesli arama | Cevapsız görüntülü arama | שיחה קולית שלא נענתה |
+שיחת וידאו שלא נענתה | مكالمة صوتية فائتة | مكالمة فيديو فائتة | تماس صوتی پاسخ داده نشده |
+تماس تصویری پاسخ داده نشده | مسڈ وائس کال | مسڈ ویڈیو کال | मिस्ड वॉइस कॉल | मिस्ड वीडियो कॉल |
+Panggilan suara tak terjawab | Panggilan video tak terjawab | Panggilan suara terlepas |
+Panggilan video terlepas | Cuộc gọi nhỡ | Cuộc gọi nhỡ video | สายที่ไม่ได้รับ | 未接語音通話 |
+未接視像通話 | 未接视频通话 | 未接语音通话 | 不在着信 | 音声通話不在着信 | ビデオ通話不在着信 | 부재중 전화 |
+부재중 영상통화 | Missat röstsamtal | Missat videosamtal | Ubesvaret taleopkald |
+Ubesvaret videoopkald | Tapt taleanrop | Tapt videoanrop | Vastaamaton äänipuhelu |
+Vastaamaton videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv | Trucada de veu perduda
+"""
+NO_MEDIA = """
+Media omitted | image omitted | video omitted | audio omitted | sticker omitted | GIF omitted |
+document omitted | Contact card omitted | video note omitted | View once voice message omitted | null |
+Medien ausgeschlossen | Medien weggelassen | Bild weggelassen | Video weggelassen |
+Audio weggelassen | Sticker weggelassen | GIF weggelassen | Dokument weggelassen |
+Kontaktkarte ausgelassen | Multimedia omitido | Archivo omitido | imagen omitida | Video omitido |
+audio omitido | sticker omitido | GIF omitido | documento omitido | Tarjeta de contacto omitida |
+Médias omis | Fichier omis | image absente | vidéo absente | audio omis | sticker omis | GIF retiré |
+document manquant | Fiche contact manquante | Media omessi | Media omesso | immagine omessa |
+video omesso | audio omesso | sticker non incluso | GIF esclusa | documento omesso |
+Scheda contatto omessa | Mídia oculta | Mídia omitida | Arquivo de mídia oculto |
+Ficheiro não revelado | imagem ocultada | imagem não revelada | vídeo omitido | vídeo não revelado |
+áudio ocultado | ficheiro de áudio não revelado | figurinha omitida | sticker não revelado |
+GIF não revelada | Cartão do contato omitido | Contacto não revelado | Media weggelaten |
+afbeelding weggelaten | video weggelaten | audio weggelaten | sticker weggelaten | GIF weggelaten |
+document weggelaten | Visitekaartje weggelaten | Без медиафайлов | Файл пропущен |
+изображение отсутствует | видео отсутствует | аудиофайл отсутствует | аудио отсутствует |
+стикер не добавлен | GIF отсутствует | документ отсутствует | Карточка контакта отсутствует |
+Медіа пропущено | зображення відсутнє | відео відсутнє | аудіо відсутнє | Наклейку не додано |
+Pominięto multimedia | pliki pominięto | obraz pominięty | wideo pominięte | audio pominięte |
+pominięto naklejkę | Plik GIF pominięty | dokument pominięty | Média vynechána | Média vynechány |
+obrázek vynechán | video vynecháno | zvukový soubor vynechán | nálepka vynechána | Médiá vynechané |
+obrázok vynechaný | video vynechané | Conținut media omis | Imagine omisă | clip video omis |
+Hiányzó médiafájl | kép küldése sikertelen | Videó kihagyva | Εξαίρεση πολυμέσων |
+εικόνα παραλείφθηκε | βίντεο παραλείφθηκε | ήχος παραλείφθηκε | Medya dahil edilmedi |
+Medya atlanmış | görüntü dahil edilmedi | video dahil edilmedi | ses dahil edilmedi |
+Çıkartma dahil edilmedi | GIF dahil edilmedi | belge dahil edilmedi | Kişi kartı dahil edilmedi |
+המדיה לא נכללה | המדיה הוסרה | מדיה הושמטה | התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט |
+סטיקר הושמט | GIF הושמט | מסמך הושמט | כרטיס איש קשר הושמט | تم استبعاد الوسائط | لم يتم إدراج الصورة |
+لم يتم إدراج الفيديوهات | لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF |
+لم يتم إدراج المستند | لم يتم إدراج بطاقة جهة اتصال | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد |
+استیکر حذف شد | میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई | वीडियो छोड़ा गया |
+ऑडियो हटाई गयी | स्टिकर छोड़ा गया | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Media tidak disertakan |
+gambar tidak disertakan | video tidak disertakan | audio tidak disertakan | stiker tidak disertakan |
+Media disingkirkan | imej tidak dimasukkan | Bỏ qua Media | đã bỏ qua hình ảnh | đã bỏ video |
+đã bỏ sticker | สื่อถูกลบ | ไม่มีรูปภาพ | วิดีโอถูกลบ | ไม่มีสติกเกอร์ | 省略多媒体文件 | 忽略多媒體檔 |
+圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 | 音频已忽略 | 貼圖已略去 |
+贴图已省略 | メディアは含まれていません | 画像は含まれていません | ビデオは含まれていません |
+音声は含まれていません | スタンプは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 |
+이미지 생략됨 | 비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨 | Media har utelämnats | bild utesluten |
+video utesluten | Mediefil udeladt | billede udeladt | video udeladt | Uten vedlegg |
+bilde ikke inkludert | video utelatt | Media jätetty pois | ei kuvaa | Medijski zapis izostavljen |
+slika izostavljena | Без файл | Imatge omesa | Mitjans omesos | Media imerukwa | Media weggelaat
+"""
+LOCATIONS = """
+live location shared | Live-Standort wird geteilt | ubicación en tiempo real compartida |
+Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada |
+live locatie gedeeld | Геоданные отправлены | udostępniona transmisja położenia |
+Mevcut konum paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر | Lokasi terkini dibagikan
+"""
+WAITING = """
+Waiting for this message. This may take a while |
+Warte auf diese Nachricht. Dies kann etwas dauern | Warten auf diese Nachricht |
+Esperando este mensaje. Esto puede tomar tiempo | Esperando el mensaje. Esto puede tardar un tiempo |
+En attente de ce message. Cela peut prendre du temps |
+In attesa del messaggio. Potrebbe volerci qualche minuto |
+Aguardando mensagem. Essa ação pode levar alguns instantes |
+Wachten op dit bericht. Dit kan even duren
+"""
+EDITED = frozenset(
+    sentences(
+        """
+This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mensaje |
+Este mensaje fue editado | Ce message a été modifié | Questo messaggio è stato modificato |
+Mensagem editada | Esta mensagem foi editada | Dit bericht is bewerkt | Данное сообщение изменено |
+Сообщение изменено | Це повідомлення було відредаговано | Ta wiadomość została zmieniona |
+Tato zpráva byla upravena | Bu mesaj düzenlendi | ההודעה נערכה | تم تعديل هذه الرسالة | Pesan ini diedit |
+यह मैसेज एडिट किया गया | 此訊息已編輯 | 这条消息已编辑 | このメッセージは編集されました | 수정된 메시지입니다 |
+Meddelandet har redigerats | Beskeden blev redigeret | Viestiä muokattiin
+"""
+    )
+)
+ATTACHED = frozenset(
+    sentences(
+        """
+file attached | Datei angehängt | archivo adjunto | archivo adjuntado | fichier joint | file allegato |
+arquivo anexado | ficheiro anexado | bestand bijgevoegd | файл добавлен | файл додано |
+plik załączony | załączony plik | soubor byl přiložen | súbor pripojený | fișier atașat |
+fájl csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | الملف مرفق | پیوست شد | پیوستہ فائل |
+फाइल अटैच कर दी गई है | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ | file terlampir |
+fail dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 | 添付ファイル有り | 파일 첨부됨 |
+bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto | datoteka u privitku | priložena datoteka |
+прикачен файл | прикачена датотека | arxiu adjunt | faili limeambatanishwa | lêer aangeheg
+"""
+    )
+)
+SENTENCES = {
+    sentence: kind
+    for kind, table in {
+        "deleted": DELETED,
+        "call": CALLS,
+        "media": NO_MEDIA,
+        "location": LOCATIONS,
+        "app": WAITING,
+    }.items()
+    for sentence in sentences(table)
+}
+NOTICES = (  # how the notices begin that WhatsApp writes under a person's or the group's name
+    "Messages and calls are end-to-end encrypted",
+    "Messages you send to this chat and calls are now secured",
+    "Messages to this chat and calls are now secured",
+    "Messages to this group are now secured",
+    "Your security code with",
+    "Nachrichten und Anrufe sind Ende-zu-Ende-verschlüsselt",
+    "Nachrichten in diesem Chat sowie Anrufe sind jetzt mit",
+    "Los mensajes y las llamadas están cifrados",
+    "Les messages et les appels sont chiffrés",
+    "Les messages envoyés dans cette discussion et les appels",
+    "I messaggi e le chiamate sono crittografati",
+    "I messaggi inviati a questa chat e le chiamate sono",
+    "As mensagens e as chamadas são protegidas",
+    "As mensagens e chamadas são encriptadas",
+    "Berichten en gesprekken worden end-to-end",
+    "Сообщения и звонки защищены",
+    "Повідомлення й дзвінки захищено",
+    "Wiadomości i połączenia są",
+    "Mesajlar ve aramalar uçtan uca",
+    "ההודעות והשיחות מוצפנות",
+    "الرسائل والمكالمات مشفرة",
+    "Pesan dan panggilan terenkripsi",
+    "मैसेजेस और कॉल्स एंड-टू-एंड",
+    "メッセージと通話はエンドツーエンド",
+    "메시지 및 전화는 종단간",
+    "消息和通话都进行端到端加密",
+    "訊息和通話經端對端加密",
+)
+META = re.compile(  # what Instagram and Messenger write under a person's name
+    r"(?i)(reacted .{1,20} to your message|liked a message|you missed a (video |voice )?call"
+    r"|(audio|video) call ended|you (named|sent|created|added|removed|left) "
+    r"|hat .{0,40}auf deine nachricht .{0,20}reagiert|hat mit .{1,20} auf deine nachricht reagiert"
+    r"|gefällt eine nachricht|reaccionó con .{1,20} a tu mensaje|le gustó un mensaje"
+    r"|(indicó que )?le gusta un mensaje|a réagi (avec )?.{1,20} à votre message|a aimé un message"
+    r"|ha reagito con .{1,20} al tuo messaggio|(ha messo )?mi piace (a )?un messaggio"
+    r"|reagiu com .{1,20} à sua mensagem|curtiu uma mensagem|heeft .{1,20} gereageerd op je bericht"
+    r"|vond een bericht leuk).{0,60}\s*$"
+)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,13 +17,14 @@ Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
+# ruff: noqa: E402, RUF001 (Ctrl-C is to be quiet during imports; chat is in many scripts)
 import os
 import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C; what is half done is cleaned later
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, the output is whole
 
 import argparse
 import difflib
@@ -37,6 +38,7 @@ import shutil
 import unicodedata
 from bisect import bisect
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -48,79 +50,78 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}. FIX: source venv/bin/activate; pip install -r requirements.txt")
 
-COMMON_MODEL = "gemma-3-text-27b-it-4bit"
-SHAPE_OF_ONE_AUTHOR = "prompt"  # the default of --shape with --only-author: "prompt" or "turns"
-
-
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
-def arguments():
-    parser = argparse.ArgumentParser(
-        description="Make the training data from a chat.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, env = parser.add_argument, os.environ.get
-    # fmt: off
-    add("--version", default=env("VERSION", "v1"), help="which data: data/raw/messages_VERSION.json")
-    add("--model", default=env("MODEL", COMMON_MODEL), help="whose tokenizer: models/base/MODEL")
-    # the prompt of a row; what stands in [] goes where authors are not known or --names is 0
-    add("--prompt", default="{context}\n\nWrite the next message of this chat[, as {author}].")
-    add("--question-prompt", default="{context}\n\nAsk the next question in this chat[, as {author}].")
-    add("--names", type=int, default=1, help="1: the model sees who says what; 0: it does not")
-    add("--only-author", default="", help="learn the replies of this author alone; '' of everyone")
-    add("--shape", default="", help="of a row: prompt, or turns (user, assistant, …) of one author")
-    add("--window", type=int, default=10, help="log: messages before a reply that it sees")
-    add("--gap", type=float, default=6.0, help="log: hours of silence that end a talk; 0 none do")
-    add("--burst", type=float, default=0.0, help="log: an author's messages within so many minutes are one")
-    add("--stride", type=int, default=1, help="make a row of every so many-th reply; 1 of every one")
-    add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
-    add("--min-context", type=int, default=1, help="messages that a reply needs before it; 0 none")
-    add("--min-chars", type=int, default=2, help="characters of the shortest reply")
-    add("--max-chars", type=int, default=1000, help="characters of the longest reply")
-    add("--stock-share", type=float, default=0.02, help="share of one and the same reply; 5 always")
-    add("--block", default="", help="file of words, one a line, that become […] wherever they stand")
-    add("--remove-emoji", action="store_true", help="remove emoji from all messages")
-    add("--max-context-chars", type=int, default=300, help="of a context message; the rest becomes …")
-    add("--max-seq-length", type=int, default=env("MAX_SEQ_LENGTH", 1024), help="tokens of a row")
-    add("--batch-size", type=int, default=env("BATCH_SIZE", 2), help="for the figures printed")
-    add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
-    add("--valid-rows", type=int, default=400, help="most rows to validate with")
-    add("--seed", type=int, default=0, help="of the split; another whole number, another split")
-    # fmt: on
-    # ---- end of the settings ---------------------------------------------------------------------
-    parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python build_train.py --help\n")
+SHAPE_OF_ONE_AUTHOR = "prompt"  # what --shape is with --only-author: "prompt" or "turns"
+parser = argparse.ArgumentParser(
+    description="Make the training data from a chat.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    allow_abbrev=False,
+)
+parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python build_train.py --help\n")
+add, env = parser.add_argument, os.environ.get
+# fmt: off
+add("--version", default=env("VERSION", "v1"), help="which data: data/raw/messages_VERSION.json")
+add("--model", default=env("MODEL", "gemma-3-text-27b-it-4bit"), help="whose tokenizer to use")
+add("--prompt", default="{context}\n\nWrite the next message of this chat[, as {author}].",
+    help="template of a prompt; what stands in [] goes if the model does not see names")
+add("--question-prompt", default="{context}\n\nAsk the next question in this chat[, as {author}].",
+    help="the same, where the reply is a question")
+add("--names", type=int, default=1, help="1: the model sees who says what; 0: it does not")
+add("--only-author", default="", help="learn the replies of this author alone; '' of everyone")
+add("--shape", default="", help="of a row: prompt, or turns of one author and the others")
+add("--window", type=int, default=10, help="messages before a reply that the model sees")
+add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0 none do")
+add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
+add("--stride", type=int, default=1, help="make a row of every so many-th reply only")
+add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
+add("--min-context", type=int, default=1, help="messages that a reply needs before it; 0 none")
+add("--min-chars", type=int, default=2, help="characters of the shortest reply")
+add("--max-chars", type=int, default=1000, help="characters of the longest reply")
+add("--stock-share", type=float, default=0.02, help="of rows with the same reply; 5 always")
+add("--block", default="", help="file with words, one a line, that become […] wherever they stand")
+add("--remove-emoji", action="store_true", help="remove emoji from all messages")
+add("--max-context-chars", type=int, default=300, help="of a message before a reply; the rest is …")
+add("--max-seq-length", type=int, default=env("MAX_SEQ_LENGTH", 1024), help="tokens of a row")
+add("--batch-size", type=int, default=env("BATCH_SIZE", 2), help="for the figures printed")
+add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
+add("--valid-rows", type=int, default=400, help="most rows to validate with")
+add("--seed", type=int, default=0, help="of the split; another whole number, another split")
+# fmt: on
+# --------------------------------------------------------------------------------------------------
+
+
+def settings():
     s = parser.parse_args()
-    check_arguments(s, parser.error)
-    return s
-
-
-def check_arguments(s, refuse):
     for name, value in vars(s).items():
         flag = f"--{name.replace('_', '-')}"
         if type(value) is int:
             least = 0 if name in ("names", "min_context", "min_chars", "seed") else 1
             if not least <= value < 2**32:
-                refuse(f"{flag} is {value}, not {least} or more")
+                parser.error(f"{flag} is {value}, not {least} or more")
         if name in ("gap", "burst") and not 0 <= value < 1e6:
-            refuse(f"{flag} is {value}, not 0 or more")
+            parser.error(f"{flag} is {value}, not 0 or more")
         if name in ("stock_share", "valid_size") and not 0 < value < 1:
-            refuse(f"{flag} is {value}, not between 0 and 1")
-    s.prompt = s.prompt.replace("\\n", "\n")
-    s.question_prompt = s.question_prompt.replace("\\n", "\n")
-    if "{context}" not in s.prompt or "{context}" not in s.question_prompt:
-        refuse("--prompt or --question-prompt does not say where {context} goes")
+            parser.error(f"{flag} is {value}, not between 0 and 1")
+    for name in "prompt", "question_prompt":
+        template = getattr(s, name).replace("\\n", "\n")
+        setattr(s, name, SURROGATES.sub("", template))
+        if "{context}" not in template:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} does not say where {{context}} goes")
     s.shape = s.shape or (SHAPE_OF_ONE_AUTHOR if s.only_author else "prompt")
     if s.shape not in ("prompt", "turns"):
-        refuse(f"--shape is {s.shape!a}, not prompt or turns")
+        parser.error(f"--shape is {s.shape!a}, not prompt or turns")
     if s.shape == "turns" and not s.only_author:
-        refuse("--shape turns needs --only-author, the one whom the model learns to be")
+        parser.error("--shape turns needs --only-author, the one whom the model learns to be")
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
     if unknown := set(s.off) - set(ALL_RULES):
-        refuse(f"--off names {min(unknown)!a}, and the rules are: {', '.join(ALL_RULES)}")
+        parser.error(f"--off names {min(unknown)!a}, and the rules are: {', '.join(ALL_RULES)}")
+    return s
 
 
-# ---- filter: a row is dropped by the first rule that is true; remove a line, change it, add one --
+# ---- filter: a reply is dropped by the first rule that is true; remove a line, change it, add one
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot"}
+COMMAND = re.compile(r"[!/][^\W\d_]\w*(\s|$)")  # not "/etc/fstab"
 LINK = re.compile(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/")
 # fmt: off
 RULES = {
@@ -128,34 +129,39 @@ RULES = {
     "no context":     lambda row, s: len(row.window) - 1 < s.min_context,
     "other author":   lambda row, s: s.only_author and row.author != s.only_author,
     "bot":            lambda row, s: row.author.casefold() in BOTS,
-    "bot command":    lambda row, s: re.match(r"[!/][^\W\d_]\w*(\s|$)", row.reply),  # not "/etc/x"
+    "bot command":    lambda row, s: COMMAND.match(row.reply),
     "link":           lambda row, s: LINK.search(row.reply),
     "too short":      lambda row, s: len(row.reply) < s.min_chars,
     "too long":       lambda row, s: len(row.reply) > s.max_chars,
     "personal data":  lambda row, s: "[…]" in row.reply,
     "same character": lambda row, s: re.search(r"(.)\1{14}", row.reply),
-    "same words":     lambda row, s: has_same_words(row.reply),
+    "same words":     lambda row, s: words_for_each_word(row.reply) >= 3,
     "no letters":     lambda row, s: len(row.reply) >= 40 and share_of_letters(row.reply) < 0.3,
-    "numbers":        lambda row, s: is_of_numbers(row.window[:-1]),
+    "numbers":        lambda row, s: share_of_numbers(row.window[:-1]) >= 0.8,
 }
 # fmt: on
-ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply", "stride"]  # those: see choose()
+ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply", "stride"]  # the last: see choose()
 PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0] in "PZ"}
-is_number = cache(re.compile(r"[\d\s.,:+%-]*\d[\d\s.,:+%-]*").fullmatch)
 
 
-def has_same_words(text):
-    """Are there, on average, three or more of each word? "gg gg GG gg gg gg" → True."""
-    return text.count(" ") >= 3 * max(2, len(set(text.casefold().split()))) - 1
+def words_for_each_word(text):
+    """Return how often each word is there: "gg gg GG gg" → 2, because two words are the least."""
+    words = text.count(" ") + 1
+    return words / max(2, len(set(text.casefold().split()))) if words >= 6 else 0
 
 
 def share_of_letters(text):
     return sum(map(str.isalpha, text)) / len(text)
 
 
-def is_of_numbers(context):
-    """Is it four fifths numbers, as when a crowd votes?"""
-    return 0 < 0.8 * len(context) <= sum(1 for message in context if is_number(message.text))
+def share_of_numbers(messages):
+    """Return it: high when a crowd votes."""
+    return sum(is_number(message.text) for message in messages) / max(1, len(messages))
+
+
+@cache
+def is_number(text):
+    return re.fullmatch(r"[\s.,:+%-]*\d[\d\s.,:+%-]*", text) is not None
 
 
 @cache
@@ -166,24 +172,24 @@ def folded(text):
 
 def choose(rows, s, dropped):
     """Return the rows that pass all rules; add (row, name of the rule) to `dropped` for others."""
-    table = [(name, rule) for name, rule in RULES.items() if name not in s.off]
-    exchanges, replies, kept, passed = set(), Counter(), [], 0
+    rules = [(name, rule) for name, rule in RULES.items() if name not in s.off]
+    exchanges, replies = set(), Counter()  # of the rows that are kept
+    kept, passed = [], 0
     for row in rows:
-        broken = next((name for name, rule in table if rule(row, s)), None)
-        reply = folded(row.reply)
-        exchange = (reply, *[folded(message.text) for message in row.window[:-1]])
-        if broken:
-            pass
-        elif exchange in exchanges and "duplicate" not in s.off:
-            broken = "duplicate"
-        elif replies[reply] and len(row.reply) >= 80 and "pasted again" not in s.off:
-            broken = "pasted again"
-        elif replies[reply] >= max(5, s.stock_share * (len(kept) + 1)) and "stock reply" not in s.off:
-            broken = "stock reply"
-        else:
+        broken = next((name for name, rule in rules if rule(row, s)), None)
+        if not broken:
+            reply = folded(row.reply)
+            exchange = (reply, *[folded(message.text) for message in row.window[:-1]])
+            most = max(5, s.stock_share * (len(kept) + 1))
+            repeats = {
+                "duplicate": exchange in exchanges,
+                "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
+                "stock reply": replies[reply] + 1 > most,
+            }
+            broken = next((name for name in repeats if repeats[name] and name not in s.off), None)
+        if not broken:
             passed += 1
-            if passed % s.stride and "stride" not in s.off:
-                broken = "stride"
+            broken = "stride" if passed % s.stride else None
         if broken:
             dropped.append((row, broken))
             continue
@@ -193,7 +199,8 @@ def choose(rows, s, dropped):
     return kept
 
 
-# ---- clean ---------------------------------------------------------------------------------------
+# ---- clean: what cannot be seen, what is personal, what a model would take for a command ---------
+SURROGATES = re.compile("[\ud800-\udfff]")
 MARKS = "".join(chr(i) for i in range(0x20000) if unicodedata.combining(chr(i)))
 INVISIBLE = re.compile(
     # subtle: joiners (200c, 200d) stay where they make an emoji, or a word in Arabic or Hindi
@@ -201,42 +208,101 @@ INVISIBLE = re.compile(
     "\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
     "|(?<![\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
     "|[\u200c\u200d](?![^\\s\u200c\u200d])"
-    f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # more than 30 accents on one letter
+    f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # beyond 30 accents on one letter NFC takes for ever
 )
-EMOJI = re.compile(
-    "[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3]"
-)
-CONTROL = re.compile(  # what the chat templates of models are made of
+EMOJI = re.compile("[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3]")
+CONTROL = (  # what the chat templates of models are made of
     r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
 )
-PERSONAL = re.compile(
-    r"[\w.+-]{1,64}@[\w-]{1,63}\.\w[\w.]*"  # e-mail
-    r"|\b[A-Za-z]{2}\d\d ?[A-Za-z]{0,4}(?: ?\d){10,26}"  # IBAN
-    r"|(?<![\w.:/-])(?:(?:\+|00?)[1-9](?:[ ().-]{0,2}\d){7,13}"
-    r"|\(?\d{3}\)?[ .-]?\d{3}[ .-]?\d{3,4}"  # +39 …, (555) …
-    r"|\d{4}[ -]?(?:\d{4}[ -]?\d{4}[ -]?\d{4}|\d{6}[ -]?\d{5}))(?![\w:/-]|\.\d)"  # payment card
+
+EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}\.\w[\w.-]{1,200}")
+CONTACT = re.compile(r"(?i)(?:\btel:|\bwa\.me/|\bphone=|@(?=\d{7}))\+?\d(?:[ ().-]{0,2}\d){6,18}")
+IBAN = re.compile(
+    r"(?<!\w)[A-Za-z]{2}\d\d ?[A-Za-z]{0,4}(?: ?\d){8,26}(?: ?[A-Z\d]{1,4}){0,3}(?!\w)"
 )
+SEVEN_DIGITS = re.compile(r"\d(?:\D{0,2}\d){6}")
+LONG_NUMBER = re.compile(
+    r"(?<![\w/=#&?%~$€£-])(?<!\d[.:,])"  # not in an address, a file name, a sum, a time
+    r"[+(]{0,2}\d(?:[ ().\u2010-\u2013/-]{0,2}\d){6,18}"
+    r"(?![\w/=%]|[.,:-]\d|-[^\W\d])"
+)
+YEAR, DAY = r"(?:19|20)\d\d", r"[0-3]?\d"
+DATE = re.compile(  # 2024-05-31, 31/5/2024, 1914-1918
+    rf"(?<!\d)(?:{YEAR}\D+(?:{DAY}\D+{DAY}|{YEAR})|{DAY}\D+{DAY}\D+{YEAR})(?!\d)"
+)
+WITH_DOTS = re.compile(r"0\d+(?:\.\d\d)*(?:\.\d{2,9})|\(?\d{3}\)?\.\d{3}\.\d{4}")
+
+
+def hide_number(match):
+    """Return […] for what looks like a number of a telephone, a card or an account.
+
+    "612 34 56 78", "(11) 98765-4321" and "4111111111111111" do; "192.168.100.200", "31/5/2024",
+    "6-4 7-5 6-7", "2 000 000" and "1.234.567" do not.
+    """
+    text = match[0]
+    sizes = tuple(map(len, re.findall(r"\d+", text)))  # of its groups of digits
+    digits = sum(sizes)
+    if "+" in text or re.match("00[1-9]", text):
+        is_personal = digits >= 8
+    elif "." in text and not WITH_DOTS.fullmatch(text):
+        is_personal = False  # an address of the internet, a version, a price
+    elif DATE.search(text) or ("/" in text and text[0] != "0"):
+        is_personal = False
+    elif digits == 7:
+        is_personal = sizes in {(3, 4), (3, 2, 2)}
+    elif len(sizes) == 1:
+        is_personal = digits >= 9
+    else:
+        is_personal = len(sizes) <= 5 and min(sizes[1:]) > 1
+    return "[…]" if is_personal else text
+
+
+def hide_personal(text):
+    if "@" in text:
+        text = EMAIL.sub("[…]", text)
+    if SEVEN_DIGITS.search(text):
+        text = IBAN.sub("[…]", CONTACT.sub("[…]", text))
+        text = LONG_NUMBER.sub(hide_number, text)
+    return text
 
 
 def clean(text):
-    """Return it in NFC, on one line, without what cannot be seen: "  a\\u200b \\n b" → "a b"."""
+    r"""Return it in NFC, on one line, without what cannot be seen: " a\u200b \n b" → "a b"."""
     if not text.isascii() or not text.isprintable():
         text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     return " ".join(text.split())
 
 
-def cleaner(s):
+def cleaner(s, control):
     """Return the function that makes of a message what may be learned of it."""
+    control = re.compile("|".join([CONTROL, *map(re.escape, control)]))
+    blocked = block_list(s.block) if s.block else None
 
-    @cache  # so equal messages share one string in memory
+    @cache  # so equal messages are one string in memory
     def tidy(text):
         text = clean(EMOJI.sub("", text) if s.remove_emoji else text)
         if "personal data" not in s.off:
-            text = PERSONAL.sub("[…]", text)
-        return CONTROL.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+            text = hide_personal(text)
+        if blocked:
+            text = blocked.sub("[…]", text)
+        return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
 
     return tidy
+
+
+def block_list(path):
+    """Return the pattern of the words in a file; in scripts without spaces they may be in words."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        fail(f"{path!a} cannot be read: {error!a:.100}", f"ls -l {shlex.quote(path)}; write UTF-8")
+    words = sorted({clean(line) for line in lines} - {""}, key=len, reverse=True)
+    if not words:
+        fail(f"{path!a} holds no words", "write one a line, or leave --block out")
+    letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"
+    pattern = "|".join(map(re.escape, words))
+    return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
 
 
 def namer(tidy):
@@ -245,11 +311,10 @@ def namer(tidy):
 
     @cache
     def name(author):
-        author = clean(author)
         shown = tidy(author)
         if "[…]" in shown:
-            shown = people.setdefault(author, f"Person {len(people) + 1}")
-        return shown
+            shown = people.setdefault(clean(author), f"Person {len(people) + 1}")
+        return shown[:60]
 
     return name
 
@@ -257,15 +322,19 @@ def namer(tidy):
 # ---- read ----------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Message:
+    """One message of a chat."""
+
     text: str
     author: str = ""
     time: float | None = None  # seconds
-    entry: int = 0
+    entry: int = 0  # its number: in the list from 0, or the line of a .jsonl file, from 1
 
 
 @dataclass(slots=True)
 class Row:
-    entry: int  # its number: in the list from 0, or the line of a .jsonl file, from 1
+    """A reply that may be learned, with what came before it."""
+
+    entry: int
     window: tuple[Message, ...]  # the context, oldest message first, then the reply
     prompt: str = ""  # of a pair; its lines are the context
     talk: int = 0
@@ -274,11 +343,11 @@ class Row:
     tokens: int = 0
 
     @property
-    def reply(self):
+    def reply(self):  # noqa: D102
         return self.window[-1].text
 
     @property
-    def author(self):
+    def author(self):  # noqa: D102
         return self.window[-1].author
 
 
@@ -291,10 +360,29 @@ KEYS = {
     "prompt": ("prompt",),
     "completion": ("completion",),
 }
+ALL_KEYS = {key for keys in KEYS.values() for key in keys}
 
 
 def fail(what, fix):
     sys.exit(f"error: {what}. FIX: {fix}")
+
+
+def say(*words):
+    """Print to whoever still reads: after `| head -1` nobody does, and the work goes on."""
+    try:
+        print(*words)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def bar(items, what):
+    return tqdm(items, what, delay=1, leave=False, disable=None)
+
+
+def from_export(path):
+    """Return the command that makes raw data of an export that lies in its place."""
+    export = path.with_name(path.name.replace("messages_", "export_"))
+    return f"mv {path} {export}; python data/raw/from_export.py {export}"
 
 
 def read_entries(path):
@@ -304,194 +392,198 @@ def read_entries(path):
         with path.open("rb") as file:
             if path.suffix == ".json":
                 entries = json.load(file)
-            bar = tqdm(file, "reading", delay=1, leave=False, disable=None)
-            for line, data in enumerate(bar, 1):
+            for line, data in enumerate(bar(file, "reading"), 1):
                 if data.strip():
                     yield line, json.loads(data)
     except UnicodeDecodeError as error:
-        fix = f"iconv -f WINDOWS-1252 -t UTF-8 '{path}' > new; mv new '{path}'"
+        fix = f"iconv -f WINDOWS-1252 -t UTF-8 {path} > new; mv new {path}"
         line += error.object.count(10, 0, error.start)
         fail(f"{path} is not UTF-8 text, line {line}", fix)
     except (ValueError, RecursionError) as error:  # no JSON; a number too long; too deep
         what = getattr(error, "msg", error)
         line += getattr(error, "lineno", 1) - 1
-        fix = f"mend it, or {from_export(path)}"
-        if path.suffix == ".json":
-            fix += f"; with one entry a line, mv '{path}' '{path}l'"
         column = getattr(error, "colno", 1)
+        fix = f"mend it; if it is an app's export, {from_export(path)}"
+        if path.suffix == ".json":
+            fix += f"; if it holds one entry a line, mv {path} {path}l"
         fail(f"{path} is not JSON: {what}, line {line}, column {column}", fix)
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}", f"ls -l {path}, and mend its permissions")
     if not isinstance(entries, list):
         fail(f"{path} holds {json.dumps(entries)[:60]}, not a list", from_export(path))
-    for number, entry in enumerate(tqdm(entries, "reading", delay=1, leave=False, disable=None)):
+    for number, entry in enumerate(bar(entries, "reading")):
         entries[number] = None  # its memory is free as soon as its row is made
         yield number, entry
 
 
-def from_export(path):
-    """Return the command that makes raw data of the export that someone put in its place."""
-    moved = path.with_name(path.name.replace("messages_", "export_"))
-    return f"mv {path} {moved}; python data/raw/from_export.py {moved}"
-
-
 @cache
-def understood(keys):
-    """Return {our name: the entry's name} of the keys of an entry."""
+def names_of(keys):
+    """Return which key of an entry is which: ("from", "text") → {"author": "from", …}."""
     found = {}
     for name, synonyms in KEYS.items():
-        for key in synonyms:
-            if key in keys:
-                found.setdefault(name, key)
+        found[name] = next((key for key in synonyms if key in keys), name)
     return found
 
 
-def field(entry, name, *types):
-    """Return a value of the entry; raise ValueError if it is none of these types."""
-    key = understood(tuple(entry)).get(name, name)
+def get(entry, name, *types):
+    """Return a value of the entry; raise ValueError if it is none of the types."""
+    key = names_of(tuple(entry))[name]
     value = entry.get(key)
-    if not isinstance(value, types):
-        is_there = key in entry
-        raise ValueError(f'"{key}" is {json.dumps(value)[:60]}' if is_there else f'there is no "{key}"')
-    return value
+    is_text_list = list in types and isinstance(value, list) and not set(map(type, value)) - {str}
+    if is_text_list or (isinstance(value, types) and not isinstance(value, list)):
+        return value
+    raise ValueError(f'"{key}" is {shown(value)}' if key in entry else f'there is no "{key}"')
+
+
+def shown(value):
+    return json.dumps(value)[:60]
 
 
 def seconds(value):
-    """Return the time as seconds: "2024-05-31T18:04", 1717178640 or "1717178640000" → 1717178640.0."""
-    if value is None or value == "":
+    """Return a time in seconds: "1970-01-01T00:01", 60 and "60" → 60.0."""
+    if value in (None, ""):
         return None
     try:
         number = float(value)
-        return number / 1000 if number > 1e11 else number  # in milliseconds
     except ValueError:
-        pass
-    time = datetime.fromisoformat(value)
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+        try:
+            time = datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f'"time" is {shown(value)}, not like "2024-05-31T18:04"') from None
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    if not abs(number) < 1e15:
+        raise ValueError(f'"time" is {shown(value)}')
+    return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
 
 
-def read(path, s):
-    """Return {conversation: (its Messages, the Rows that came with their context)}."""
-    tidy = cleaner(s)
-    name = namer(tidy)
-    s.only_author = name(s.only_author)
-    bare = cache(Message)
-    conversations = defaultdict(lambda: ([], []))
+@cache
+def bare(text):
+    """Return the message without an author; equal ones are one object in memory."""
+    return Message(text)
 
-    def context_of(texts):
-        return [bare(text) for text in map(tidy, texts) if text]
 
+def parse(number, entry, tidy, name):
+    """Return the Message that the entry of a log is, or the Row if it brings its context along."""
+    author = name(str(get(entry, "author", str, int, type(None)) or ""))
+    if "prompt" in entry:
+        texts = get(entry, "prompt", str), get(entry, "completion", str)
+        prompt, reply = ("\n".join(map(tidy, text.split("\n"))).strip() for text in texts)
+        context = prompt.split("\n")
+    else:
+        prompt, reply = "", tidy(get(entry, "message", str))
+        if "previous_messages" not in entry:
+            time = seconds(get(entry, "time", str, int, float, type(None)))
+            return Message(reply, author, time, number)
+        context = map(tidy, get(entry, "previous_messages", list))
+    window = [bare(text) for text in context if text]
+    return Row(number, (*window, Message(reply, author) if author else bare(reply)), prompt)
+
+
+def read(path, tidy, name):
+    """Return {conversation: [Message or Row, …]}, in the order of the file."""
+    conversations, key_sets = defaultdict(list), Counter()
     for number, entry in read_entries(path):
         entry = entry if isinstance(entry, dict) else {"message": entry}
+        key_sets[tuple(entry)] += 1
         try:
-            author = name(str(field(entry, "author", str, int, type(None)) or ""))
-            conversation = field(entry, "conversation", str, int, type(None))
-            conversation = "" if conversation is None else clean(str(conversation))
-            log, rows = conversations[conversation]
-            if "prompt" in entry:
-                texts = field(entry, "prompt", str), field(entry, "completion", str)
-                prompt, reply = (
-                    "\n".join(map(tidy, text.split("\n"))).strip() for text in texts
-                )
-                context = [bare(text) for text in prompt.split("\n") if text]
-                rows.append(Row(number, (*context, Message(reply, author)), prompt))
-            elif "previous_messages" in entry:
-                before = field(entry, "previous_messages", list)
-                if set(map(type, before)) - {str}:
-                    what = json.dumps(before)[:60]
-                    raise ValueError(f'"previous_messages" is {what}')
-                context = context_of(before)
-                reply = tidy(field(entry, "message", str))
-                reply = Message(reply, author) if author else bare(reply)
-                rows.append(Row(number, (*context, reply)))
-            else:
-                text = tidy(field(entry, "message", str))
-                time = seconds(field(entry, "time", str, int, float, type(None)))
-                log.append(Message(text, author, time, number))
+            conversation = get(entry, "conversation", str, int, type(None))
+            item = parse(number, entry, tidy, name)
         except (ValueError, OverflowError) as error:
-            fix = "mend or remove it; README.md says what an entry is"
-            fail(f"{path}, entry or line {number}: {error} in {json.dumps(entry)[:100]}", fix)
+            where = f"{path}, entry or line {number}"
+            fix = f"mend it; README.md says what an entry is; an app's export: {from_export(path)}"
+            fail(f"{where}: {error} in {json.dumps(entry)[:100]}", fix)
+        conversations["" if conversation is None else clean(str(conversation))].append(item)
+    unknown = Counter()
+    for keys, count in key_sets.items():
+        unknown.update({key: count for key in keys if key not in ALL_KEYS})
+    if unknown:
+        keys = [f"{json.dumps(key)[:30]} ({count:,})" for key, count in unknown.most_common(5)]
+        say("not used   these keys of entries:", ", ".join(keys))
     return conversations
 
 
-# ---- lay out: one log with places, talks of it, and rows that are windows of it ------------------
+# ---- lay out: one log with places; talks are parts of it, rows are windows of it -----------------
 def in_order(log):
-    """Return the log in the order of time, if every message has one."""
-    times = [message.time for message in log]
-    if None in times or all(a <= b for a, b in pairwise(times)):
+    """Return the log in the order of time, the order of the file if times are not known."""
+    if any(message.time is None for message in log):
         return log
-    back = sum(a > b for a, b in pairwise(times))
-    newest_first = back > len(log) / 2
-    return sorted(reversed(log) if newest_first else log, key=lambda message: message.time)
+    forth = sum(a.time < b.time for a, b in pairwise(log))
+    back = sum(a.time > b.time for a, b in pairwise(log))
+    if back <= 0.01 * len(log):  # not more than when clocks are set or tell no a.m. from p.m.
+        return log
+    return sorted(log[::-1] if back > forth else log, key=lambda message: message.time)
 
 
 def minutes_between(a, b):
     """Return the minutes between two messages, 0 if that is not known."""
-    return (b.time - a.time) / 60 if a.time is not None and b.time is not None else 0
+    return 0 if None in (a.time, b.time) else abs(b.time - a.time) / 60
 
 
-def talks(log, s):
+def talks_of(log, s):
     """Return the log cut where it was silent: [[Message, …], …]."""
-    cut = []
+    talks = []
     for message in log:
-        if not cut or (s.gap and minutes_between(cut[-1][-1], message) > 60 * s.gap):
-            cut.append([])
-        cut[-1].append(message)
-    return cut
+        if not talks or (s.gap and minutes_between(talks[-1][-1], message) > 60 * s.gap):
+            talks.append([])
+        talks[-1].append(message)
+    return talks
 
 
-def bursts(talk, s):
-    """Return the talk with messages that one author wrote on end joined by line breaks.
+def join_bursts(talk, s):
+    r"""Return the talk with what one author wrote at a stretch as one message.
 
-    ann "hi", ann "are you there?", bob "yes" → ann "hi\\nare you there?", bob "yes"
+    ann "hi", ann "are you there?", bob "yes" → ann "hi\nare you there?", bob "yes"
     """
-    groups = []
+    bursts = []
     for message in talk:
-        last = groups[-1][-1] if groups else None
-        on_end = last and last.author == message.author != ""
-        near = s.burst and on_end and minutes_between(last, message) <= s.burst
-        one_turn = s.shape == "turns" and on_end and message.author == s.only_author
-        if near or one_turn:
-            groups[-1].append(message)
+        last = bursts[-1][-1] if bursts else message
+        is_same = bursts and message.author == last.author != ""
+        is_near = s.burst and minutes_between(last, message) <= s.burst
+        is_turn = s.shape == "turns" and message.author == s.only_author
+        if is_same and (is_near or is_turn):
+            bursts[-1].append(message)
         else:
-            groups.append([message])
-    return [
-        Message("\n".join(part.text for part in group), group[0].author, group[0].time, group[0].entry)
-        if len(group) > 1
-        else group[0]
-        for group in groups
-    ]
+            bursts.append([message])
+    joined = []
+    for first, *others in bursts:
+        text = "\n".join([first.text, *[message.text for message in others]])
+        joined.append(Message(text, first.author, first.time, first.entry) if others else first)
+    return joined
 
 
 def lay_out(conversations, s, dropped):
-    """Return the rows, with their places in one log: that of all conversations, one after another."""
-    rows, place, number = [], 0, 0
-    for log, given in conversations.values():
-        dropped.extend((Row(m.entry, (m,)), "empty") for m in log if not m.text)
-        log = in_order([message for message in log if message.text])
-        for talk in talks(log, s):
+    """Return the rows, each with its places in one log: all conversations, one after another."""
+    rows, number, place, moved = [], 0, 0, 0
+    for conversation, items in conversations.items():
+        log = [item for item in items if type(item) is Message]
+        dropped.extend((Row(item.entry, (item,)), "empty") for item in log if not item.text)
+        log = [item for item in log if item.text]
+        ordered = in_order(log)
+        moved += sum(a is not b for a, b in zip(log, ordered, strict=True))
+        for talk in talks_of(ordered, s):
             number += 1
-            talk = bursts(talk, s)
+            talk = join_bursts(talk, s)
             for i, message in enumerate(talk):
                 window = tuple(talk[max(0, i - s.window) : i + 1])
-                row = Row(message.entry, window, "", number)
-                row.end = place + i
-                row.start = row.end - len(window) + 1
-                rows.append(row)
+                start = place + i - len(window) + 1
+                rows.append(Row(message.entry, window, "", number, start, place + i))
             place += len(talk)
-        without_template([row for row in given if row.prompt])
-        number, place = line_up(given, number, place)
-        rows += given
+        cut = [item for item in items if type(item) is Row]
+        number, place = line_up(cut, number, place, bool(conversation))
+        rows += cut
+    if moved:
+        say(f"sorted     by time: {moved:,} messages of the file were not in its order")
     return rows
 
 
-def without_template(pairs):
-    """Take the first or last line from the contexts of pairs, if it is in nearly all prompts."""
+def frame(pairs):
+    """Return how many lines (0 or 1) at either end of the prompts are no chat: all have them."""
+    ignored = []
     for edge in 0, -2:
         lines = Counter(row.window[edge].text for row in pairs if len(row.window) > 1)
-        if sum(count for _, count in lines.most_common(2)) >= max(3, 0.95 * len(pairs)):
-            for row in pairs:
-                context = row.window[:-1]
-                row.window = (*(context[1:] if edge == 0 else context[:-1]), row.window[-1])
+        count = sum(count for _, count in lines.most_common(2))
+        ignored.append(int(count >= max(3, 0.95 * len(pairs))))
+    return ignored
 
 
 def overlap(before, window):
@@ -503,88 +595,95 @@ def overlap(before, window):
     return 0
 
 
-def line_up(rows, number, place):
-    """Give rows that came with their context places in the log: windows that overlap end to end.
+def line_up(rows, number, place, has_name):
+    """Give rows that came with their context places in the log: windows laid end to end.
 
-    a b c, then b c d, then x y: c stands at place 2, d at 3, and y far from both
+    a b c, b c d, x y → a at place 2, b 3, c 4, d 5; what overlaps nothing is far away, x at 10
     """
-    longest = max((len(row.window) for row in rows), default=0)
+    first, last = frame([row for row in rows if row.prompt])
+    far = 2 * max((len(row.window) for row in rows), default=0)
     before = []
     for row in rows:
-        texts = [message.text for message in row.window if message.text]
-        shared = overlap(before, texts), overlap(before[:-1], texts[:-1])
-        new = min(
-            len(texts) - shared[0] if shared[0] else 2 * longest,
-            len(texts) - 1 - shared[1] if shared[1] else 2 * longest,  # contexts without the replies
-        )
-        if new == 2 * longest:
-            number += 1
+        window = [message.text for message in row.window if message.text]
+        if row.prompt:
+            window = [*window[first : len(window) - 1 - last], row.reply]
+        with_replies = overlap(before, window)
+        without = overlap(before[:-1], window[:-1])  # one's own replies are not in the contexts
+        new = len(window) - max(with_replies, without + 1 if without else 0)
+        if not with_replies and not without:
+            new = far
+            number += not (before and has_name)
         place += new
-        row.talk, row.end, row.start = number, place, place - len(texts) + 1
-        before = texts
-    return number, place + 2 * longest
+        row.talk, row.start, row.end = number, place - len(window) + 1, place
+        before = window
+    return number, place + far
 
 
 # ---- split: no message of a validation row stands in a training row ------------------------------
-def split(rows, s, dropped):
-    """Return (training rows, validation rows).
-
-    The log is cut into stretches, and whole stretches are drawn for validation. What reaches
-    from one side to the other is on neither.
-    """
+def stretches_of(rows):
+    """Return the places of the log where stretches begin that go to one side: talks, or parts."""
     longest = max(len(row.window) for row in rows)
-    length = min(max(50, 2 * longest), max(longest + 2, len(rows) // 4))  # rows of a stretch
+    length = min(max(50, 2 * longest), max(longest + 2, len(rows) // 4))  # in rows
     cuts = set()
     for _, talk in groupby(rows, lambda row: row.talk):
         talk = list(talk)
         cuts.add(min(row.start for row in talk))
         cuts.update(talk[i].end for i in range(length, len(talk) - length // 2, length))
-    cuts = sorted(cuts)
+    return sorted(cuts)
 
+
+def shuffled(items, seed):
+    return random.Random(seed).sample(items, len(items))  # noqa: S311 (it is no secret)
+
+
+def split(rows, s, dropped):
+    """Return (training rows, validation rows); what reaches from one side to the other is dropped.
+
+    Stretches of the log are drawn for validation until they hold enough rows.
+    """
+    cuts = stretches_of(rows)
     stretches = defaultdict(list)
     for row in rows:
         stretches[bisect(cuts, row.end)].append(row)
     wanted = min(s.valid_rows, max(s.batch_size, round(s.valid_size * len(rows))))
+    order = shuffled(sorted(stretches), s.seed)
     drawn, count = set(), 0
-    order = sorted(stretches)
-    random.Random(s.seed).shuffle(order)
     for stretch in order[:-1]:
-        if count >= wanted:
-            break
-        drawn.add(stretch)
-        count += sum(bisect(cuts, row.start) == stretch for row in stretches[stretch])
+        if count < wanted:
+            drawn.add(stretch)
+            count += sum(bisect(cuts, row.start) == stretch for row in stretches[stretch])
 
     train, valid = [], []
     for row in rows:
         first, last = bisect(cuts, row.start), bisect(cuts, row.end)
         sides = {stretch in drawn for stretch in range(first, last + 1)}
-        if len(sides) == 2:
-            dropped.append((row, "split: between train and valid"))
-        elif True in sides:
+        if sides == {True}:
             valid.append(row)
-        else:
+        elif sides == {False}:
             train.append(row)
+        else:
+            dropped.append((row, "split: between train and valid"))
     return train, valid
 
 
 def runs(row, size):
-    """Return all messages on end in its window, `size` at a time: a b c d, 3 → abc, bcd."""
+    """Return what stands on end in its window, `size` messages each: a b c d, 3 → {abc, bcd}."""
     texts = [message.text for message in row.window]
-    return zip(*(texts[i:] for i in range(size)), strict=False)
+    return set(zip(*(texts[i:] for i in range(size)), strict=False))
 
 
 def drop_copies(train, valid, dropped):
-    """Return valid without the rows that share text with train: the chat is there twice."""
+    """Return valid without the rows that share text with train: the chat repeats itself."""
     longest = max((len(row.window) for row in train + valid), default=0)
-    size = max(2, min(3, (longest - 1) // 2))  # messages on end: three, or two of short windows
-    found = [set(runs(row, size)) for row in valid]
-    telling = {run for some in found for run in some if len(set("".join(run))) >= 12}  # not "gg"
+    size = max(2, min(3, (longest - 1) // 2))  # three, or two of short windows
+    valid_runs = [runs(row, size) for row in valid]
+    telling = {run for some in valid_runs for run in some if len(set("".join(run))) >= 12}
     counts = Counter()
     for row in train:
-        counts.update(telling.intersection(runs(row, size)))
+        counts.update(telling & runs(row, size))
     copies = {run for run, count in counts.items() if count <= 2 * longest}  # more: a template
     kept = []
-    for row, some in zip(valid, found, strict=True):
+    for row, some in zip(valid, valid_runs, strict=True):
         if some & copies:
             dropped.append((row, "split: is in train as well"))
         else:
@@ -592,29 +691,60 @@ def drop_copies(train, valid, dropped):
     return kept
 
 
+def prove(train, valid):
+    """Return (number of places of the log in validation rows, number of training rows with one)."""
+    places = {place for row in valid for place in range(row.start, row.end + 1)}
+    leaks = sum(not places.isdisjoint(range(row.start, row.end + 1)) for row in train)
+    return len(places), leaks
+
+
 # ---- rows as the trainer reads them --------------------------------------------------------------
-def line(message, s, named):
+def settle_names(rows, s):
+    """Decide whether the model sees names, and make the templates say so."""
+    authors = [message.author for row in rows for message in row.window]
+    are_known = sum(map(bool, authors)) > len(authors) / 2
+    s.names = bool(s.names and are_known)
+    if s.shape == "turns" and len(set(authors) - {s.only_author}) < 2:
+        s.names = False  # whoever is not the assistant is the one user
+    for name in "prompt", "question_prompt":
+        template = re.sub(
+            r"\[([^\[\]]*\{author\}[^\[\]]*)\]", r"\1" if s.names else "", getattr(s, name)
+        )
+        setattr(s, name, template)
+
+
+def line(message, s, with_name):
+    """Return a message as the model sees it, "ann: hi!", shortened if need be."""
     text = message.text
     if len(text) > s.max_context_chars:
         text = text[: s.max_context_chars].rstrip() + "…"
-    return f"{message.author or 'someone'}: {text}" if named else text
+    return f"{message.author or 'someone'}: {text}" if with_name else text
 
 
-def trained(row, s):
-    """Return the row as a line of the training data."""
+def training_row(row, s):
+    """Return the row as mlx-lm reads it."""
     return turns(row, s) if s.shape == "turns" else pair(row, s)
 
 
 def pair(row, s):
+    r"""Return the row as a prompt and its reply.
+
+    ann "hi", bob "hello" → {"prompt": "ann: hi\n\nWrite …, as bob.", "completion": "hello"}
+    """
+    if row.prompt:
+        return {"prompt": row.prompt, "completion": row.reply}
     context = "\n".join(line(message, s, s.names) for message in row.window[:-1])
-    asks = row.reply.endswith(("?", "？", "؟"))  # noqa: RUF001
-    template = s.question_prompt if asks else s.prompt
+    is_question = row.reply.endswith(("?", "？", "؟"))
+    template = s.question_prompt if is_question else s.prompt
     prompt = template.replace("{author}", row.author or "someone").replace("{context}", context)
-    return {"prompt": row.prompt or prompt.strip(), "completion": row.reply}
+    return {"prompt": prompt.strip(), "completion": row.reply}
 
 
 def turns(row, s):
-    """Return it as a dialogue of which the author is the assistant, everyone else the user."""
+    r"""Return the row as a talk of the author, who is the assistant, with a user, who is all others.
+
+    ann "hi", cy "you?", bob "hello" → user "ann: hi\ncy: you?", assistant "hello"
+    """
     messages = []
     for message in row.window[:-1]:
         is_own = message.author == s.only_author
@@ -622,76 +752,118 @@ def turns(row, s):
         text = line(message, s, s.names and not is_own)
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n" + text
-        elif messages or not is_own:
+        elif messages or not is_own:  # it begins with the user
             messages.append({"role": role, "content": text})
     return {"messages": [*messages, {"role": "assistant", "content": row.reply}]}
 
 
-def settle_names(rows, s):
-    """Decide whether names are shown, and let the templates say so."""
-    known = sum(bool(message.author) for row in rows for message in row.window)
-    s.names = bool(s.names) and known > sum(len(row.window) for row in rows) / 2
-    others = {message.author for row in rows for message in row.window} - {s.only_author}
-    if s.shape == "turns":
-        s.names = s.names and len(others) > 1
-    optional = re.compile(r"\[([^\[\]]*\{author\}[^\[\]]*)\]")
-    for name in "prompt", "question_prompt":
-        template = optional.sub(r"\1" if s.names else "", getattr(s, name))
-        setattr(s, name, template)
+# ---- count tokens, fit, order --------------------------------------------------------------------
+def find_base(model):
+    """Return the folder of the base model, None if it is not there."""
+    folder = Path("models/base", model)
+    if folder.is_dir():
+        return folder
+    there = sorted(path.name for path in Path("models/base").glob("[!.]*") if path.is_dir())
+    fix = f"hf download mlx-community/{model} --local-dir {folder}"
+    near = difflib.get_close_matches(model, there, 1)
+    if len(there) == 1 and "MODEL" not in os.environ and model == parser.get_default("model"):
+        near = there  # it was forgotten
+    if near:
+        fix = f"export MODEL={shlex.quote(near[0])}"
+    what = f"tokens are ESTIMATED, {folder} is not there, but {', '.join(there) or 'none'!a}"
+    print(f"warning: {what}. FIX: {fix}", file=sys.stderr)
+    return None
 
 
-# ---- fit, order, write and report ----------------------------------------------------------------
-def token_counter(folder):
-    """Return the function [line of the data] → [its tokens, as mlx-lm's trainer makes them]."""
-    if not folder.is_dir():
-        print(f"\nESTIMATED tokens, there is no {folder}")
-        return lambda lines: [len(str(line).encode("utf-8", "replace")) // 3 for line in lines]
-    print(f"\ncounting tokens with the tokenizer and chat template of {folder}")
+@contextmanager
+def untrusted(folder):
+    """Make one error of whatever a broken download or a template without end leads to."""
+
+    def stop(*_):
+        raise TimeoutError("it took more than a minute")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        yield
+    except Exception as error:
+        what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
+        fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
+        fail(what, f"{fix} and hf download it again")
+    finally:
+        signal.alarm(0)
+
+
+def load_tokenizer(folder):
+    """Return mlx-lm's tokenizer; a base never runs code of its own, and never asks to."""
+    for config in folder.glob("*config.json"):
+        if b'"auto_map"' in config.read_bytes():
+            what = f"{config} names code of its own (auto_map), which is never run"
+            fail(what, "set MODEL to a base model that mlx-lm knows by itself")
+    os.environ.pop("MLXLM_USE_MODELSCOPE", None)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    sys.stdin = None
     from mlx_lm.utils import load_tokenizer  # here, because it takes a second
 
-    def chat(line):
-        if "messages" in line:
-            return line["messages"]
-        return [
-            {"role": "user", "content": line["prompt"]},
-            {"role": "assistant", "content": line["completion"]},
-        ]
+    return load_tokenizer(folder, {"trust_remote_code": False})
 
-    def count(lines):
-        texts = [tokenizer.apply_chat_template(chat(line), tokenize=False) for line in lines]
-        encode = tokenizer.backend_tokenizer.encode_batch_fast
-        return [len(tokens) for tokens in encode(texts, add_special_tokens=False)]
 
-    try:
-        tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
-        count([{"prompt": "Hi!", "completion": "Hello"}])
-    except Exception as error:  # what a broken download or a template raises can be anything
-        fix = f"rm -r {folder} and download it again, or set MODEL to an instruction-tuned model"
-        fail(f"{folder} has no tokenizer with a chat template that works: {str(error)!a:.200}", fix)
-    return count
+def chat_of(row):
+    """Return a row of the data as messages, as mlx-lm does."""
+    if "messages" in row:
+        return row["messages"]
+    roles = ("user", row["prompt"]), ("assistant", row["completion"])
+    return [{"role": role, "content": text} for role, text in roles]
+
+
+def token_counter(folder):
+    """Return (function [row of the data] → [its tokens, as the trainer counts], control tokens)."""
+
+    def estimate(rows):
+        texts = ["".join(turn["content"] for turn in chat_of(row)) for row in rows]
+        return [12 + len(text.encode()) // 3 for text in texts]
+
+    def count(rows):
+        with untrusted(folder):
+            chats = [tokenizer.apply_chat_template(chat_of(row), tokenize=False) for row in rows]
+            encode = tokenizer.backend_tokenizer.encode_batch_fast
+            return [len(tokens) for tokens in encode(chats, add_special_tokens=False)]
+
+    if not folder:
+        return estimate, []
+    say(f"counting   tokens with the tokenizer and chat template of {folder}")
+    with untrusted(folder):
+        tokenizer = load_tokenizer(folder)
+        special = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        template = str(tokenizer.chat_template)
+        control = {token.content for token in special if token.special}
+        control = {token for token in control if token in template}
+        control |= set(tokenizer.all_special_tokens)
+    count([{"prompt": "Hi!", "completion": "Hello"}])
+    return count, sorted(token for token in control if len(token.strip()) > 2)
 
 
 def shorten(row, s, count):
-    """Take the oldest messages from a row that is too long, as few as possible."""
+    """Take as few of the oldest messages as possible from a row that is too long."""
     window = row.window[-s.max_seq_length :]  # every message is a token at least
-    too_many, enough = 0, len(window) - 1  # messages to take away
-    while enough - too_many > 1:
-        middle = (too_many + enough) // 2
+    too_few, enough = -1, len(window) - 1 - (s.shape == "turns")
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
         row.window = window[middle:]
-        if count([trained(row, s)])[0] > s.max_seq_length:
-            too_many = middle
+        if count([training_row(row, s)])[0] > s.max_seq_length:
+            too_few = middle
         else:
             enough = middle
     row.window = window[enough:]
-    row.tokens = count([trained(row, s)])[0]
+    row.tokens = count([training_row(row, s)])[0]
 
 
 def fit(rows, s, count, dropped):
     """Return the rows that fit --max-seq-length, if need be without their oldest messages."""
     kept = []
-    for i in tqdm(range(0, len(rows), 1000), "counting", delay=1, leave=False, disable=None):
+    for i in bar(range(0, len(rows), 1000), "counting tokens"):
         part = rows[i : i + 1000]
-        for row, tokens in zip(part, count([trained(row, s) for row in part]), strict=True):
+        for row, tokens in zip(part, count([training_row(row, s) for row in part]), strict=True):
             row.tokens = tokens
             if tokens > s.max_seq_length and len(row.window) > 1 and not row.prompt:
                 shorten(row, s, count)
@@ -703,77 +875,203 @@ def fit(rows, s, count, dropped):
 
 
 def order(rows, seed):
-    """Return the rows so that mlx-lm, which makes batches in the order of the file, finds rows of equal length."""
-    # subtle: it never uses the last rows, if they fill no batch; drawn at random they are no biased sample
+    """Return the rows the longest first: mlx-lm makes batches of them in this order.
+
+    subtle: it never uses the last rows, if they fill no batch; drawn at random they are no
+    biased sample of what is to be learned.
+    """
     rest = max((len(rows) % batch for batch in range(1, min(16, len(rows)) + 1)), default=0)
-    rows = random.Random(seed).sample(rows, len(rows))
+    rows = shuffled(rows, seed)
     return sorted(rows[rest:], key=lambda row: -row.tokens) + rows[:rest]
 
 
+# ---- the output appears whole or not at all ------------------------------------------------------
+def beside(folder, word):
+    return folder.with_name(f".{folder.name}.{word}")  # no VERSION begins with a dot
+
+
+def cannot_write(folder, error):
+    fix = f"df -h {folder.parent}; ls -ld {folder.parent}; make room or mend the permissions"
+    fail(f"{folder} cannot be written: {error.strerror}", fix)
+
+
+def claim(folder):
+    """Take the output for this run alone, and mend what a killed one left."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        fail(f"{folder} is a link or a file, not a folder", f"mv {folder} {folder}.mine")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(beside(folder, "lock"), os.O_CREAT | os.O_RDWR)  # open until the run ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing {folder}", "wait until it is done, or end it")
+    except OSError as error:
+        cannot_write(folder, error)
+    if beside(folder, "old").exists() and not folder.exists():  # killed between two renames
+        beside(folder, "old").rename(folder)
+    shutil.rmtree(beside(folder, "partial"), ignore_errors=True)
+
+
 def write(folder, files):
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, text in files.items():
-        with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(text)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+    """Write {name: lines} to the folder that claim() took."""
+    partial, old = beside(folder, "partial"), beside(folder, "old")
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    try:
+        partial.mkdir()
+        for name, lines in files.items():
+            with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(encode(line) + "\n" for line in lines)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        cannot_write(folder, error)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+def check_name(name, variable):
+    """End the run if VERSION or MODEL is no name of a folder; propose the name that was meant."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        return
+    last = name.rstrip("/").split("/")[-1]
+    if variable == "VERSION":
+        last = re.sub(r"^messages_|[.]jsonl?$", "", last)
+    last = re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9._-]", "", last) or "v1"
+    fix = f"{variable}={last} python build_train.py"
+    if variable == "MODEL" and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        fix += f", after hf download {name} --local-dir models/base/{last}"
+    fail(f"{variable} is {name!a}, not a name alone", fix)
+
+
+def find_raw(version):
+    """Return the file to read; if it is not there, say what is, and how it is made."""
+    names = [Path(f"data/raw/messages_{version}{suffix}") for suffix in (".json", ".jsonl")]
+    raw = next((name for name in names if name.exists()), names[0])
+    if raw.is_dir() or (raw.exists() and raw.stat().st_size > 0):
+        return raw
+    files = Path("data/raw").glob("messages_*.js*")
+    there = {path.stem.removeprefix("messages_") for path in files}
+    versions = sorted(filter(re.compile(r"[\w.-]+", re.ASCII).fullmatch, there - {version}))
+    exports = [path for path in Path("data/raw").iterdir() if path.suffix in (".txt", ".zip")]
+    path = shlex.quote(ascii(str(min(exports)))[1:-1]) if exports else "PATH_OF_YOUR_EXPORT"
+    fix = f"python data/raw/from_export.py {path} --version {version}"
+    if versions:
+        near = difflib.get_close_matches(version, versions, 1, 0) or versions
+        fix += f", or VERSION={near[0]} python build_train.py"
+    what = f"{raw} is not there or empty; there are versions: {', '.join(versions) or 'none'}"
+    fail(what, fix)
+
+
+def check_author(conversations, s, raw):
+    """End the run if nobody is called as --only-author says; propose who was meant."""
+    items = [item for items in conversations.values() for item in items]
+    names = [name for name, _ in Counter(item.author for item in items).most_common() if name]
+    if not s.only_author or s.only_author in names:
+        return
+    if not names:
+        fail(f'no entry of {raw} says its "author"', "leave --only-author out")
+    near = difflib.get_close_matches(s.only_author, names[:5000], 1) or names
+    what = f"no message of {raw} is by {s.only_author!a}; most are by {', '.join(names[:5])}"
+    fail(what, f"--only-author {shlex.quote(near[0])}")
 
 
 def print_table(s, dropped):
     """Print how many rows each rule dropped, and the first of them: cleaned, so safe to print."""
     counts = Counter(rule for _, rule in dropped)
     first = {rule: row for row, rule in reversed(dropped)}
-    print(f"\n{'rule':34}{'dropped':>9}   for example")
+    say(f"\n{'rule':34}{'dropped':>9}   for example")
     for rule in dict.fromkeys([*ALL_RULES, *counts]):
+        count = "off" if rule in s.off else f"{counts[rule]:,}"
         example = ""
         if rule in first:
-            example = " ".join(first[rule].reply.split())[:70] or "(nothing is left)"
-        count = "off" if rule in s.off else format(counts[rule], ",")
-        print(f"{rule:34}{count:>9}   {example}")
+            example = " ".join(first[rule].reply.split())[:60] or "(nothing is left)"
+        say(f"{rule:34}{count:>9}   {example}".rstrip())
+
+
+def print_tokens(name, rows, batch_size):
+    """Print what the trainer will compute: it pads a batch to 1 more than a multiple of 32."""
+    tokens = [row.tokens for row in rows]
+    starts = range(0, len(tokens) - batch_size + 1, batch_size)
+    batches = [tokens[i : i + batch_size] for i in starts]
+    padded = sum(batch_size * (1 + 32 * -(-max(batch) // 32)) for batch in batches)
+    more = padded / max(1, sum(map(sum, batches))) - 1
+    mean = sum(tokens) / len(tokens)
+    longest = f"longest row {max(tokens):,}, mean {mean:.1f}"
+    say(f"{name:10} {sum(tokens):,} tokens, {longest}, padding {more:.1%} more")
 
 
 def main():
-    s = arguments()
+    s = settings()
+    check_name(s.version, "VERSION")
+    check_name(s.model, "MODEL")
     os.chdir(Path(__file__).resolve().parent)
-    gc.disable()
-    raw = Path(f"data/raw/messages_{s.version}.json")
-    if not raw.exists():
-        raw = raw.with_suffix(".jsonl")
-    if not raw.exists():
-        fail(f"{raw} is not there", "python data/raw/from_export.py PATH")
-    folder = Path("data/for_train", s.version)
+    raw, folder = find_raw(s.version), Path("data/for_train", s.version)
+    claim(folder)
+    given = (f"{name} {value!a}" for name, value in vars(s).items())
+    say(f"reading    {raw} with", ", ".join(given))
+    count, control = token_counter(find_base(s.model))
+    tidy = cleaner(s, control)
+    name = namer(tidy)
+    conversations = read(raw, tidy, name)
+    s.only_author = name(s.only_author)
+    check_author(conversations, s, raw)
+
     dropped = []
-    rows = choose(lay_out(read(raw, s), s, dropped), s, dropped)
-    if not rows:
-        print_table(s, dropped)
-        fail("no rows", "")
+    rows = choose(lay_out(conversations, s, dropped), s, dropped)
     settle_names(rows, s)
-    train, drawn = split(rows, s, dropped)
+    train, drawn = split(rows, s, dropped) if rows else ([], [])
     valid = drop_copies(train, drawn, dropped)
-    valid = random.Random(s.seed).sample(valid, len(valid))
+    if len(valid) < len(drawn) / 2:
+        what = f"{len(drawn) - len(valid)} of {len(drawn)} validation rows stand in training rows"
+        fix = 'sort it by time, or give each entry its "conversation"'
+        fail(f"{raw} is not in the order of time: {what}", fix)
+    valid = shuffled(valid, s.seed)
     dropped.extend((row, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
-    count = token_counter(Path("models/base", s.model))
     train = order(fit(train, s, count, dropped), s.seed)
     valid = order(fit(valid[: s.valid_rows], s, count, dropped), s.seed)
     dropped.sort(key=lambda item: item[0].entry)
+    report(train, valid, dropped, s, raw)
+
+    authors = Counter(row.author for row in train if row.author)
+    s.authors = [author for author, _ in authors.most_common(100)]
+    reasons = [{"entry": row.entry, "rule": rule, "message": row.reply} for row, rule in dropped]
+    files = {
+        "train.jsonl": (training_row(row, s) for row in train),
+        "valid.jsonl": (training_row(row, s) for row in valid),
+        "dropped.jsonl": reasons,
+        "settings.json": [vars(s)],
+    }
+    write(folder, files)
+    say(f"\nwritten    {folder}/:", ", ".join(files))
+    say("next       ./fine_tune.sh")
+
+
+def report(train, valid, dropped, s, raw):
     print_table(s, dropped)
-    places = {place for row in valid for place in range(row.start, row.end + 1)}
-    leaks = sum(not places.isdisjoint(range(row.start, row.end + 1)) for row in train)
-    print(f"{len(train)} train, {len(valid)} valid, leaks {leaks}; names {s.names}")
-    for name, part in ("train", train), ("valid", valid):
-        print(name, sum(row.tokens for row in part), "tokens")
-    encode = json.JSONEncoder(ensure_ascii=False).encode
-    write(folder, {
-        "train.jsonl": (encode(trained(row, s)) + "\n" for row in train),
-        "valid.jsonl": (encode(trained(row, s)) + "\n" for row in valid),
-        "dropped.jsonl": (encode({"entry": row.entry, "rule": rule, "message": row.reply}) + "\n" for row, rule in dropped),
-        "settings.json": json.dumps(vars(s), ensure_ascii=False, indent=1) + "\n",
-    })
+    if not train or not valid:
+        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
+        fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
+    places, leaks = prove(train, valid)
+    counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
+    say(f"\nsplit      {counts}")
+    say(f"leaks      validation rows hold {places:,} messages; training rows with one: {leaks}")
+    if leaks:
+        what = f"{leaks} training rows hold messages of validation rows"
+        fail(what, "this is an error in build_train.py: report it")
+    print_tokens("train", train, s.batch_size)
+    print_tokens("valid", valid, s.batch_size)
+    epoch = len(train) // s.batch_size
+    advice = f"three: ITERS={3 * epoch} ./fine_tune.sh"
+    say(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; {advice}")
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    gc.disable()  # millions of small objects and no circles: to look for those takes a third longer
     main()

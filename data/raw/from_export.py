@@ -13,7 +13,8 @@ Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be r
 
 What is no talk between people is left out, counted and shown: see KINDS below.
 """
-# ruff: noqa: E402 (the first lines make Ctrl-C quiet and imports safe while the others still load)
+# ruff: noqa: E402 (Ctrl-C must be quiet, and imports safe, while the other imports still run)
+# ruff: noqa: RUF001 (the sentences of the apps are in many alphabets)
 
 import os
 import sys
@@ -21,7 +22,8 @@ import sys
 sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.realpath(__file__))]
 import signal
 
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import csv
@@ -42,8 +44,11 @@ from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from dateutil import parser as date_parser
-from tqdm import tqdm
+try:
+    from dateutil import parser as date_parser
+    from tqdm import tqdm
+except ImportError as e:
+    sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
 
 # ---- settings: what is left out, unless --keep names it -----------------------------------------
 KINDS = {
@@ -73,8 +78,10 @@ RAW = Path(__file__).resolve().parent
 
 
 def settings():
-    """Return the arguments of this run."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Make data/raw/messages_VERSION.json of what an app exported.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add, version = parser.add_argument, os.environ.get("VERSION") or "v1"
     add("paths", nargs="*", metavar="PATH", help="file, folder or .zip that an app exported")
     add("--version", default=version, help="name of the data: data/raw/messages_VERSION.json")
@@ -105,7 +112,7 @@ def fail(what, fix):
 
 
 def shown(text):
-    """Return text for a terminal: what could control it is spelled out, as in "\\x1b[2J"."""
+    r"""Return text for a terminal: what could control it is spelled out, as in "\x1b[2J"."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -125,7 +132,10 @@ def files_in(path):
         fix = command(path.parent / close[0]) if close else "drag the file into this window"
         fail(f"{path} is not there", fix)
     elif zipfile.is_zipfile(path):
-        yield from files_in_zip(path)
+        try:
+            yield from files_in_zip(path)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # also a password
+            fail(f"{path} cannot be unpacked: {e}", "unzip it yourself, and name the folder")
     else:
         yield str(path), path.read_bytes()
 
@@ -139,13 +149,12 @@ def files_in_zip(path):
             and not re.search(r"(^|/)(\.|__MACOSX)", member.filename)
         ]
         if sum(member.file_size for member in members) > MOST_BYTES:
-            fail(
-                f"{path} holds over {MOST_BYTES >> 30} GB", "unzip it, and name the chats you want"
-            )
+            fail(f"{path} holds over {MOST_BYTES >> 30} GB", "unzip it, and name the chats in it")
         for member in members:
             yield f"{path}/{member.filename}", archive.read(member)
 
 
+@functools.cache
 def title_of(name):
     """Return a name for the conversation in a file: "x/Chat with Ann (1).txt" → "Chat with Ann".
 
@@ -160,11 +169,16 @@ def title_of(name):
 
 
 # ---- recognise ----------------------------------------------------------------------------------
-class NotRead(Exception):
+notes = []  # what the user should know of the files, told at the end
+
+
+class UnknownFileError(Exception):
     """No reader knows the file; says what was seen in it."""
 
 
 class Message(NamedTuple):
+    """What one person said, or what is to be left out."""
+
     time: datetime | str | None  # a str as the app wrote it, until the whole file is known
     author: str
     text: str
@@ -181,19 +195,21 @@ def read(name, content):
         for app, file_keys, message_keys, reader in JSON_READERS:
             if file_keys <= outer and message_keys <= inner:
                 return app, list(reader(data, title_of(name)))
-        raise NotRead(f"JSON with the keys {', '.join(sorted(outer | inner)[:9]) or '(none)'}")
+        raise UnknownFileError(
+            f"JSON with the keys {', '.join(sorted(outer | inner)[:9]) or '(none)'}"
+        )
     for line in text.split("\n")[:50]:
         for app, looks_like, reader in TEXT_READERS:
             if looks_like(line):
                 return app, list(reader(text, title_of(name)))
-    raise NotRead(what_it_is(text))
+    raise UnknownFileError(what_it_is(text))
 
 
 def decode(content):
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     if b"\0" in content[:1000]:
-        raise NotRead("no text")
+        raise UnknownFileError("no text")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -241,7 +257,7 @@ def what_it_is(text):
 
 # ---- read: JSON of the apps. A reader yields the messages of a file -----------------------------
 def first(**tests):
-    """Return the name of the first test that is true: first(app=0, bot=1, call=1) → "bot"."""
+    """Return the first name that is true: with app=0, bot=1, call=1 it is "bot"."""
     return next((name for name, true in tests.items() if true), "")
 
 
@@ -310,38 +326,28 @@ def read_discord(data, title):
 
 
 def read_meta(data, title):
-    """Read Instagram and Messenger; their UTF-8 is written as if it were Latin-1: "CafÃ©"."""
-    place = repaired(text_of(data.get("title"))) or title
+    """Read Instagram and Messenger: as they export all data, and as they export encrypted chats."""
+    name = text_of(data.get("title")) or re.sub(r"_\d+$", "", text_of(data.get("threadName")))
     for m in data["messages"]:
-        author, text = (repaired(text_of(m.get(key))) for key in ("sender_name", "content"))
+        author = repaired(text_of(m.get("sender_name") or m.get("senderName")))
+        text = repaired(text_of(m.get("content") or m.get("text")))
         kind = first(
-            deleted=m.get("is_unsent"),
+            deleted=m.get("is_unsent") or m.get("isUnsent"),
             call="call_duration" in m or m.get("type") == "Call",
-            app=m.get("type") in ("Subscribe", "Unsubscribe") or is_by_meta(text, author),
+            app=m.get("type") in ("Subscribe", "Unsubscribe", "placeholder")
+            or META.fullmatch(text)
+            or (text.startswith(f"{author} ") and text.endswith(".")),  # "Zoë sent an attachment."
         )
-        yield Message(since_1970(m.get("timestamp_ms")), author, text, kind, place)
+        when = since_1970(m.get("timestamp_ms") or m.get("timestamp"))
+        yield Message(when, author, text, kind, repaired(name) or title)
 
 
 def repaired(text):
+    """Undo that UTF-8 was written as if it were Latin-1: "CafÃ©" → "Café"."""
     try:
         return text.encode("latin-1").decode("utf-8")
     except UnicodeError:
         return text
-
-
-def is_by_meta(text, author):
-    """Say whether the app wrote it: "Zoë sent an attachment.", "Reacted 😂 to your message"."""
-    return bool(META.match(text)) or (text.startswith(f"{author} ") and text.endswith("."))
-
-
-def read_messenger(data, title):
-    """Read the export of Messenger's encrypted chats, which has keys of its own."""
-    place = re.sub(r"_\d+$", "", text_of(data.get("threadName"))) or title
-    for m in data["messages"]:
-        author, text = text_of(m.get("senderName")), text_of(m.get("text"))
-        app = m.get("type") == "placeholder" or is_by_meta(text, author)
-        kind = first(deleted=m.get("isUnsent"), app=app)
-        yield Message(since_1970(m.get("timestamp")), author, text, kind, place)
 
 
 def read_twitch(data, title):
@@ -352,7 +358,7 @@ def read_twitch(data, title):
         yield Message(m.get("created_at") or seconds, author, text, first(app=notice))
 
 
-slack_names = {}  # number → name, from users.json, which is read before the channels
+slack_names = {}  # number → name, from users.json, which is read before all other files
 
 
 def read_slack_users(data, title):
@@ -412,7 +418,7 @@ def read_matrix(data, title):
 # ---- read: lists of messages, CSV, training sets ------------------------------------------------
 COLUMNS = {
     "conversation": "conversation channel chat thread room group conversation_id chat_name",
-    "time": "time timestamp date datetime created_at sent_at created sent",
+    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts",
     "author": "author sender sender_name username user from nick nickname name display_name",
     "message": "message text content body msg contents",
 }
@@ -424,7 +430,7 @@ PAIRS = (
     ("question", "answer"),
     ("input", "output"),
 )
-ASKED = re.compile(r"(?i)(### ?)?(q|question|user|human|instruction|prompt)s? ?:\s?")
+ASKED = re.compile(r"(?i)\A(### ?)?(q|question|user|human|instruction|prompt)s? ?:\s?")
 ANSWERED = re.compile(r"(?i)\n(### ?)?(a|answer|assistant|bot|gpt|response|output)s? ?:\s?")
 
 
@@ -442,7 +448,11 @@ def columns_of(keys):
 
 def read_entries(data, title):
     """Read messages under the keys that many programs use."""
+    data = messages_of(data)
     columns = columns_of(keys_of(data))
+    ignored = keys_of(data) - {key for keys in columns.values() for key in keys} - {None}
+    if ignored:
+        notes.append(f"nothing was understood in {', '.join(sorted(ignored))} of {title}")
     for entry in data:
         values = {
             column: " ".join(text_of(entry[key]) for key in keys if entry.get(key))
@@ -480,7 +490,7 @@ def read_turns(data, title):
 
     system s, user a, assistant b, user c, assistant d → (s a, b) and (s a b c, d)
     """
-    for number, entry in enumerate(data):
+    for number, entry in enumerate([data] if isinstance(data, dict) else data):
         before = []
         for turn in entry.get("messages") or entry.get("conversations"):
             text = text_of(turn.get("content") or turn.get("value"))
@@ -491,7 +501,8 @@ def read_turns(data, title):
 
 
 def read_texts(data, title):
-    """Read {"text": …}: "Q: hi?\\nA: hello" is a pair, and all else a list of messages."""
+    r"""Read {"text": …}: "Q: hi?\nA: hello" is a pair, and all else a list of messages."""
+    data = messages_of(data)
     cuts = [list(ANSWERED.finditer(text_of(entry.get("text")))) for entry in data]
     if not all(cuts):
         yield from read_entries(data, title)
@@ -519,14 +530,14 @@ TAG = re.compile(r'<([^<>\n\d/="]{3,60})>(?=\n|\Z)')
 MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>")
 FILE = re.compile(rf"{MARK}?(.{{1,200}}?)(\.\w{{0,5}})? \(([^()\n]{{3,40}})\)")
 FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
-LOCATION = re.compile(r"\W*[^\s:]+( [^\s:]+)?: https://maps\.google\.com/\?q=\S+\s*")
-POLL = re.compile(r"\W*[^\W\d_]{2,20} ?:\n(?s:.*)\(\d+ [^()\n]+\)\s*")
+LOCATION = re.compile(r"\W?([^\s:]{1,30} ?){1,3}: https://maps\.google\.com/\?q=\S+")
+POLL = re.compile(r"\W?[^\W\d_]{2,20} ?:\n(?s:.*)\(\d+ [^()\n]+\)")
 
 
 def read_whatsapp(text, title):
-    """Read messages that begin with a date; the lines after it belong to them.
+    r"""Read messages that begin with a date; the lines after it belong to them.
 
-    "24/11/26, 10:44 - Ann: one\\ntwo" → Message("24/11/26, 10:44", "Ann", "one\\ntwo")
+    "24/11/26, 10:44 - Ann: one\ntwo" → Message("24/11/26, 10:44", "Ann", "one\ntwo")
     """
     entries = []  # (match of the date, lines)
     for line in text.split("\n"):
@@ -547,9 +558,9 @@ def read_whatsapp(text, title):
 
 
 def whatsapp_words(text, is_iphone, tags):
-    """Return (what the author wrote, kind), without what the app put around it.
+    r"""Return (what the author wrote, kind), without what the app put around it.
 
-    "IMG-1.jpg (file attached)\\nlook" → ("look", ""), "image omitted" → ("image omitted", "media")
+    "IMG-1.jpg (file attached)\nlook" → ("look", ""), "image omitted" → ("image omitted", "media")
     """
     if kind := kind_of_sentence(text):
         return text, kind
@@ -558,8 +569,8 @@ def whatsapp_words(text, is_iphone, tags):
         return text, "app" if words else "media"
     if "• \u200e" in text:  # "report.pdf • 12 pages"
         return text, "media"
-    before, _, after = words.rpartition("\u200e")
-    if kind_of_sentence(after):
+    before, mark, after = words.rpartition("\u200e")
+    if mark and kind_of_sentence(after):
         words = before
     line, _, rest = words.partition("\n")
     if (file := FILE.fullmatch(line)) and plain(file[3]) in ATTACHED:
@@ -573,14 +584,14 @@ def whatsapp_words(text, is_iphone, tags):
 
 
 def kind_of_sentence(text):
-    """Return the kind of a message that is one of the app's sentences, or "" if a person wrote it."""
-    if len(text) < 200 and (kind := SENTENCES.get(plain(text))):
-        return kind
-    return first(
-        app=text.lstrip("\u200e\u200f").startswith(NOTICES),
-        location=LOCATION.fullmatch(text),
-        poll=POLL.fullmatch(text),
-    )
+    """Return the kind of a message that the app wrote from beginning to end, or ""."""
+    if text.lstrip("\u200e\u200f").startswith(NOTICES):
+        return "app"
+    if LOCATION.fullmatch(text):
+        return "location"
+    if POLL.fullmatch(text):
+        return "poll"
+    return SENTENCES.get(plain(text), "") if len(text) < 200 else ""
 
 
 def is_tag(words, tags):
@@ -590,7 +601,7 @@ def is_tag(words, tags):
 
 
 def plain(sentence):
-    """Return it as the tables have it: "\\u200e<Media omitted>." → "media omitted"."""
+    r"""Return it as the tables have it: "\u200e<Media omitted>." → "media omitted"."""
     return sentence.translate(INVISIBLE).strip(" \n<>").rstrip(".。।").casefold()
 
 
@@ -614,8 +625,8 @@ LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
 
 
 def read_log(text, title):
-    """Read a log of IRC or Twitch: a message a line, and the day in lines of its own, or nowhere."""
-    last = datetime.combine(day_in(title, date(1970, 1, 1)), time())
+    """Read a log of IRC or Twitch, a message a line; the day has lines of its own, or is unknown."""
+    last = datetime.combine(day_in(title, datetime(1970, 1, 1)), time())
     for line in filter(str.strip, text.split("\n")):
         found = LOG_LINE.match(line)
         if not found:
@@ -623,22 +634,18 @@ def read_log(text, title):
                 last = datetime.combine(day_in(line, last), time())
             yield Message(last, "", line, "app")
             continue
-        day = day_in(found["day"] or "", last)
-        seconds = sum(
-            int(found[part] or 0) * size
-            for part, size in (("hour", 3600), ("minute", 60), ("second", 1))
-        )
-        now = datetime.combine(day, time()) + timedelta(seconds=seconds)
+        hour, minute, second = (int(found[part] or 0) for part in ("hour", "minute", "second"))
+        now = datetime.combine(day_in(found["day"] or "", last), time())
+        now += timedelta(hours=hour, minutes=minute, seconds=second)
         if now < last - timedelta(minutes=1) and not found["day"]:  # past midnight
             now += timedelta(days=1)
         last = now
-        author = found["nick"] or found["tabbed"] or found["name"]
-        yield Message(now, author, found["words"])
+        yield Message(now, found["nick"] or found["tabbed"] or found["name"], found["words"])
 
 
 def day_in(text, otherwise):
     """Return the day that a line of a log names, as in "--- Day changed Tue Jan 02 2024"."""
-    if not re.search(r"\d{4}|[A-Z][a-z]{2} [ \d]\d", text):
+    if not re.search(r"(19|20)\d\d-\d\d-\d\d|\b[A-Z][a-z]{2} [ \d]\d\b", text):
         return otherwise
     try:
         return date_parser.parse(text.strip("#-* "), fuzzy=True, default=otherwise)
@@ -654,7 +661,7 @@ IMESSAGE_NOTE = re.compile(
 
 
 def read_imessage(text, title):
-    """Read what imessage-exporter writes: a line with the time, one with the name, then the words."""
+    """Read what imessage-exporter writes: a line with the time, one with the name, the words."""
     blocks = []  # (time, the rest of its line, lines)
     for line in text.split("\n"):
         if start := IMESSAGE_DATE.match(line):
@@ -667,15 +674,14 @@ def read_imessage(text, title):
             yield Message(when, "", note, "app")
             continue
         author, words = lines[0] if lines else "", []
-        for line in itertools.takewhile(lambda line: not TAPBACKS.fullmatch(line), lines[1:]):
+        for line in lines[1:]:
+            if line in ("Tapbacks:", "Reactions:"):
+                break
             if edited := re.match(r"Edited .{1,60}? later: ", line):
                 words = [line[edited.end() :]]
             elif not IMESSAGE_NOTE.match(line):
                 words.append(line)
         yield Message(when, author, "\n".join(words))
-
-
-TAPBACKS = re.compile(r"(Tapbacks|Reactions):")
 
 
 # ---- times --------------------------------------------------------------------------------------
@@ -708,7 +714,7 @@ def stamp_of(text):
         hour = hour_of_day(hour, (found[7] or "") + found[11])
         return (*map(int, days), hour, minute, second)
     try:
-        return utc(date_parser.parse(text))
+        return utc(date_parser.parse(text[:60]))
     except (ValueError, OverflowError):
         return None
 
@@ -777,8 +783,9 @@ def tidy(text):
     return text.translate(INVISIBLE).strip()
 
 
+@functools.cache
 def tidy_name(name):
-    """Return it on one line: "\\u202a~ Ann\\nLee" → "Ann Lee"; joiners stay, for emoji need them."""
+    r"""Return it on one line: "\u202a~ Ann\nLee" → "Ann Lee"; joiners stay, for emoji need them."""
     name = "".join(c for c in name if c.isprintable() or c.isspace() or c in "\u200c\u200d")
     return " ".join(name.split()).removeprefix("~").strip()
 
@@ -825,11 +832,10 @@ def oldest_first(messages):
 
 
 def without_number(name, people):
-    """Return "Person 1" for the first name that is a phone number, and so on; others as they are."""
-    digits = re.sub(r"\D", "", name)
-    if len(digits) < 7 or not re.fullmatch(r"\+?[\d\s().\-\u2011/]{7,30}", name):
+    """Return "Person 1" for the first name that is a phone number, and so on; others stay."""
+    if not re.fullmatch(r"\+?[\d\s().\-\u2011/]{7,30}", name):
         return name
-    return people.setdefault(digits, f"Person {len(people) + 1}")
+    return people.setdefault(re.sub(r"\D", "", name), f"Person {len(people) + 1}")
 
 
 def entries_of(conversations):
@@ -898,7 +904,7 @@ def report(files, not_read, left_out, entries):
     if len(not_read) > 5:
         line("not read", len(not_read) - 5, "more files")
     for title, key in (("conversations", "conversation"), ("authors", "author")):
-        if counts := Counter(entry[key] for entry in entries if key in entry):
+        if counts := Counter(e[key] for e in entries if key in e and "message" in e):
             table(title, counts)
     days = sorted(entry["time"][:10] for entry in entries if "time" in entry)
     if days:
@@ -906,20 +912,22 @@ def report(files, not_read, left_out, entries):
     for kind, texts in sorted(left_out.items(), key=lambda item: -len(item[1])):
         sample = " ".join(next(filter(None, texts), "").split())[:40]
         line("left out", len(texts), f"{KINDS[kind]} ({kind})" + (f": {sample}" if sample else ""))
+    for note in notes[:10]:
+        line("note", "", note)
 
 
 def next_steps(entries, version):
     """Print the commands that go on: first for the author who speaks in most conversations."""
     build = f"VERSION={version} python build_train.py"
-    places = {(entry.get("author"), entry.get("conversation")) for entry in entries}
-    messages = Counter(entry.get("author") for entry in entries)
-    everywhere = Counter(author for author, _ in places if author)
-    if everywhere:
-        author = max(everywhere, key=lambda name: (everywhere[name], messages[name]))
-        print(f"next  {build} --only-author {shown(shlex.quote(author))}  # answers as one of them")
-        print(f"      {build}  # answers as everybody")
-    else:
+    messages = Counter(entry["author"] for entry in entries if "author" in entry)
+    if not messages:
         print(f"next  {build}")
+        return
+    pairs = {(entry.get("author"), entry["conversation"]) for entry in entries}
+    places = Counter(author for author, _ in pairs)
+    author = max(messages, key=lambda author: (places[author], messages[author]))
+    print(f"next  {build} --only-author {shown(shlex.quote(author))}  # answers as this one")
+    print(f"      {build}  # answers as everybody")
 
 
 # ---- all of it ----------------------------------------------------------------------------------
@@ -931,29 +939,21 @@ def read_files(paths, dates):
     for name, content in tqdm(contents, unit=" files", leave=False, disable=None):
         try:
             app, messages = read(name, content)
-        except NotRead as e:
+        except UnknownFileError as e:
             not_read[name] = str(e)
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, csv.Error) as e:
-            not_read[name] = f"an entry is not as its app writes it ({e!r:.80})"
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, csv.Error) as e:
+            not_read[name] = f"not as its app writes it: {e!r:.80}"
         else:
             if messages and isinstance(messages[0], Message):
                 messages, assumed = read_times(messages, dates)
                 if assumed:
-                    words = " ".join(WORDS[letter] for letter in assumed)
-                    line("dates", "", f"{name}: taken as {words}; if they are not, add --dates")
+                    notes.append(f"dates are taken as {assumed} (--dates changes it) in {name}")
             files.append((name, app, messages))
-    if wrong := [name for name in not_read if name in paths or not files]:
-        what = f"{wrong[0]} is {not_read[wrong[0]]}; known are {KNOWN}"
-        fail(what, "export the chat again in one of these formats")
-    if not contents:
-        fail(
-            f"{', '.join(paths)} holds no file that could be read; known are {KNOWN}",
-            "another folder",
-        )
+    wrong = [name for name in not_read if name in paths or not files]
+    if wrong or not files:
+        what = f"{wrong[0]} is {not_read[wrong[0]]}" if wrong else f"{paths[0]} holds no such file"
+        fail(f"{what}; known are {KNOWN}", "export the chat again in one of these forms")
     return files, not_read
-
-
-WORDS = {"d": "day", "m": "month", "y": "year"}
 
 
 def main():
@@ -961,22 +961,20 @@ def main():
         stream.reconfigure(errors="backslashreplace")
     s = settings()
     target = RAW / f"messages_{s.version}.json"
-    lock = claim(target)
-    files, not_read = read_files(s.paths, s.dates)
-    pairs = [m for _, _, messages in files for m in messages if isinstance(m, dict)]
-    if pairs and any(isinstance(m, Message) for _, _, messages in files for m in messages):
-        fail("these are chats and training sets", "one run for each, with another --version")
-    conversations, left_out = ({}, {}) if pairs else sort_out(files, s.keep)
-    entries = pairs or entries_of(conversations)
-    report(files, not_read, left_out, entries)
-    if not entries:
-        fail("nothing that one person says to another is left", "--keep KIND, of the kinds above")
-    write(target, entries, s.replace)
-    print(
-        f"\nwrote {target}: {len(entries):,} entries; read it, and take out what is not to be learned"
-    )
+    with claim(target):
+        files, not_read = read_files(s.paths, s.dates)
+        pairs = [m for _, _, messages in files for m in messages if isinstance(m, dict)]
+        if pairs and len(pairs) < sum(len(messages) for _, _, messages in files):
+            fail("these are chats and training sets", "one run for each, with --version NAME")
+        conversations, left_out = ({}, {}) if pairs else sort_out(files, s.keep)
+        entries = pairs or entries_of(conversations)
+        report(files, not_read, left_out, entries)
+        if not entries:
+            fail("nothing is left that people said to each other", "--keep KIND, of those above")
+        write(target, entries, s.replace)
+    where = os.path.relpath(target)
+    print(f"\nwrote {where}: {len(entries):,} entries; take out what is not to be learned")
     next_steps(entries, s.version)
-    lock.close()
 
 
 # ---- tables: who reads what ---------------------------------------------------------------------
@@ -985,23 +983,24 @@ JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the fir
     ("Telegram", {"left_chats"}, set(), read_telegram),
     ("Discord", {"guild", "channel", "messages"}, set(), read_discord),
     ("Instagram or Messenger", {"participants"}, {"sender_name"}, read_meta),
-    ("Messenger", {"participants"}, {"senderName"}, read_messenger),
+    ("Instagram or Messenger", {"participants"}, {"senderName"}, read_meta),
     ("Twitch", {"comments"}, {"commenter"}, read_twitch),
     ("Matrix", {"room_name"}, {"sender"}, read_matrix),
     ("Google Chat", {"messages"}, {"creator"}, read_google_chat),
     ("Telegram", {"messages"}, {"type", "text"}, read_telegram),
     ("Slack", set(), {"ts", "type"}, read_slack),
     ("Slack", set(), {"id", "profile"}, read_slack_users),
+    ("training set", {"messages"}, {"role"}, read_turns),
     ("training set", set(), {"messages"}, read_turns),
     ("training set", set(), {"conversations"}, read_turns),
     *(("training set", set(), set(pair), read_pairs) for pair in PAIRS),
-    *(("list of messages", set(), {key}, read_texts) for key in ("text",)),
+    ("list of texts", set(), {"text"}, read_texts),
     *(("list of messages", set(), {key}, read_entries) for key in COLUMNS["message"].split()),
 )
 TEXT_READERS = (  # app, how one of the first lines looks, reader
     ("iMessage", IMESSAGE_DATE.match, read_imessage),
     ("log", LOG_LINE.match, read_log),
-    ("Signal", re.compile(r"\[\d{4}(-\d\d){2},? \d\d:\d\d(:\d\d)?\] Me: ").match, read_signal),
+    ("Signal", re.compile(r"\[\d{4}(-\d\d){2},? \d\d:\d\d\S*\] Me: ").match, read_signal),
     ("WhatsApp", ENTRY.match, read_whatsapp),
     ("CSV", is_csv_header, read_csv),
 )
@@ -1013,40 +1012,44 @@ def sentences(table):
 
 
 INVISIBLE = dict.fromkeys(  # control characters but line breaks and tabs, and MARK
-    [*range(9), *range(11, 32), *range(127, 160), 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFC]
-    + [*range(0x202A, 0x202F), *range(0x2060, 0x206A)]
+    [
+        *(*range(9), *range(11, 32), *range(127, 160)),
+        *(0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0xFFFC),
+    ]
 )
 DELETED = """
 This message was deleted | You deleted this message | This message was deleted by an admin |
 Diese Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje |
 Este mensaje fue eliminado | Eliminaste este mensaje | Ce message a été supprimé |
-Vous avez supprimé ce message | Questo messaggio è stato eliminato | Hai eliminato questo messaggio |
-Mensagem apagada | Esta mensagem foi apagada | Você apagou esta mensagem | Apagou esta mensagem |
-Apagaste esta mensagem | Dit bericht is verwijderd | U hebt dit bericht verwijderd |
-Je hebt dit bericht verwijderd | Данное сообщение удалено | Вы удалили данное сообщение |
-Вы удалили это сообщение | Сообщение удалено | Це повідомлення було видалено |
-Ви видалили це повідомлення | Ta wiadomość została usunięta | Usunięto tę wiadomość |
-Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva byla smazána | Tato zpráva byla odstraněna |
-Tuto zprávu jste smazal/a | Tuto zprávu jste odstranil/a | Táto správa bola odstránená |
-Túto správu ste odstránili | Acest mesaj a fost șters | Ați șters acest mesaj |
-Ez az üzenet törlésre került | Törölted ezt az üzenetet | Ezt az üzenetet törölted |
-Αυτό το μήνυμα διαγράφηκε | Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz |
-הודעה זו נמחקה | מחקת הודעה זו | מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة |
+Vous avez supprimé ce message | Questo messaggio è stato eliminato |
+Hai eliminato questo messaggio | Mensagem apagada | Esta mensagem foi apagada |
+Você apagou esta mensagem | Apagou esta mensagem | Apagaste esta mensagem |
+Dit bericht is verwijderd | U hebt dit bericht verwijderd | Je hebt dit bericht verwijderd |
+Данное сообщение удалено | Вы удалили данное сообщение | Вы удалили это сообщение |
+Сообщение удалено | Це повідомлення було видалено | Ви видалили це повідомлення |
+Ta wiadomość została usunięta | Usunięto tę wiadomość | Usunąłeś(-ęłaś) tę wiadomość |
+Tato zpráva byla smazána | Tato zpráva byla odstraněna | Tuto zprávu jste smazal/a |
+Tuto zprávu jste odstranil/a | Táto správa bola odstránená | Túto správu ste odstránili |
+Acest mesaj a fost șters | Ați șters acest mesaj | Ez az üzenet törlésre került |
+Törölted ezt az üzenetet | Ezt az üzenetet törölted | Αυτό το μήνυμα διαγράφηκε |
+Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz | הודעה זו נמחקה |
+מחקת הודעה זו | מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة |
 أنت حذفت هذه الرسالة | این پیام حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید |
 یہ میسج حذف کر دیا گیا ہے | یہ پیغام حذف کیا گیا | آپ نے یہ میسج حذف کر دیا ہے |
-यह मैसेज डिलीट कर दिया गया है | यह संदेश मिटाया गया | आपने यह मैसेज डिलीट किया |
-हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে | આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus |
-Pesan ini telah dihapus | Anda menghapus pesan ini | Anda telah menghapus pesan ini |
-Mesej ini telah dipadam | Anda telah memadamkan mesej ini | Tin nhắn này đã bị xóa |
-Bạn đã xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 | 您已刪除此訊息 |
-这条消息已被删除 | 您已删除这条消息 | このメッセージは削除されました | このメッセージを削除しました |
+यह मैसेज डिलीट कर दिया गया है | यह संदेश मिटाया गया | आपने यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला |
+এই মেসেজটি বাদ দেওয়া হয়েছে | આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus | Pesan ini telah dihapus |
+Anda menghapus pesan ini | Anda telah menghapus pesan ini | Mesej ini telah dipadam |
+Anda telah memadamkan mesej ini | Tin nhắn này đã bị xóa | Bạn đã xóa tin nhắn này |
+ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 | 您已刪除此訊息 | 这条消息已被删除 |
+您已删除这条消息 | このメッセージは削除されました | このメッセージを削除しました |
 이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한 메시지입니다 |
 Det här meddelandet raderades | Du raderade det här meddelandet | Detta meddelande raderades |
 Denne besked er blevet slettet | Denne besked blev slettet | Du har slettet denne besked |
 Du slettede denne besked | Denne meldingen ble slettet | Du slettet denne meldingen |
-Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana | Izbrisali ste ovu poruku |
-Ова порука је обрисана | Съобщението беше изтрито | Aquest missatge s'ha suprimit |
-Has suprimit aquest missatge | Ujumbe huu ulifutwa | Umefuta ujumbe huu | Hierdie boodskap was uitgevee
+Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana |
+Izbrisali ste ovu poruku | Ова порука је обрисана | Съобщението беше изтрито |
+Aquest missatge s'ha suprimit | Has suprimit aquest missatge | Ujumbe huu ulifutwa |
+Umefuta ujumbe huu | Hierdie boodskap was uitgevee
 """
 CALLS = """
 Missed voice call | Missed video call | Missed group voice call | Missed group video call |
@@ -1064,107 +1067,105 @@ Nem fogadott hanghívás | Nem fogadott videohívás | Αναπάντητη κλ
 تماس تصویری پاسخ داده نشده | مسڈ وائس کال | مسڈ ویڈیو کال | मिस्ड वॉइस कॉल | मिस्ड वीडियो कॉल |
 Panggilan suara tak terjawab | Panggilan video tak terjawab | Panggilan suara terlepas |
 Panggilan video terlepas | Cuộc gọi nhỡ | Cuộc gọi nhỡ video | สายที่ไม่ได้รับ | 未接語音通話 |
-未接視像通話 | 未接视频通话 | 未接语音通话 | 不在着信 | 音声通話不在着信 | ビデオ通話不在着信 | 부재중 전화 |
-부재중 영상통화 | Missat röstsamtal | Missat videosamtal | Ubesvaret taleopkald |
+未接視像通話 | 未接视频通话 | 未接语音通话 | 不在着信 | 音声通話不在着信 | ビデオ通話不在着信 |
+부재중 전화 | 부재중 영상통화 | Missat röstsamtal | Missat videosamtal | Ubesvaret taleopkald |
 Ubesvaret videoopkald | Tapt taleanrop | Tapt videoanrop | Vastaamaton äänipuhelu |
-Vastaamaton videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv | Trucada de veu perduda
+Vastaamaton videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv |
+Trucada de veu perduda
 """
 NO_MEDIA = """
 Media omitted | image omitted | video omitted | audio omitted | sticker omitted | GIF omitted |
-document omitted | Contact card omitted | video note omitted | View once voice message omitted | null |
-Medien ausgeschlossen | Medien weggelassen | Bild weggelassen | Video weggelassen |
+document omitted | Contact card omitted | video note omitted | View once voice message omitted |
+null | Medien ausgeschlossen | Medien weggelassen | Bild weggelassen | Video weggelassen |
 Audio weggelassen | Sticker weggelassen | GIF weggelassen | Dokument weggelassen |
 Kontaktkarte ausgelassen | Multimedia omitido | Archivo omitido | imagen omitida | Video omitido |
 audio omitido | sticker omitido | GIF omitido | documento omitido | Tarjeta de contacto omitida |
-Médias omis | Fichier omis | image absente | vidéo absente | audio omis | sticker omis | GIF retiré |
-document manquant | Fiche contact manquante | Media omessi | Media omesso | immagine omessa |
-video omesso | audio omesso | sticker non incluso | GIF esclusa | documento omesso |
-Scheda contatto omessa | Mídia oculta | Mídia omitida | Arquivo de mídia oculto |
-Ficheiro não revelado | imagem ocultada | imagem não revelada | vídeo omitido | vídeo não revelado |
-áudio ocultado | ficheiro de áudio não revelado | figurinha omitida | sticker não revelado |
-GIF não revelada | Cartão do contato omitido | Contacto não revelado | Media weggelaten |
-afbeelding weggelaten | video weggelaten | audio weggelaten | sticker weggelaten | GIF weggelaten |
-document weggelaten | Visitekaartje weggelaten | Без медиафайлов | Файл пропущен |
-изображение отсутствует | видео отсутствует | аудиофайл отсутствует | аудио отсутствует |
-стикер не добавлен | GIF отсутствует | документ отсутствует | Карточка контакта отсутствует |
-Медіа пропущено | зображення відсутнє | відео відсутнє | аудіо відсутнє | Наклейку не додано |
+Médias omis | Fichier omis | image absente | vidéo absente | audio omis | sticker omis |
+GIF retiré | document manquant | Fiche contact manquante | Media omessi | Media omesso |
+immagine omessa | video omesso | audio omesso | sticker non incluso | GIF esclusa |
+documento omesso | Scheda contatto omessa | Mídia oculta | Mídia omitida |
+Arquivo de mídia oculto | Ficheiro não revelado | imagem ocultada | imagem não revelada |
+vídeo omitido | vídeo não revelado | áudio ocultado | ficheiro de áudio não revelado |
+figurinha omitida | sticker não revelado | GIF não revelada | Cartão do contato omitido |
+Contacto não revelado | Media weggelaten | afbeelding weggelaten | video weggelaten |
+audio weggelaten | sticker weggelaten | GIF weggelaten | document weggelaten |
+Visitekaartje weggelaten | Без медиафайлов | Файл пропущен | изображение отсутствует |
+видео отсутствует | аудиофайл отсутствует | аудио отсутствует | стикер не добавлен |
+GIF отсутствует | документ отсутствует | Карточка контакта отсутствует | Медіа пропущено |
+зображення відсутнє | відео відсутнє | аудіо відсутнє | Наклейку не додано |
 Pominięto multimedia | pliki pominięto | obraz pominięty | wideo pominięte | audio pominięte |
 pominięto naklejkę | Plik GIF pominięty | dokument pominięty | Média vynechána | Média vynechány |
-obrázek vynechán | video vynecháno | zvukový soubor vynechán | nálepka vynechána | Médiá vynechané |
-obrázok vynechaný | video vynechané | Conținut media omis | Imagine omisă | clip video omis |
-Hiányzó médiafájl | kép küldése sikertelen | Videó kihagyva | Εξαίρεση πολυμέσων |
-εικόνα παραλείφθηκε | βίντεο παραλείφθηκε | ήχος παραλείφθηκε | Medya dahil edilmedi |
-Medya atlanmış | görüntü dahil edilmedi | video dahil edilmedi | ses dahil edilmedi |
-Çıkartma dahil edilmedi | GIF dahil edilmedi | belge dahil edilmedi | Kişi kartı dahil edilmedi |
-המדיה לא נכללה | המדיה הוסרה | מדיה הושמטה | התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט |
-סטיקר הושמט | GIF הושמט | מסמך הושמט | כרטיס איש קשר הושמט | تم استبعاد الوسائط | لم يتم إدراج الصورة |
-لم يتم إدراج الفيديوهات | لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF |
-لم يتم إدراج المستند | لم يتم إدراج بطاقة جهة اتصال | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد |
-استیکر حذف شد | میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई | वीडियो छोड़ा गया |
-ऑडियो हटाई गयी | स्टिकर छोड़ा गया | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Media tidak disertakan |
-gambar tidak disertakan | video tidak disertakan | audio tidak disertakan | stiker tidak disertakan |
-Media disingkirkan | imej tidak dimasukkan | Bỏ qua Media | đã bỏ qua hình ảnh | đã bỏ video |
-đã bỏ sticker | สื่อถูกลบ | ไม่มีรูปภาพ | วิดีโอถูกลบ | ไม่มีสติกเกอร์ | 省略多媒体文件 | 忽略多媒體檔 |
-圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 | 音频已忽略 | 貼圖已略去 |
-贴图已省略 | メディアは含まれていません | 画像は含まれていません | ビデオは含まれていません |
-音声は含まれていません | スタンプは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 |
-이미지 생략됨 | 비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨 | Media har utelämnats | bild utesluten |
+obrázek vynechán | video vynecháno | zvukový soubor vynechán | nálepka vynechána |
+Médiá vynechané | obrázok vynechaný | video vynechané | Conținut media omis | Imagine omisă |
+clip video omis | Hiányzó médiafájl | kép küldése sikertelen | Videó kihagyva |
+Εξαίρεση πολυμέσων | εικόνα παραλείφθηκε | βίντεο παραλείφθηκε | ήχος παραλείφθηκε |
+Medya dahil edilmedi | Medya atlanmış | görüntü dahil edilmedi | video dahil edilmedi |
+ses dahil edilmedi | Çıkartma dahil edilmedi | GIF dahil edilmedi | belge dahil edilmedi |
+Kişi kartı dahil edilmedi | המדיה לא נכללה | המדיה הוסרה | מדיה הושמטה | התמונה הושמטה |
+סרטון הווידאו הושמט | קטע קול הושמט | סטיקר הושמט | GIF הושמט | מסמך הושמט | כרטיס איש קשר הושמט |
+تم استبعاد الوسائط | لم يتم إدراج الصورة | لم يتم إدراج الفيديوهات |
+لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF | لم يتم إدراج المستند |
+لم يتم إدراج بطاقة جهة اتصال | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد | استیکر حذف شد |
+میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई | वीडियो छोड़ा गया |
+ऑडियो हटाई गयी | स्टिकर छोड़ा गया | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું |
+Media tidak disertakan | gambar tidak disertakan | video tidak disertakan |
+audio tidak disertakan | stiker tidak disertakan | Media disingkirkan | imej tidak dimasukkan |
+Bỏ qua Media | đã bỏ qua hình ảnh | đã bỏ video | đã bỏ sticker | สื่อถูกลบ | ไม่มีรูปภาพ | วิดีโอถูกลบ |
+ไม่มีสติกเกอร์ | 省略多媒体文件 | 忽略多媒體檔 | 圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 |
+视频已忽略 | 音訊已略去 | 音频已忽略 | 貼圖已略去 | 贴图已省略 | メディアは含まれていません |
+画像は含まれていません | ビデオは含まれていません | 音声は含まれていません |
+スタンプは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 | 이미지 생략됨 |
+비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨 | Media har utelämnats | bild utesluten |
 video utesluten | Mediefil udeladt | billede udeladt | video udeladt | Uten vedlegg |
-bilde ikke inkludert | video utelatt | Media jätetty pois | ei kuvaa | Medijski zapis izostavljen |
-slika izostavljena | Без файл | Imatge omesa | Mitjans omesos | Media imerukwa | Media weggelaat
+bilde ikke inkludert | video utelatt | Media jätetty pois | ei kuvaa |
+Medijski zapis izostavljen | slika izostavljena | Без файл | Imatge omesa | Mitjans omesos |
+Media imerukwa | Media weggelaat
 """
 LOCATIONS = """
 live location shared | Live-Standort wird geteilt | ubicación en tiempo real compartida |
 Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada |
 live locatie gedeeld | Геоданные отправлены | udostępniona transmisja położenia |
-Mevcut konum paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر | Lokasi terkini dibagikan
+Mevcut konum paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر |
+Lokasi terkini dibagikan
 """
 WAITING = """
 Waiting for this message. This may take a while |
 Warte auf diese Nachricht. Dies kann etwas dauern | Warten auf diese Nachricht |
-Esperando este mensaje. Esto puede tomar tiempo | Esperando el mensaje. Esto puede tardar un tiempo |
+Esperando este mensaje. Esto puede tomar tiempo |
+Esperando el mensaje. Esto puede tardar un tiempo |
 En attente de ce message. Cela peut prendre du temps |
 In attesa del messaggio. Potrebbe volerci qualche minuto |
 Aguardando mensagem. Essa ação pode levar alguns instantes |
 Wachten op dit bericht. Dit kan even duren
 """
-EDITED = frozenset(
-    sentences(
-        """
+EDITED = """
 This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mensaje |
 Este mensaje fue editado | Ce message a été modifié | Questo messaggio è stato modificato |
-Mensagem editada | Esta mensagem foi editada | Dit bericht is bewerkt | Данное сообщение изменено |
-Сообщение изменено | Це повідомлення було відредаговано | Ta wiadomość została zmieniona |
-Tato zpráva byla upravena | Bu mesaj düzenlendi | ההודעה נערכה | تم تعديل هذه الرسالة | Pesan ini diedit |
-यह मैसेज एडिट किया गया | 此訊息已編輯 | 这条消息已编辑 | このメッセージは編集されました | 수정된 메시지입니다 |
-Meddelandet har redigerats | Beskeden blev redigeret | Viestiä muokattiin
+Mensagem editada | Esta mensagem foi editada | Dit bericht is bewerkt |
+Данное сообщение изменено | Сообщение изменено | Це повідомлення було відредаговано |
+Ta wiadomość została zmieniona | Tato zpráva byla upravena | Bu mesaj düzenlendi | ההודעה נערכה |
+تم تعديل هذه الرسالة | Pesan ini diedit | यह मैसेज एडिट किया गया | 此訊息已編輯 | 这条消息已编辑 |
+このメッセージは編集されました | 수정된 메시지입니다 | Meddelandet har redigerats |
+Beskeden blev redigeret | Viestiä muokattiin
 """
-    )
-)
-ATTACHED = frozenset(
-    sentences(
-        """
-file attached | Datei angehängt | archivo adjunto | archivo adjuntado | fichier joint | file allegato |
-arquivo anexado | ficheiro anexado | bestand bijgevoegd | файл добавлен | файл додано |
-plik załączony | załączony plik | soubor byl přiložen | súbor pripojený | fișier atașat |
-fájl csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | الملف مرفق | پیوست شد | پیوستہ فائل |
-फाइल अटैच कर दी गई है | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ | file terlampir |
-fail dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 | 添付ファイル有り | 파일 첨부됨 |
-bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto | datoteka u privitku | priložena datoteka |
-прикачен файл | прикачена датотека | arxiu adjunt | faili limeambatanishwa | lêer aangeheg
+ATTACHED = """
+file attached | Datei angehängt | archivo adjunto | archivo adjuntado | fichier joint |
+file allegato | arquivo anexado | ficheiro anexado | bestand bijgevoegd | файл добавлен |
+файл додано | plik załączony | załączony plik | soubor byl přiložen | súbor pripojený |
+fișier atașat | fájl csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | الملف مرفق |
+پیوست شد | پیوستہ فائل | फाइल अटैच कर दी गई है | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ |
+file terlampir | fail dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 |
+添付ファイル有り | 파일 첨부됨 | bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto |
+datoteka u privitku | priložena datoteka | прикачен файл | прикачена датотека | arxiu adjunt |
+faili limeambatanishwa | lêer aangeheg
 """
-    )
-)
+EDITED, ATTACHED = sentences(EDITED), sentences(ATTACHED)
 SENTENCES = {
-    sentence: kind
-    for kind, table in {
-        "deleted": DELETED,
-        "call": CALLS,
-        "media": NO_MEDIA,
-        "location": LOCATIONS,
-        "app": WAITING,
-    }.items()
-    for sentence in sentences(table)
+    **dict.fromkeys(sentences(DELETED), "deleted"),
+    **dict.fromkeys(sentences(CALLS), "call"),
+    **dict.fromkeys(sentences(NO_MEDIA), "media"),
+    **dict.fromkeys(sentences(LOCATIONS), "location"),
+    **dict.fromkeys(sentences(WAITING), "app"),
 }
 NOTICES = (  # how the notices begin that WhatsApp writes under a person's or the group's name
     "Messages and calls are end-to-end encrypted",
@@ -1196,16 +1197,23 @@ NOTICES = (  # how the notices begin that WhatsApp writes under a person's or th
     "訊息和通話經端對端加密",
 )
 META = re.compile(  # what Instagram and Messenger write under a person's name
-    r"(?i)(reacted .{1,20} to your message|liked a message|you missed a (video |voice )?call"
-    r"|(audio|video) call ended|you (named|sent|created|added|removed|left) "
-    r"|hat .{0,40}auf deine nachricht .{0,20}reagiert|hat mit .{1,20} auf deine nachricht reagiert"
-    r"|gefällt eine nachricht|reaccionó con .{1,20} a tu mensaje|le gustó un mensaje"
-    r"|(indicó que )?le gusta un mensaje|a réagi (avec )?.{1,20} à votre message|a aimé un message"
-    r"|ha reagito con .{1,20} al tuo messaggio|(ha messo )?mi piace (a )?un messaggio"
-    r"|reagiu com .{1,20} à sua mensagem|curtiu uma mensagem|heeft .{1,20} gereageerd op je bericht"
-    r"|vond een bericht leuk).{0,60}\s*$"
+    r"(?i)(reacted .{1,20} to your message|liked a message|(audio|video) call ended"
+    r"|you (missed a (video |voice )?call|sent an attachment|(named|left|created) the group.{0,60})"
+    r"|hat mit .{1,20} auf deine nachricht reagiert|gefällt eine nachricht"
+    r"|reaccionó con .{1,20} a tu mensaje|le gustó un mensaje|indicó que le gusta un mensaje"
+    r"|a réagi (avec )?.{1,20} à votre message|a aimé un message"
+    r"|ha reagito con .{1,20} al tuo messaggio|ha messo mi piace a un messaggio"
+    r"|reagiu com .{1,20} à sua mensagem|curtiu uma mensagem"
+    r"|heeft .{1,20} gereageerd op je bericht|vond een bericht leuk)\W*"
 )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # what reads the output has enough, as in "| head -1"
+        os._exit(0)
+    except OSError as e:
+        space = "free some space on the disk" if e.errno == errno.ENOSPC else "make it accessible"
+        fail(f"{e.filename or RAW}: {e.strerror}", f"{space}, then run this again")

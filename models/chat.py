@@ -33,7 +33,7 @@ from pathlib import Path
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (it gives input() its editing keys and its history)
 
-COMMON_MODEL = "gemma-3-text-27b-it-4bit"
+DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -50,9 +50,10 @@ def arguments():
     parser.error = lambda what: parser.exit(
         2, f"error: {what}. FIX: python models/chat.py --help\n"
     )
-    add, env = parser.add_argument, os.environ.get
-    add("--version", default=env("VERSION") or "v1", help="which data: data/for_train/VERSION")
-    add("--model", default=env("MODEL") or COMMON_MODEL, help="which base: models/base/MODEL")
+    version, model = (os.environ.get(name) or default for name, default in DEFAULTS.items())
+    add = parser.add_argument
+    add("--version", default=version, help="which data: data/for_train/VERSION")
+    add("--model", default=model, help="which base model: models/base/MODEL")
     add("--as", dest="author", default="", help="who replies, instead of who was learned most")
     add("--me", default="me", help="your name in the chat")
     add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")
@@ -104,7 +105,7 @@ def find(pattern, variable, name, make):
     if name in there:
         return Path(pattern.replace("*", name))
     near = difflib.get_close_matches(name, there, 1)
-    if len(there) == 1 and not os.environ.get(variable):
+    if len(there) == 1 and name == DEFAULTS[variable] and not os.environ.get(variable):
         near = there  # it was forgotten
     what = f"there is no {pattern.replace('*', name)}"
     what += f"; {variable} can be {', '.join(there) or 'nothing yet'}"
@@ -164,33 +165,42 @@ def checksum(path):
 
 def speakers(args, settings):
     """Return the names of who replies and of who types."""
-    learned = [tidy(name) for name in settings["authors"] if isinstance(name, str)]
-    author = tidy(args.author) or next(iter(learned), "model")
+    learned = [tidy(str(name)) for name in settings["authors"]]
+    author = tidy(args.author)[:60] or next(iter(learned), "model")
     if author not in learned and args.author:
         known = visible(", ".join(learned[:5])) or "nobody by name"
         if settings["shape"] == "turns" or not settings["names"]:
             fail(f"--as {author!a} was not learned, but {known}", "leave --as out")
         note(f"warning: {visible(author)} was not learned, but {known}")
-    me = tidy(args.me) or "me"
+    me = tidy(args.me)[:60] or "me"
     return author, me if me != author else f"{me}_"
 
 
 # ---- the prompt, as build_train.py makes it ------------------------------------------------------
-CONTROL = re.compile(  # what the chat templates of models are made of
+CONTROL = (  # what the chat templates of models are made of
     r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"  # noqa: RUF001
 )
 
 
-def tidy(text):
+def control_of(tokenizer):
+    """Return the pattern of what this model takes for the end of a message and the like."""
+    special = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    tokens = {token.content for token in special if token.special}
+    tokens = {token for token in tokens if token in str(tokenizer.chat_template)}
+    tokens = sorted(token for token in {*tokens, *tokenizer.all_special_tokens} if len(token) > 2)
+    return "|".join([CONTROL, *map(re.escape, tokens)])
+
+
+def tidy(text, control=CONTROL):
     """Return a line as those that were learned are: "  Perche\u0301  <eos>" → "Perché < eos>"."""
     text = "".join(c for c in text if c.isprintable() or c.isspace() or c in "\u200c\u200d")
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    return CONTROL.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+    return re.sub(control, lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
 
-def tidy_lines(text):
-    return "\n".join(filter(None, map(tidy, text.split("\n"))))
+def tidy_lines(text, control=CONTROL):
+    return "\n".join(filter(None, (tidy(line, control) for line in text.split("\n"))))
 
 
 def make_chat(log, author, settings):
@@ -288,7 +298,7 @@ def read_message(prompt):
         while lines[-1].endswith("\\") or line_is_waiting():
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(input(" " * len(prompt)))
-    return tidy_lines("\n".join(lines))
+    return "\n".join(lines)
 
 
 def line_is_waiting():
@@ -310,22 +320,24 @@ def show(parts, indent):
         if not sys.stdin.isatty():
             raise
     print(flush=True)
-    return tidy_lines(text)
+    return text
 
 
-def talk(answer, author, me):
+def talk(answer, author, me, control):
     """Read messages and answer them until the input ends."""
     typed = sys.stdin.isatty()
     before, after = (f"{visible(name)}: " if typed else "" for name in (me, author))
     log = []  # [("me", "hi"), ("ann", "hello"), …]
     while True:
         try:
-            message = read_message(before)
-            if message:
-                log.append((me, message))
-                print(after, end="", flush=True)
-                reply = show(answer(log), " " * len(after))
-                log += [(author, reply)] if reply else []
+            message = tidy_lines(read_message(before), control)
+            if not message:
+                continue
+            log.append((me, message))
+            print(after, end="", flush=True)
+            reply = tidy_lines(show(answer(log), " " * len(after)), control)
+            if reply:
+                log.append((author, reply))
         except EOFError:
             print(end="\n" if typed else "")
             return
@@ -357,7 +369,7 @@ def main():
 
     note("talking to " + " with ".join(str(folder) for folder, _ in parts))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    talk(answer, author, me)
+    talk(answer, author, me, control_of(tokenizer))
 
 
 if __name__ == "__main__":

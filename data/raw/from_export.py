@@ -195,9 +195,6 @@ def read(name, content):
         for app, file_keys, message_keys, reader in JSON_READERS:
             if file_keys <= outer and message_keys <= inner:
                 return app, list(reader(data, title_of(name)))
-        raise UnknownFileError(
-            f"JSON with the keys {', '.join(sorted(outer | inner)[:9]) or '(none)'}"
-        )
     for line in text.split("\n")[:50]:
         for app, looks_like, reader in TEXT_READERS:
             if looks_like(line):
@@ -266,7 +263,7 @@ def text_of(value):
     if isinstance(value, list):
         return "".join(text_of(part) for part in value)
     if isinstance(value, dict):
-        keys = "text", "display_name", "displayName", "name", "username", "body"
+        keys = "text", "body", "display_name", "displayName", "real_name", "name", "username"
         return next((text_of(value[key]) for key in keys if value.get(key)), "")
     return "" if value is None or isinstance(value, bool) else str(value)
 
@@ -363,9 +360,7 @@ slack_names = {}  # number → name, from users.json, which is read before all o
 
 def read_slack_users(data, title):
     for person in data:
-        profile = person["profile"]
-        names = profile.get("display_name"), profile.get("real_name"), person.get("name")
-        slack_names[person["id"]] = next(filter(None, names), person["id"])
+        slack_names[person["id"]] = text_of(person["profile"]) or text_of(person)
     return []
 
 
@@ -448,8 +443,11 @@ def columns_of(keys):
 
 def read_entries(data, title):
     """Read messages under the keys that many programs use."""
+    keys = ", ".join(sorted(keys_of(data))[:9])
     data = messages_of(data)
     columns = columns_of(keys_of(data))
+    if not columns["message"]:
+        raise UnknownFileError(f"JSON with the keys {keys or '(none)'}")
     ignored = keys_of(data) - {key for keys in columns.values() for key in keys} - {None}
     if ignored:
         notes.append(f"nothing was understood in {', '.join(sorted(ignored))} of {title}")
@@ -531,7 +529,7 @@ MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]
 FILE = re.compile(rf"{MARK}?(.{{1,200}}?)(\.\w{{0,5}})? \(([^()\n]{{3,40}})\)")
 FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
 LOCATION = re.compile(r"\W?([^\s:]{1,30} ?){1,3}: https://maps\.google\.com/\?q=\S+")
-POLL = re.compile(r"\W?[^\W\d_]{2,20} ?:\n(?s:.*)\(\d+ [^()\n]+\)")
+POLL = re.compile(r"\W?[^\W\d_]{2,20} ?:\n(?s:.*)\(\W?\d+ [^()\n]+\)")
 
 
 def read_whatsapp(text, title):
@@ -619,13 +617,13 @@ LOG_LINE = re.compile(
     r"\[?(?:(?P<day>\d{4}-\d\d-\d\d|[A-Z][a-z]{2} [ \d]\d)[T ])?\[?"
     r"(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d))?\]?\s+"
     r"(?:<[\s@+%&~!]{0,3}(?P<nick>[^>\s]{1,60})>|[@+%&~]?(?P<tabbed>[\w\[\]\\`^{|}-]*\w)\t"
-    r"|(?P<name>[^\s:<>]{1,60}):\s)\s?(?P<words>.*)"
+    r"|(?(day)(?!)|(?P<name>[^\s:<>]{1,60}):\s))\s?(?P<words>.*)"
 )
 LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
 
 
 def read_log(text, title):
-    """Read a log of IRC or Twitch, a message a line; the day has lines of its own, or is unknown."""
+    """Read a log of IRC or Twitch, a message a line; the day has lines of its own, if at all."""
     last = datetime.combine(day_in(title, datetime(1970, 1, 1)), time())
     for line in filter(str.strip, text.split("\n")):
         found = LOG_LINE.match(line)
@@ -995,12 +993,13 @@ JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the fir
     ("training set", set(), {"conversations"}, read_turns),
     *(("training set", set(), set(pair), read_pairs) for pair in PAIRS),
     ("list of texts", set(), {"text"}, read_texts),
-    *(("list of messages", set(), {key}, read_entries) for key in COLUMNS["message"].split()),
+    ("list of messages", set(), set(), read_entries),
 )
 TEXT_READERS = (  # app, how one of the first lines looks, reader
     ("iMessage", IMESSAGE_DATE.match, read_imessage),
     ("log", LOG_LINE.match, read_log),
     ("Signal", re.compile(r"\[\d{4}(-\d\d){2},? \d\d:\d\d\S*\] Me: ").match, read_signal),
+    ("Twitch", re.compile(r"\[\S+ \S+ UTC\] ").match, read_whatsapp),
     ("WhatsApp", ENTRY.match, read_whatsapp),
     ("CSV", is_csv_header, read_csv),
 )

@@ -94,20 +94,17 @@ def settings():
     s = parser.parse_args()
     for name, value in vars(s).items():
         flag = f"--{name.replace('_', '-')}"
-        if type(value) is int:
-            least = 0 if name in ("names", "min_context", "min_chars", "seed") else 1
-            if not least <= value < 2**32:
-                parser.error(f"{flag} is {value}, not {least} or more")
-        if name in ("gap", "burst") and not 0 <= value < 1e6:
-            parser.error(f"{flag} is {value}, not 0 or more")
-        if name in ("stock_share", "valid_size") and not 0 < value < 1:
-            parser.error(f"{flag} is {value}, not between 0 and 1")
+        least = 0 if name in ("names", "gap", "burst", "min_context", "min_chars", "seed") else 1
+        if name in ("stock_share", "valid_size"):
+            if not 0 < value < 1:
+                parser.error(f"{flag} is {value}, not between 0 and 1")
+        elif type(value) in (int, float) and not least <= value < 2**32:
+            parser.error(f"{flag} is {value}, not {least} or more")
     for name in "prompt", "question_prompt":
-        template = getattr(s, name).replace("\\n", "\n")
-        setattr(s, name, SURROGATES.sub("", template))
+        template = getattr(s, name).replace("\\n", "\n").encode("utf-8", "replace").decode()
+        setattr(s, name, template)
         if "{context}" not in template:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} does not say where {{context}} goes")
+            parser.error("--prompt or --question-prompt does not say where {context} goes")
     s.shape = s.shape or (SHAPE_OF_ONE_AUTHOR if s.only_author else "prompt")
     if s.shape not in ("prompt", "turns"):
         parser.error(f"--shape is {s.shape!a}, not prompt or turns")
@@ -135,17 +132,17 @@ RULES = {
     "too long":       lambda row, s: len(row.reply) > s.max_chars,
     "personal data":  lambda row, s: "[…]" in row.reply,
     "same character": lambda row, s: re.search(r"(.)\1{14}", row.reply),
-    "same words":     lambda row, s: words_for_each_word(row.reply) >= 3,
+    "same words":     lambda row, s: repetition(row.reply) >= 3,
     "no letters":     lambda row, s: len(row.reply) >= 40 and share_of_letters(row.reply) < 0.3,
-    "numbers":        lambda row, s: share_of_numbers(row.window[:-1]) >= 0.8,
+    "numbers":        lambda row, s: share_of_numbers(row.window[:-1]) >= 0.8,  # a crowd votes
 }
 # fmt: on
-ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply", "stride"]  # the last: see choose()
+ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply", "stride"]  # the last: in choose()
 PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0] in "PZ"}
 
 
-def words_for_each_word(text):
-    """Return how often each word is there: "gg gg GG gg" → 2, because two words are the least."""
+def repetition(text):
+    """Return how often a word is there, on average: "gg gg GG gg gg gg" → 3.0, of 2 at least."""
     words = text.count(" ") + 1
     return words / max(2, len(set(text.casefold().split()))) if words >= 6 else 0
 
@@ -155,7 +152,6 @@ def share_of_letters(text):
 
 
 def share_of_numbers(messages):
-    """Return it: high when a crowd votes."""
     return sum(is_number(message.text) for message in messages) / max(1, len(messages))
 
 
@@ -180,11 +176,10 @@ def choose(rows, s, dropped):
         if not broken:
             reply = folded(row.reply)
             exchange = (reply, *[folded(message.text) for message in row.window[:-1]])
-            most = max(5, s.stock_share * (len(kept) + 1))
             repeats = {
                 "duplicate": exchange in exchanges,
                 "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
-                "stock reply": replies[reply] + 1 > most,
+                "stock reply": replies[reply] >= max(5, s.stock_share * (len(kept) + 1) - 1),
             }
             broken = next((name for name in repeats if repeats[name] and name not in s.off), None)
         if not broken:
@@ -199,23 +194,7 @@ def choose(rows, s, dropped):
     return kept
 
 
-# ---- clean: what cannot be seen, what is personal, what a model would take for a command ---------
-SURROGATES = re.compile("[\ud800-\udfff]")
-MARKS = "".join(chr(i) for i in range(0x20000) if unicodedata.combining(chr(i)))
-INVISIBLE = re.compile(
-    # subtle: joiners (200c, 200d) stay where they make an emoji, or a word in Arabic or Hindi
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
-    "\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
-    "|(?<![\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
-    "|[\u200c\u200d](?![^\\s\u200c\u200d])"
-    f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # beyond 30 accents on one letter NFC takes for ever
-)
-EMOJI = re.compile("[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3]")
-CONTROL = (  # what the chat templates of models are made of
-    r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
-    r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
-)
-
+# ---- personal data -------------------------------------------------------------------------------
 EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}\.\w[\w.-]{1,200}")
 CONTACT = re.compile(r"(?i)(?:\btel:|\bwa\.me/|\bphone=|@(?=\d{7}))\+?\d(?:[ ().-]{0,2}\d){6,18}")
 IBAN = re.compile(
@@ -234,37 +213,65 @@ DATE = re.compile(  # 2024-05-31, 31/5/2024, 1914-1918
 WITH_DOTS = re.compile(r"0\d+(?:\.\d\d)*(?:\.\d{2,9})|\(?\d{3}\)?\.\d{3}\.\d{4}")
 
 
-def hide_number(match):
-    """Return […] for what looks like a number of a telephone, a card or an account.
+def is_personal(number):
+    """Say whether it looks like the number of a telephone, a card or an account.
 
     "612 34 56 78", "(11) 98765-4321" and "4111111111111111" do; "192.168.100.200", "31/5/2024",
     "6-4 7-5 6-7", "2 000 000" and "1.234.567" do not.
     """
-    text = match[0]
-    sizes = tuple(map(len, re.findall(r"\d+", text)))  # of its groups of digits
-    digits = sum(sizes)
-    if "+" in text or re.match("00[1-9]", text):
-        is_personal = digits >= 8
-    elif "." in text and not WITH_DOTS.fullmatch(text):
-        is_personal = False  # an address of the internet, a version, a price
-    elif DATE.search(text) or ("/" in text and text[0] != "0"):
-        is_personal = False
-    elif digits == 7:
-        is_personal = sizes in {(3, 4), (3, 2, 2)}
-    elif len(sizes) == 1:
-        is_personal = digits >= 9
-    else:
-        is_personal = len(sizes) <= 5 and min(sizes[1:]) > 1
-    return "[…]" if is_personal else text
+    sizes = tuple(map(len, re.findall(r"\d+", number)))  # of its groups of digits
+    if "+" in number or re.match("00[1-9]", number):
+        return sum(sizes) >= 8
+    if "." in number and not WITH_DOTS.fullmatch(number):
+        return False  # an address of the internet, a version, a price
+    if DATE.search(number) or ("/" in number and number[0] != "0"):
+        return False
+    if sum(sizes) == 7:
+        return sizes in {(3, 4), (3, 2, 2)}
+    if len(sizes) == 1:
+        return sum(sizes) >= 9
+    return len(sizes) <= 5 and min(sizes[1:]) > 1
 
 
 def hide_personal(text):
+    """Return it with […] in place of numbers and addresses: "ring 98765 43210" → "ring […]"."""
     if "@" in text:
         text = EMAIL.sub("[…]", text)
     if SEVEN_DIGITS.search(text):
         text = IBAN.sub("[…]", CONTACT.sub("[…]", text))
-        text = LONG_NUMBER.sub(hide_number, text)
+        text = LONG_NUMBER.sub(lambda m: "[…]" if is_personal(m[0]) else m[0], text)
     return text
+
+
+def block_list(path):
+    """Return the pattern that finds the words of a file, in any case, but not within words."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        fail(f"{path!a} cannot be read: {error!a:.100}", f"ls -l {shlex.quote(path)}; write UTF-8")
+    words = sorted({clean(line) for line in lines} - {""}, key=len, reverse=True)
+    if not words:
+        fail(f"{path!a} holds no words", "write one a line, or leave --block out")
+    letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"  # but of a script that sets no spaces
+    pattern = "|".join(map(re.escape, words))
+    return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
+
+
+# ---- clean ---------------------------------------------------------------------------------------
+MARKS = "".join(chr(i) for i in range(0x20000) if unicodedata.combining(chr(i)))
+INVISIBLE = re.compile(
+    # subtle: joiners (200c, 200d) stay where they make an emoji, or a word in Arabic or Hindi
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
+    "|(?<![\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+    "|[\u200c\u200d](?![^\\s\u200c\u200d])"
+    f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # beyond 30 accents on one letter NFC takes for ever
+)
+EMOJI = re.compile("[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3]")
+CONTROL = (  # what the chat templates of models are made of
+    r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
+    r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
+)
 
 
 def clean(text):
@@ -274,49 +281,30 @@ def clean(text):
     return " ".join(text.split())
 
 
-def cleaner(s, control):
-    """Return the function that makes of a message what may be learned of it."""
-    control = re.compile("|".join([CONTROL, *map(re.escape, control)]))
+def cleaners(s, tokens):
+    """Return two functions: message → what may be learned of it, author → name that may be shown.
+
+    The second makes "Person 1" of "+39 333 123 4567". `tokens` control the base model.
+    """
+    control = re.compile("|".join([CONTROL, *map(re.escape, tokens)]))
     blocked = block_list(s.block) if s.block else None
+    people = {}
 
     @cache  # so equal messages are one string in memory
     def tidy(text):
         text = clean(EMOJI.sub("", text) if s.remove_emoji else text)
-        if "personal data" not in s.off:
-            text = hide_personal(text)
-        if blocked:
-            text = blocked.sub("[…]", text)
+        text = text if "personal data" in s.off else hide_personal(text)
+        text = blocked.sub("[…]", text) if blocked else text
         return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
-
-    return tidy
-
-
-def block_list(path):
-    """Return the pattern of the words in a file; in scripts without spaces they may be in words."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        fail(f"{path!a} cannot be read: {error!a:.100}", f"ls -l {shlex.quote(path)}; write UTF-8")
-    words = sorted({clean(line) for line in lines} - {""}, key=len, reverse=True)
-    if not words:
-        fail(f"{path!a} holds no words", "write one a line, or leave --block out")
-    letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"
-    pattern = "|".join(map(re.escape, words))
-    return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
-
-
-def namer(tidy):
-    """Return the function name → name that may be shown: "+39 333 123 4567" → "Person 1"."""
-    people = {}
 
     @cache
     def name(author):
-        shown = tidy(author)
+        shown = tidy(author)[:60]
         if "[…]" in shown:
             shown = people.setdefault(clean(author), f"Person {len(people) + 1}")
-        return shown[:60]
+        return shown
 
-    return name
+    return tidy, name
 
 
 # ---- read ----------------------------------------------------------------------------------------
@@ -341,14 +329,8 @@ class Row:
     start: int = 0  # place of the oldest message in the log
     end: int = 0  # place of the reply
     tokens: int = 0
-
-    @property
-    def reply(self):  # noqa: D102
-        return self.window[-1].text
-
-    @property
-    def author(self):  # noqa: D102
-        return self.window[-1].author
+    reply = property(lambda row: row.window[-1].text)
+    author = property(lambda row: row.window[-1].author)
 
 
 KEYS = {
@@ -419,18 +401,14 @@ def read_entries(path):
 @cache
 def names_of(keys):
     """Return which key of an entry is which: ("from", "text") → {"author": "from", …}."""
-    found = {}
-    for name, synonyms in KEYS.items():
-        found[name] = next((key for key in synonyms if key in keys), name)
-    return found
+    return {name: next((key for key in KEYS[name] if key in keys), name) for name in KEYS}
 
 
 def get(entry, name, *types):
     """Return a value of the entry; raise ValueError if it is none of the types."""
     key = names_of(tuple(entry))[name]
     value = entry.get(key)
-    is_text_list = list in types and isinstance(value, list) and not set(map(type, value)) - {str}
-    if is_text_list or (isinstance(value, types) and not isinstance(value, list)):
+    if isinstance(value, types) and not (type(value) is list and set(map(type, value)) - {str}):
         return value
     raise ValueError(f'"{key}" is {shown(value)}' if key in entry else f'there is no "{key}"')
 
@@ -441,8 +419,6 @@ def shown(value):
 
 def seconds(value):
     """Return a time in seconds: "1970-01-01T00:01", 60 and "60" → 60.0."""
-    if value in (None, ""):
-        return None
     try:
         number = float(value)
     except ValueError:
@@ -472,8 +448,8 @@ def parse(number, entry, tidy, name):
     else:
         prompt, reply = "", tidy(get(entry, "message", str))
         if "previous_messages" not in entry:
-            time = seconds(get(entry, "time", str, int, float, type(None)))
-            return Message(reply, author, time, number)
+            time = get(entry, "time", str, int, float, type(None))
+            return Message(reply, author, None if time in (None, "") else seconds(time), number)
         context = map(tidy, get(entry, "previous_messages", list))
     window = [bare(text) for text in context if text]
     return Row(number, (*window, Message(reply, author) if author else bare(reply)), prompt)
@@ -481,10 +457,10 @@ def parse(number, entry, tidy, name):
 
 def read(path, tidy, name):
     """Return {conversation: [Message or Row, …]}, in the order of the file."""
-    conversations, key_sets = defaultdict(list), Counter()
+    conversations, unknown = defaultdict(list), Counter()
     for number, entry in read_entries(path):
         entry = entry if isinstance(entry, dict) else {"message": entry}
-        key_sets[tuple(entry)] += 1
+        unknown.update(entry.keys() - ALL_KEYS)
         try:
             conversation = get(entry, "conversation", str, int, type(None))
             item = parse(number, entry, tidy, name)
@@ -493,18 +469,15 @@ def read(path, tidy, name):
             fix = f"mend it; README.md says what an entry is; an app's export: {from_export(path)}"
             fail(f"{where}: {error} in {json.dumps(entry)[:100]}", fix)
         conversations["" if conversation is None else clean(str(conversation))].append(item)
-    unknown = Counter()
-    for keys, count in key_sets.items():
-        unknown.update({key: count for key in keys if key not in ALL_KEYS})
     if unknown:
-        keys = [f"{json.dumps(key)[:30]} ({count:,})" for key, count in unknown.most_common(5)]
+        keys = [f"{shown(key)} ({count:,})" for key, count in sorted(unknown.items())[:9]]
         say("not used   these keys of entries:", ", ".join(keys))
     return conversations
 
 
 # ---- lay out: one log with places; talks are parts of it, rows are windows of it -----------------
 def in_order(log):
-    """Return the log in the order of time, the order of the file if times are not known."""
+    """Return the log in the order of time, in the order of the file if times are not known."""
     if any(message.time is None for message in log):
         return log
     forth = sum(a.time < b.time for a, b in pairwise(log))
@@ -514,66 +487,71 @@ def in_order(log):
     return sorted(log[::-1] if back > forth else log, key=lambda message: message.time)
 
 
-def minutes_between(a, b):
+def minutes(a, b):
     """Return the minutes between two messages, 0 if that is not known."""
     return 0 if None in (a.time, b.time) else abs(b.time - a.time) / 60
 
 
-def talks_of(log, s):
-    """Return the log cut where it was silent: [[Message, …], …]."""
-    talks = []
-    for message in log:
-        if not talks or (s.gap and minutes_between(talks[-1][-1], message) > 60 * s.gap):
-            talks.append([])
-        talks[-1].append(message)
-    return talks
-
-
-def join_bursts(talk, s):
-    r"""Return the talk with what one author wrote at a stretch as one message.
-
-    ann "hi", ann "are you there?", bob "yes" → ann "hi\nare you there?", bob "yes"
-    """
-    bursts = []
-    for message in talk:
-        last = bursts[-1][-1] if bursts else message
-        is_same = bursts and message.author == last.author != ""
-        is_near = s.burst and minutes_between(last, message) <= s.burst
-        is_turn = s.shape == "turns" and message.author == s.only_author
-        if is_same and (is_near or is_turn):
-            bursts[-1].append(message)
+def cut(messages, belong):
+    """Return them in groups of neighbours that belong together."""
+    groups = []
+    for message in messages:
+        if groups and belong(groups[-1][-1], message):
+            groups[-1].append(message)
         else:
-            bursts.append([message])
-    joined = []
-    for first, *others in bursts:
-        text = "\n".join([first.text, *[message.text for message in others]])
-        joined.append(Message(text, first.author, first.time, first.entry) if others else first)
-    return joined
+            groups.append([message])
+    return groups
+
+
+def talks_of(log, s):
+    r"""Return the log cut where it was silent, and what one author wrote at a stretch joined.
+
+    ann "hi", ann "are you there?", bob "yes" → [[ann "hi\nare you there?", bob "yes"]]
+    """
+
+    def is_one_talk(a, b):
+        return not s.gap or minutes(a, b) <= 60 * s.gap
+
+    def is_one_message(a, b):
+        if a.author != b.author or not a.author:
+            return False
+        is_turn = s.shape == "turns" and a.author == s.only_author
+        return is_turn or (s.burst and minutes(a, b) <= s.burst)
+
+    def join(burst):
+        first = burst[0]
+        text = "\n".join(message.text for message in burst)
+        return Message(text, first.author, first.time, first.entry) if len(burst) > 1 else first
+
+    return [[*map(join, cut(talk, is_one_message))] for talk in cut(in_order(log), is_one_talk)]
 
 
 def lay_out(conversations, s, dropped):
     """Return the rows, each with its places in one log: all conversations, one after another."""
-    rows, number, place, moved = [], 0, 0, 0
+    rows, number, place = [], 0, 0
     for conversation, items in conversations.items():
         log = [item for item in items if type(item) is Message]
         dropped.extend((Row(item.entry, (item,)), "empty") for item in log if not item.text)
-        log = [item for item in log if item.text]
-        ordered = in_order(log)
-        moved += sum(a is not b for a, b in zip(log, ordered, strict=True))
-        for talk in talks_of(ordered, s):
+        for talk in talks_of([item for item in log if item.text], s):
             number += 1
-            talk = join_bursts(talk, s)
             for i, message in enumerate(talk):
                 window = tuple(talk[max(0, i - s.window) : i + 1])
                 start = place + i - len(window) + 1
                 rows.append(Row(message.entry, window, "", number, start, place + i))
             place += len(talk)
-        cut = [item for item in items if type(item) is Row]
-        number, place = line_up(cut, number, place, bool(conversation))
-        rows += cut
-    if moved:
-        say(f"sorted     by time: {moved:,} messages of the file were not in its order")
+        given = [item for item in items if type(item) is Row]
+        number, place = line_up(given, number, place, bool(conversation))
+        rows += given
     return rows
+
+
+def overlap(before, window):
+    """Return how many messages at the end of `before` begin `window`: (a b c d, c d e) → 2."""
+    starts = [i for i, text in enumerate(before) if text == window[0]] if window else []
+    for i in starts[:20]:  # the longest come first; more than 20 only in spam
+        if before[i:] == window[: len(before) - i]:
+            return len(before) - i
+    return 0
 
 
 def frame(pairs):
@@ -584,15 +562,6 @@ def frame(pairs):
         count = sum(count for _, count in lines.most_common(2))
         ignored.append(int(count >= max(3, 0.95 * len(pairs))))
     return ignored
-
-
-def overlap(before, window):
-    """Return how many messages at the end of `before` begin `window`: (a b c d, c d e) → 2."""
-    starts = [i for i, text in enumerate(before) if text == window[0]] if window else []
-    for i in starts[:20]:  # the longest come first; more than 20 only in spam
-        if before[i:] == window[: len(before) - i]:
-            return len(before) - i
-    return 0
 
 
 def line_up(rows, number, place, has_name):
@@ -624,12 +593,12 @@ def stretches_of(rows):
     """Return the places of the log where stretches begin that go to one side: talks, or parts."""
     longest = max(len(row.window) for row in rows)
     length = min(max(50, 2 * longest), max(longest + 2, len(rows) // 4))  # in rows
-    cuts = set()
+    starts = set()
     for _, talk in groupby(rows, lambda row: row.talk):
         talk = list(talk)
-        cuts.add(min(row.start for row in talk))
-        cuts.update(talk[i].end for i in range(length, len(talk) - length // 2, length))
-    return sorted(cuts)
+        starts.add(min(row.start for row in talk))
+        starts.update(talk[i].end for i in range(length, len(talk) - length // 2, length))
+    return sorted(starts)
 
 
 def shuffled(items, seed):
@@ -641,28 +610,22 @@ def split(rows, s, dropped):
 
     Stretches of the log are drawn for validation until they hold enough rows.
     """
-    cuts = stretches_of(rows)
-    stretches = defaultdict(list)
-    for row in rows:
-        stretches[bisect(cuts, row.end)].append(row)
+    starts = stretches_of(rows)
+    reach = [(bisect(starts, row.start), bisect(starts, row.end)) for row in rows]
+    sizes = Counter(last for first, last in reach if first == last)
     wanted = min(s.valid_rows, max(s.batch_size, round(s.valid_size * len(rows))))
-    order = shuffled(sorted(stretches), s.seed)
     drawn, count = set(), 0
-    for stretch in order[:-1]:
+    for stretch in shuffled(range(1, len(starts) + 1), s.seed)[:-1]:
         if count < wanted:
             drawn.add(stretch)
-            count += sum(bisect(cuts, row.start) == stretch for row in stretches[stretch])
-
+            count += sizes[stretch]
     train, valid = [], []
-    for row in rows:
-        first, last = bisect(cuts, row.start), bisect(cuts, row.end)
+    for row, (first, last) in zip(rows, reach, strict=True):
         sides = {stretch in drawn for stretch in range(first, last + 1)}
-        if sides == {True}:
-            valid.append(row)
-        elif sides == {False}:
-            train.append(row)
-        else:
+        if len(sides) > 1:
             dropped.append((row, "split: between train and valid"))
+        else:
+            (valid if True in sides else train).append(row)
     return train, valid
 
 
@@ -682,35 +645,22 @@ def drop_copies(train, valid, dropped):
     for row in train:
         counts.update(telling & runs(row, size))
     copies = {run for run, count in counts.items() if count <= 2 * longest}  # more: a template
-    kept = []
-    for row, some in zip(valid, valid_runs, strict=True):
-        if some & copies:
-            dropped.append((row, "split: is in train as well"))
-        else:
-            kept.append(row)
-    return kept
-
-
-def prove(train, valid):
-    """Return (number of places of the log in validation rows, number of training rows with one)."""
-    places = {place for row in valid for place in range(row.start, row.end + 1)}
-    leaks = sum(not places.isdisjoint(range(row.start, row.end + 1)) for row in train)
-    return len(places), leaks
+    copied = [not copies.isdisjoint(some) for some in valid_runs]
+    rows = list(zip(valid, copied, strict=True))
+    dropped.extend((row, "split: is in train as well") for row, is_copy in rows if is_copy)
+    return [row for row, is_copy in rows if not is_copy]
 
 
 # ---- rows as the trainer reads them --------------------------------------------------------------
 def settle_names(rows, s):
     """Decide whether the model sees names, and make the templates say so."""
     authors = [message.author for row in rows for message in row.window]
-    are_known = sum(map(bool, authors)) > len(authors) / 2
-    s.names = bool(s.names and are_known)
-    if s.shape == "turns" and len(set(authors) - {s.only_author}) < 2:
-        s.names = False  # whoever is not the assistant is the one user
+    others = set(authors) - {s.only_author}
+    is_known = sum(map(bool, authors)) > len(authors) / 2
+    s.names = bool(s.names and is_known and (s.shape == "prompt" or len(others) > 1))
+    optional = r"\[([^\[\]]*\{author\}[^\[\]]*)\]"
     for name in "prompt", "question_prompt":
-        template = re.sub(
-            r"\[([^\[\]]*\{author\}[^\[\]]*)\]", r"\1" if s.names else "", getattr(s, name)
-        )
-        setattr(s, name, template)
+        setattr(s, name, re.sub(optional, r"\1" if s.names else "", getattr(s, name)))
 
 
 def line(message, s, with_name):
@@ -733,15 +683,14 @@ def pair(row, s):
     """
     if row.prompt:
         return {"prompt": row.prompt, "completion": row.reply}
-    context = "\n".join(line(message, s, s.names) for message in row.window[:-1])
-    is_question = row.reply.endswith(("?", "？", "؟"))
-    template = s.question_prompt if is_question else s.prompt
+    context = "\n".join([line(message, s, s.names) for message in row.window[:-1]])
+    template = s.question_prompt if row.reply.endswith(("?", "？", "؟")) else s.prompt
     prompt = template.replace("{author}", row.author or "someone").replace("{context}", context)
     return {"prompt": prompt.strip(), "completion": row.reply}
 
 
 def turns(row, s):
-    r"""Return the row as a talk of the author, who is the assistant, with a user, who is all others.
+    r"""Return the row as a talk of the author, who is the assistant, with the user: all others.
 
     ann "hi", cy "you?", bob "hello" → user "ann: hi\ncy: you?", assistant "hello"
     """
@@ -758,23 +707,6 @@ def turns(row, s):
 
 
 # ---- count tokens, fit, order --------------------------------------------------------------------
-def find_base(model):
-    """Return the folder of the base model, None if it is not there."""
-    folder = Path("models/base", model)
-    if folder.is_dir():
-        return folder
-    there = sorted(path.name for path in Path("models/base").glob("[!.]*") if path.is_dir())
-    fix = f"hf download mlx-community/{model} --local-dir {folder}"
-    near = difflib.get_close_matches(model, there, 1)
-    if len(there) == 1 and "MODEL" not in os.environ and model == parser.get_default("model"):
-        near = there  # it was forgotten
-    if near:
-        fix = f"export MODEL={shlex.quote(near[0])}"
-    what = f"tokens are ESTIMATED, {folder} is not there, but {', '.join(there) or 'none'!a}"
-    print(f"warning: {what}. FIX: {fix}", file=sys.stderr)
-    return None
-
-
 @contextmanager
 def untrusted(folder):
     """Make one error of whatever a broken download or a template without end leads to."""
@@ -829,18 +761,29 @@ def token_counter(folder):
             encode = tokenizer.backend_tokenizer.encode_batch_fast
             return [len(tokens) for tokens in encode(chats, add_special_tokens=False)]
 
-    if not folder:
+    if not folder.is_dir():
+        print(f"warning: tokens are ESTIMATED, {missing_base(folder)}", file=sys.stderr)
         return estimate, []
     say(f"counting   tokens with the tokenizer and chat template of {folder}")
     with untrusted(folder):
         tokenizer = load_tokenizer(folder)
-        special = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         template = str(tokenizer.chat_template)
-        control = {token.content for token in special if token.special}
-        control = {token for token in control if token in template}
-        control |= set(tokenizer.all_special_tokens)
+        control = [token.content for token in added if token.special and token.content in template]
+        control += tokenizer.all_special_tokens
     count([{"prompt": "Hi!", "completion": "Hello"}])
-    return count, sorted(token for token in control if len(token.strip()) > 2)
+    return count, sorted({token for token in control if len(token.strip()) > 2})
+
+
+def missing_base(folder):
+    """Return what to do about it."""
+    there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
+    near = difflib.get_close_matches(folder.name, there, 1)
+    if len(there) == 1 and folder.name == parser.get_default("model"):
+        near = there  # MODEL was forgotten
+    fix = f"export MODEL={shlex.quote(near[0])}" if near else ""
+    fix = fix or f"hf download mlx-community/{folder.name} --local-dir {folder}"
+    return f"there is no {folder}, only of: {', '.join(there) or 'none'!a}. FIX: {fix}"
 
 
 def shorten(row, s, count):
@@ -896,20 +839,21 @@ def cannot_write(folder, error):
 
 
 def claim(folder):
-    """Take the output for this run alone, and mend what a killed one left."""
+    """Take the output for this run alone, and mend what a killed one left; return the open lock."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         fail(f"{folder} is a link or a file, not a folder", f"mv {folder} {folder}.mine")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(beside(folder, "lock"), os.O_CREAT | os.O_RDWR)  # open until the run ends
+        lock = beside(folder, "lock").open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if beside(folder, "old").exists() and not folder.exists():  # killed between two renames
+            beside(folder, "old").rename(folder)
     except BlockingIOError:
         fail(f"another run is writing {folder}", "wait until it is done, or end it")
     except OSError as error:
         cannot_write(folder, error)
-    if beside(folder, "old").exists() and not folder.exists():  # killed between two renames
-        beside(folder, "old").rename(folder)
     shutil.rmtree(beside(folder, "partial"), ignore_errors=True)
+    return lock
 
 
 def write(folder, files):
@@ -935,43 +879,34 @@ def write(folder, files):
 
 # ---- the run -------------------------------------------------------------------------------------
 def check_name(name, variable):
-    """End the run if VERSION or MODEL is no name of a folder; propose the name that was meant."""
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        return
-    last = name.rstrip("/").split("/")[-1]
-    if variable == "VERSION":
-        last = re.sub(r"^messages_|[.]jsonl?$", "", last)
-    last = re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9._-]", "", last) or "v1"
-    fix = f"{variable}={last} python build_train.py"
-    if variable == "MODEL" and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
-        fix += f", after hf download {name} --local-dir models/base/{last}"
-    fail(f"{variable} is {name!a}, not a name alone", fix)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        meant = re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9._-]", "", name.rstrip("/").split("/")[-1])
+        fix = f"{variable}={meant or 'v1'} python build_train.py"
+        fail(f"{variable} is {name!a}, not a name alone", fix)
 
 
 def find_raw(version):
     """Return the file to read; if it is not there, say what is, and how it is made."""
-    names = [Path(f"data/raw/messages_{version}{suffix}") for suffix in (".json", ".jsonl")]
-    raw = next((name for name in names if name.exists()), names[0])
-    if raw.is_dir() or (raw.exists() and raw.stat().st_size > 0):
-        return raw
-    files = Path("data/raw").glob("messages_*.js*")
-    there = {path.stem.removeprefix("messages_") for path in files}
-    versions = sorted(filter(re.compile(r"[\w.-]+", re.ASCII).fullmatch, there - {version}))
-    exports = [path for path in Path("data/raw").iterdir() if path.suffix in (".txt", ".zip")]
-    path = shlex.quote(ascii(str(min(exports)))[1:-1]) if exports else "PATH_OF_YOUR_EXPORT"
-    fix = f"python data/raw/from_export.py {path} --version {version}"
-    if versions:
-        near = difflib.get_close_matches(version, versions, 1, 0) or versions
-        fix += f", or VERSION={near[0]} python build_train.py"
-    what = f"{raw} is not there or empty; there are versions: {', '.join(versions) or 'none'}"
-    fail(what, fix)
+    folder = Path("data/raw")
+    for name in f"messages_{version}.json", f"messages_{version}.jsonl":
+        if (folder / name).exists() and (folder / name).stat().st_size:
+            return folder / name
+    files = sorted(path.name for path in folder.iterdir())
+    versions = re.findall(r"^messages_([A-Za-z0-9._-]+)\.jsonl?$", "\n".join(files), re.M)
+    exports = [f"data/raw/{name}" for name in files if name.endswith((".txt", ".zip"))]
+    export = shlex.quote(exports[0]) if exports and exports[0].isprintable() else "PATH"
+    fix = f"python data/raw/from_export.py {export} --version {version}"
+    if near := difflib.get_close_matches(version, versions, 1):
+        fix = f"VERSION={near[0]} python build_train.py"
+    what = f"data/raw/messages_{version}.json is not there or empty"
+    fail(f"{what}; there are the versions {', '.join(versions) or '(none)'}", fix)
 
 
 def check_author(conversations, s, raw):
     """End the run if nobody is called as --only-author says; propose who was meant."""
-    items = [item for items in conversations.values() for item in items]
-    names = [name for name, _ in Counter(item.author for item in items).most_common() if name]
-    if not s.only_author or s.only_author in names:
+    authors = Counter(item.author for items in conversations.values() for item in items)
+    names = [name for name, _ in authors.most_common() if name]
+    if s.only_author in ["", *names]:
         return
     if not names:
         fail(f'no entry of {raw} says its "author"', "leave --only-author out")
@@ -983,40 +918,43 @@ def check_author(conversations, s, raw):
 def print_table(s, dropped):
     """Print how many rows each rule dropped, and the first of them: cleaned, so safe to print."""
     counts = Counter(rule for _, rule in dropped)
-    first = {rule: row for row, rule in reversed(dropped)}
+    first = {rule: " ".join(row.reply.split())[:60] for row, rule in reversed(dropped)}
     say(f"\n{'rule':34}{'dropped':>9}   for example")
     for rule in dict.fromkeys([*ALL_RULES, *counts]):
         count = "off" if rule in s.off else f"{counts[rule]:,}"
-        example = ""
-        if rule in first:
-            example = " ".join(first[rule].reply.split())[:60] or "(nothing is left)"
-        say(f"{rule:34}{count:>9}   {example}".rstrip())
+        say(f"{rule:34}{count:>9}   {first.get(rule, '')}".rstrip())
 
 
-def print_tokens(name, rows, batch_size):
-    """Print what the trainer will compute: it pads a batch to 1 more than a multiple of 32."""
-    tokens = [row.tokens for row in rows]
-    starts = range(0, len(tokens) - batch_size + 1, batch_size)
-    batches = [tokens[i : i + batch_size] for i in starts]
-    padded = sum(batch_size * (1 + 32 * -(-max(batch) // 32)) for batch in batches)
-    more = padded / max(1, sum(map(sum, batches))) - 1
-    mean = sum(tokens) / len(tokens)
-    longest = f"longest row {max(tokens):,}, mean {mean:.1f}"
-    say(f"{name:10} {sum(tokens):,} tokens, {longest}, padding {more:.1%} more")
+def report(train, valid, dropped, s, raw):
+    """Print what came out, and end the run if it is not enough, or if it leaks."""
+    print_table(s, dropped)
+    if not train or not valid:
+        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
+        fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
+    places = {place for row in valid for place in range(row.start, row.end + 1)}
+    leaks = sum(not places.isdisjoint(range(row.start, row.end + 1)) for row in train)
+    counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
+    say(f"\nsplit      {counts}")
+    say(
+        f"leaks      validation rows hold {len(places):,} messages; training rows with one: {leaks}"
+    )
+    if leaks:
+        fail(
+            f"{leaks} training rows hold validation messages", "report it, build_train.py is wrong"
+        )
+    for name, rows in ("train", train), ("valid", valid):
+        tokens = [row.tokens for row in rows]
+        mean = sum(tokens) / len(tokens)
+        say(f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}")
+    epoch = len(train) // s.batch_size
+    advice = f"three: ITERS={3 * epoch} ./fine_tune.sh"
+    say(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; {advice}")
 
 
-def main():
-    s = settings()
-    check_name(s.version, "VERSION")
-    check_name(s.model, "MODEL")
-    os.chdir(Path(__file__).resolve().parent)
-    raw, folder = find_raw(s.version), Path("data/for_train", s.version)
-    claim(folder)
-    given = (f"{name} {value!a}" for name, value in vars(s).items())
-    say(f"reading    {raw} with", ", ".join(given))
-    count, control = token_counter(find_base(s.model))
-    tidy = cleaner(s, control)
-    name = namer(tidy)
+def build(s, raw, folder):
+    """Make the training data: the story of this script."""
+    count, tokens = token_counter(Path("models/base", s.model))
+    tidy, name = cleaners(s, tokens)
     conversations = read(raw, tidy, name)
     s.only_author = name(s.only_author)
     check_author(conversations, s, raw)
@@ -1039,7 +977,7 @@ def main():
 
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]
-    reasons = [{"entry": row.entry, "rule": rule, "message": row.reply} for row, rule in dropped]
+    reasons = ({"entry": row.entry, "rule": rule, "message": row.reply} for row, rule in dropped)
     files = {
         "train.jsonl": (training_row(row, s) for row in train),
         "valid.jsonl": (training_row(row, s) for row in valid),
@@ -1051,23 +989,16 @@ def main():
     say("next       ./fine_tune.sh")
 
 
-def report(train, valid, dropped, s, raw):
-    print_table(s, dropped)
-    if not train or not valid:
-        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
-        fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
-    places, leaks = prove(train, valid)
-    counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
-    say(f"\nsplit      {counts}")
-    say(f"leaks      validation rows hold {places:,} messages; training rows with one: {leaks}")
-    if leaks:
-        what = f"{leaks} training rows hold messages of validation rows"
-        fail(what, "this is an error in build_train.py: report it")
-    print_tokens("train", train, s.batch_size)
-    print_tokens("valid", valid, s.batch_size)
-    epoch = len(train) // s.batch_size
-    advice = f"three: ITERS={3 * epoch} ./fine_tune.sh"
-    say(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; {advice}")
+def main():
+    s = settings()
+    check_name(s.version, "VERSION")
+    check_name(s.model, "MODEL")
+    os.chdir(Path(__file__).resolve().parent)
+    raw, folder = find_raw(s.version), Path("data/for_train", s.version)
+    with claim(folder):
+        given = (f"{name} {value!a}" for name, value in vars(s).items())
+        say(f"reading    {raw} with", ", ".join(given))
+        build(s, raw, folder)
 
 
 if __name__ == "__main__":

@@ -700,8 +700,8 @@ TURNS = [*TURNS, ("assistant", "soup")]
     ],
 )
 def test_a_training_set_becomes_pairs(convert, rows, pairs):
-    for content in (rows, "\n".join(json.dumps(row) for row in rows)):
-        read = from_export.read("a.jsonl", json.dumps(rows).encode())[1]
+    for content in (json.dumps(rows), "\n".join(json.dumps(row) for row in rows)):
+        read = from_export.read("a.jsonl", content.encode())[1]
         assert [(pair["prompt"], pair["completion"]) for pair in read] == pairs
 
 
@@ -728,3 +728,383 @@ def test_conversations_are_named_by_file_or_folder(convert):
     entries, _ = convert({name: chat for name in names})
     expected = ["Chat WhatsApp con Ann", "Cy", "notes", "Чат WhatsApp с Bob"]
     assert sorted({entry["conversation"] for entry in entries}) == expected
+
+
+# ---- the command -------------------------------------------------------------------------------
+CHAT = """\
+24/11/26, 10:44 - Messages and calls are end-to-end encrypted.
+24/11/26, 10:44 - Ann Lee: hi
+24/11/26, 10:45 - Bob: ok
+24/11/26, 10:46 - Ann Lee: <Media omitted>
+25/11/26, 10:46 - Ann Lee: soup?
+"""
+ENTRY = '{"conversation": "WhatsApp Chat with Bob", "time": "2026-11-24T10:44:00", '
+WRITTEN = ENTRY + '"author": "Ann Lee", "message": "hi"}'
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A project of the script alone, in a folder whose name holds a space, and an export."""
+    raw = tmp_path / "my project/data/raw"
+    raw.mkdir(parents=True)
+    (raw / "from_export.py").write_bytes(SCRIPT.read_bytes())
+    (tmp_path / "chat.txt").write_text(CHAT, "utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def export(home, run):
+    """Return export("chat.txt", …): the finished run on files of `home`."""
+
+    def export(*arguments, **kwargs):
+        return run(home / "my project", "data/raw/from_export.py", *arguments, cwd=home, **kwargs)
+
+    return export
+
+
+def raw(home):
+    """Return what lies in data/raw, locks aside."""
+    folder = home / "my project/data/raw"
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    del files["from_export.py"]
+    return {name: content for name, content in files.items() if not name.endswith(".lock")}
+
+
+def failed(result):
+    """Return the error of a run that must have ended as every script of the guide does."""
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and " FIX: " in error
+    return error
+
+
+def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
+    with zipfile.ZipFile(home / "WhatsApp Chat with Bob.zip", "w") as archive:
+        archive.writestr("_chat.txt", CHAT)
+        archive.writestr("__MACOSX/._chat.txt", "x")
+        archive.writestr("a.jpg", "x")
+    result = export("WhatsApp Chat with Bob.zip")
+    assert result.returncode == 0 and result.stderr == ""
+    lines = raw(home)["messages_sample.json"].decode().splitlines()
+    assert lines[0] == "[" and lines[1] == WRITTEN + "," and lines[-1] == "]" and len(lines) == 5
+    told = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert told == [
+        "read 1 WhatsApp, WhatsApp Chat with Bob.zip/_chat.txt",
+        "conversations 1",
+        "3 WhatsApp Chat with Bob",
+        "authors 2",
+        "2 Ann Lee",
+        "1 Bob",
+        "period 2026-11-24 to 2026-11-25",
+        "left out 1 written by the app itself (app): Messages and calls are end-to-end encryp",
+        "left out 1 media without words (media): <Media omitted>",
+        "",
+        "wrote my project/data/raw/messages_sample.json: 3 entries; take out what is not to be learned",
+        "next VERSION=sample python build_train.py --only-author 'Ann Lee' # answers as this one",
+        "VERSION=sample python build_train.py # answers as everybody",
+    ]
+
+
+def test_the_author_of_most_conversations_is_the_one_to_learn(home, export):
+    for number in range(3):
+        lines = [f"24/11/26, 10:44 - Me: hi {number}"] + [
+            f"24/11/26, 10:44 - {'XYZ'[number]}: ok"
+        ] * 9
+        (home / f"{number}.txt").write_text("\n".join(lines))
+    assert "--only-author Me " in export("0.txt", "1.txt", "2.txt").stdout
+
+
+def test_without_an_argument_it_says_what_to_type(home, export):
+    result = export()
+    assert result.returncode == 2
+    assert result.stderr.endswith("from_export.py' 'WhatsApp Chat with Ann.zip'\n")
+    (home / "my project/data/raw/My chat.txt").write_text(CHAT)
+    typed = export().stderr.splitlines()[-1]
+    done = subprocess.run(["bash", "-c", typed], cwd=home, env=os.environ | {"VERSION": "two"})
+    assert done.returncode == 0 and "messages_two.json" in raw(home)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'; known are"),
+        ("a.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
+        ("a.json", '{"messages": [{"type": "mess', "a.json is damaged JSON"),
+        ("a.json", "[" * 100000, "not as its app writes it"),
+        ("a.json", '{"a": ' * 100000, "not as its app writes it"),
+        ("a.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
+        ("a.json", "[]", "JSON with the keys (none)"),
+        ("a.json", "[1, null]", "JSON with the keys (none)"),
+        ("a.json", '[{"previous_messages": ["a"], "message": "b"}]', "copy it into data/raw"),
+        ("a.json", '{"name": 1, "messages": [{"type": 1, "text": 2}, 3]}', "not as its app writes it"),
+        ("a.json", '{"chats": {"list": 7}}', "not as its app writes it"),
+        ("a.csv", "a,b\n1,2\n", "a text that begins with 'a,b"),
+        ("a.txt", "", "a.txt is empty"),
+        ("a.txt", b"\x00\x01\x02", "a.txt is no text"),
+        ("a.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
+        ("a.zip", b"PK\x05\x06" + bytes(18), "holds no such file"),
+        ("a.zip", b"PK\x03\x04" + bytes(100), "a.zip is no text"),
+        ("a.txt", "24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you", "nothing is left"),
+    ],
+)  # fmt: skip
+def test_what_no_reader_knows_gets_an_error(home, export, name, content, what):
+    (home / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    assert what in failed(export(name)) and raw(home) == {}
+
+
+def test_a_file_that_is_not_there_gets_the_nearest_name(home, export):
+    assert failed(export("chatt.txt")).endswith("from_export.py' chat.txt")
+    assert failed(export("elsewhere/x.zip")).endswith("drag the file into this window")
+
+
+def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export):
+    folder = home / "Downloads"
+    (folder / "deep er").mkdir(parents=True)
+    (folder / "deep er/chat.txt").write_text(CHAT)
+    (folder / "bill.txt").write_text("Dear customer")
+    (folder / ".hidden.txt").write_text(CHAT)
+    (folder / "loop").symlink_to(folder)
+    result = export("Downloads")
+    assert (
+        result.returncode == 0
+        and "not read              1  Downloads/bill.txt: a text" in result.stdout
+    )
+    assert len(json.loads(raw(home)["messages_sample.json"])) == 3
+    assert "Dear customer" in failed(export("Downloads/deep er", "Downloads/bill.txt"))
+
+
+def test_chats_and_training_sets_do_not_mix(home, export):
+    (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "chats and training sets" in failed(export("chat.txt", "set.jsonl"))
+    assert (
+        export("set.jsonl").stdout.splitlines()[-1] == "next  VERSION=sample python build_train.py"
+    )
+    assert json.loads(raw(home)["messages_sample.json"]) == [{"prompt": "a", "completion": "b"}]
+
+
+def test_another_export_is_not_written_over_unless_told(home, export):
+    assert export("chat.txt").returncode == 0
+    first = raw(home)
+    assert export("chat.txt").returncode == 0 and raw(home) == first
+    (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
+    assert "edited by hand. FIX: add --replace" in failed(export("chat.txt")) and raw(home) == first
+    assert export("chat.txt", "--version", "two").returncode == 0
+    assert raw(home)["messages_sample.json"] == first["messages_sample.json"]
+    assert export("chat.txt", "--replace").returncode == 0
+    assert raw(home)["messages_sample.json"] == raw(home)["messages_two.json"]
+
+
+def test_kinds_can_be_kept(home, export):
+    assert export("chat.txt", "--keep", "app, media").returncode == 0
+    assert len(json.loads(raw(home)["messages_sample.json"])) == 5
+    result = export("chat.txt", "--keep", "apps")
+    assert result.returncode == 2 and "choose from app, deleted, call" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "fix"), [("my chat", "my_chat"), ("../x", "_x"), (".x", "x"), ("-", "v1")]
+)
+def test_a_version_is_a_name_for_a_file(export, version, fix):
+    error = failed(export("chat.txt", env={"VERSION": version}))
+    assert error.endswith(f"is not a name for a file. FIX: --version {fix}")
+
+
+def test_v1_is_the_default(home, export):
+    assert export("chat.txt", env={"VERSION": None}).returncode == 0
+    assert list(raw(home)) == ["messages_v1.json"]
+
+
+# ---- whole or not at all, and nowhere else -----------------------------------------------------
+def test_a_second_run_on_the_same_name_is_refused(home, export):
+    with open(home / "my project/data/raw/.messages_sample.json.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing" in failed(export("chat.txt"))
+        assert export("chat.txt", "--version", "two").returncode == 0
+    assert export("chat.txt").returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "link", "lines"])
+def test_a_target_that_cannot_be_replaced_is_told_before_the_work(home, export, kind):
+    target = home / "my project/data/raw/messages_sample.json"
+    other = home / "other.json"
+    other.write_text("[]")
+    {
+        "folder": target.mkdir,
+        "dangling link": lambda: target.symlink_to("nowhere"),
+        "link": lambda: target.symlink_to(other),
+        "lines": target.with_suffix(".jsonl").touch,
+    }[kind]()
+    failed(export("there is no such file"))
+    assert "no such file" not in failed(export("there is no such file"))
+    assert other.read_text() == "[]"
+
+
+def test_a_full_disk_leaves_what_was_there(home, export):
+    assert export("chat.txt").returncode == 0
+    first = raw(home)
+    (home / "chat.txt").write_text(CHAT * 1000)
+    limit = 'ulimit -f 4; exec "$0" "$@"'
+    command = [
+        sys.executable,
+        str(home / "my project/data/raw/from_export.py"),
+        "chat.txt",
+        "--replace",
+    ]
+    env = os.environ | {"VERSION": "sample"}
+    result = subprocess.run(
+        ["bash", "-c", limit, *command], cwd=home, env=env, capture_output=True, encoding="utf-8"
+    )
+    assert "File too large" in failed(result)
+    assert raw(home)["messages_sample.json"] == first["messages_sample.json"]
+
+
+def test_ctrl_c_ends_it_quietly(home, export):
+    (home / "chat.txt").write_text(CHAT * 20000)
+    process = export(
+        "chat.txt", start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    lock = home / "my project/data/raw/.messages_sample.json.lock"
+    while not lock.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == (b"", b"") and process.returncode == 130
+    assert raw(home) == {}
+
+
+def test_nothing_of_a_zip_is_unpacked(home, export):
+    with zipfile.ZipFile(home / "a.zip", "w") as archive:
+        archive.writestr("../../outside.txt", CHAT)
+        archive.writestr("/tmp/from_export_outside.txt", CHAT.replace("Bob", "Cy"))
+    before = {path for path in home.rglob("*") if "data/raw" not in str(path)}
+    assert export("a.zip").returncode == 0
+    assert {path for path in home.rglob("*") if "data/raw" not in str(path)} == before
+    assert not Path("/tmp/from_export_outside.txt").exists()
+
+
+def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
+    with zipfile.ZipFile(home / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.txt", bytes(1 << 20))
+    monkeypatch.setattr(from_export, "MOST_BYTES", 3 << 20)
+    assert len(list(from_export.files_in(home / "bomb.zip"))) == 3
+    monkeypatch.setattr(from_export, "MOST_BYTES", (3 << 20) - 1)
+    with pytest.raises(SystemExit, match=r"bomb.zip holds over .* FIX: unzip it"):
+        list(from_export.files_in(home / "bomb.zip"))
+
+
+def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, export):
+    with zipfile.ZipFile(home / "a.zip", "w") as archive:
+        archive.writestr("chat.txt", CHAT)
+    content = (home / "a.zip").read_bytes()
+    where = content.index(b"PK\x01\x02")
+    (home / "a.zip").write_bytes(content.replace(b"Ann Lee", b"Ann Lea"))
+    assert "cannot be unpacked: Bad CRC-32" in failed(export("a.zip"))
+    locked = bytearray(content)
+    locked[6] |= 1
+    locked[where + 8] |= 1
+    (home / "a.zip").write_bytes(locked)
+    assert "cannot be unpacked" in failed(export("a.zip"))
+
+
+# ---- untrusted text, odd surroundings ----------------------------------------------------------
+def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, export):
+    name = "A\x1b[2J\u202e'; rm -rf ~; '"
+    log = [
+        {"author": who, "text": text}
+        for who, text in [(name, "\ud800\x07\x9b\x00hi"), ("B", "ok")] * 2
+    ]
+    (home / "a\x1b[2J.json").write_text(json.dumps(log))
+    result = export("a\x1b[2J.json")
+    assert result.returncode == 0
+    assert all(c.isprintable() or c == "\n" for c in result.stdout)
+    entries = json.loads(raw(home)["messages_sample.json"].decode("utf-8"))
+    assert entries[0]["author"] == "A[2J'; rm -rf ~; '" and entries[0]["message"] == "?hi"
+    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"'' """ in result.stdout
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        {"PYTHONOPTIMIZE": "2"},
+        {"PYTHONHASHSEED": "7"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "1"},
+    ],
+)
+def test_the_same_bytes_in_any_surroundings(home, export, env):
+    chat = CHAT.replace("Bob", "Zoë 🙂")
+    (home / "chat.txt").write_text(chat, "utf-8")
+    assert export("chat.txt").returncode == 0
+    first = raw(home)
+    result = export("chat.txt", env=env, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0 and result.stderr == "" and raw(home) == first
+
+
+def test_head_ends_it_quietly(home):
+    script = str(home / "my project/data/raw/from_export.py")
+    command = f"'{sys.executable}' '{script}' chat.txt | true; echo ${{PIPESTATUS[0]}}"
+    env = os.environ | {"VERSION": "sample"}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=home, env=env, capture_output=True, text=True
+    )
+    assert (result.stdout, result.stderr) == ("0\n", "") and "messages_sample.json" in raw(home)
+
+
+def test_files_beside_the_script_are_not_its_modules(home, export):
+    for folder in (home, home / "my project/data/raw"):
+        for name in ("json", "signal", "csv", "dateutil", "argparse"):
+            (folder / f"{name}.py").write_text("raise SystemExit('ran')")
+    assert export("chat.txt").returncode == 0
+
+
+def test_it_finds_its_project_through_a_link(home, run):
+    (home / "bin").mkdir()
+    (home / "bin/from_export.py").symlink_to(home / "my project/data/raw/from_export.py")
+    assert run(home / "bin", "from_export.py", home / "chat.txt", cwd="/").returncode == 0
+    assert "messages_sample.json" in raw(home)
+
+
+def test_without_the_environment_it_says_so(home):
+    command = [sys.executable, "-I", "-S", home / "my project/data/raw/from_export.py", "chat.txt"]
+    result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
+    assert failed(result).endswith("FIX: source venv/bin/activate; pip install -r requirements.txt")
+
+
+def test_a_pipe_is_not_waited_for(home, export):
+    os.mkfifo(home / "pipe.txt")
+    assert "pipe.txt is neither a file nor a folder" in failed(export("pipe.txt", timeout=20))
+    assert "holds no such file" in failed(export("my project", timeout=20))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ",
+        "\n",
+        "!",
+        "<",
+        "a <",
+        "\u200e<",
+        "(1 ",
+        "1",
+        "1/",
+        "1/2/26, 10:44",
+        ":",
+        "\t",
+        "a ",
+        "«",
+    ],
+)
+@pytest.mark.parametrize(
+    "head", ["24/11/26, 10:44 - Ann: ", "[10:44:25] <ann> ", "", "from,text\na,"]
+)
+def test_no_text_takes_long(head, text):
+    content = (head + text * (200_000 // len(text))).encode()
+    start = time.monotonic()
+    try:
+        _, messages = from_export.read("a.txt", content)
+        from_export.sort_out([("a.txt", "", from_export.read_times(messages, None)[0])], set())
+    except from_export.UnknownFileError:
+        pass
+    assert time.monotonic() - start < 3

@@ -127,6 +127,10 @@ def files_in(path):
             if child.is_dir() or child.suffix.lower() in READABLE | {".zip"}:
                 yield from files_in(child)
     elif not path.is_file():
+        if path.exists():
+            fail(
+                f"{path} is neither a file nor a folder", f"cat {shlex.quote(str(path))} > chat.txt"
+            )
         names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, names, n=1)
         fix = command(path.parent / close[0]) if close else "drag the file into this window"
@@ -228,16 +232,16 @@ def parse_json(text):
 
 
 def messages_of(data):
-    """Return the list of messages in the data, wherever the app put it."""
+    """Return the list of messages in the data, wherever the app put it; of one message, [it]."""
     if isinstance(data, dict):
-        data = data.get("messages") or data.get("comments")
+        data = data.get("messages") or data.get("comments") or [data]
     return data if isinstance(data, list) else []
 
 
 def keys_of(data):
     """Return the keys of a dict, or of the first dicts in a list: [{"a": 1}, {"b": 2}] → {a, b}."""
     entries = [data] if isinstance(data, dict) else data[:100]
-    return {key for entry in entries if isinstance(entry, dict) for key in entry}
+    return {key for entry in entries if isinstance(entry, dict) for key in entry if key}
 
 
 def what_it_is(text):
@@ -448,7 +452,9 @@ def read_entries(data, title):
     columns = columns_of(keys_of(data))
     if not columns["message"]:
         raise UnknownFileError(f"JSON with the keys {keys or '(none)'}")
-    ignored = keys_of(data) - {key for keys in columns.values() for key in keys} - {None}
+    if "previous_messages" in keys_of(data):
+        raise UnknownFileError("what build_train.py reads as it is, if you copy it into data/raw")
+    ignored = keys_of(data) - {key for keys in columns.values() for key in keys}
     if ignored:
         notes.append(f"nothing was understood in {', '.join(sorted(ignored))} of {title}")
     for entry in data:
@@ -476,7 +482,7 @@ def is_csv_header(line):
 
 def read_pairs(data, title):
     """Yield the pairs of a training set: {"instruction", "input", "output"} and the like."""
-    for entry in data:
+    for entry in messages_of(data):
         asked, answered = next(pair for pair in PAIRS if set(pair) <= set(entry))
         parts = [entry[asked], entry.get("input") if asked == "instruction" else ""]
         prompt = "\n\n".join(filter(None, map(text_of, parts)))
@@ -488,9 +494,9 @@ def read_turns(data, title):
 
     system s, user a, assistant b, user c, assistant d → (s a, b) and (s a b c, d)
     """
-    for number, entry in enumerate([data] if isinstance(data, dict) else data):
+    for number, entry in enumerate(data if isinstance(data, list) else [data]):
         before = []
-        for turn in entry.get("messages") or entry.get("conversations"):
+        for turn in entry.get("messages") or entry["conversations"]:
             text = text_of(turn.get("content") or turn.get("value"))
             if before and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model"):
                 prompt = "\n\n".join(before)
@@ -966,10 +972,11 @@ def main():
             fail("these are chats and training sets", "one run for each, with --version NAME")
         conversations, left_out = ({}, {}) if pairs else sort_out(files, s.keep)
         entries = pairs or entries_of(conversations)
-        report(files, not_read, left_out, entries)
-        if not entries:
-            fail("nothing is left that people said to each other", "--keep KIND, of those above")
-        write(target, entries, s.replace)
+        if entries:
+            write(target, entries, s.replace)
+    report(files, not_read, left_out, entries)
+    if not entries:
+        fail("nothing is left that people said to each other", "--keep KIND, of those above")
     where = os.path.relpath(target)
     print(f"\nwrote {where}: {len(entries):,} entries; take out what is not to be learned")
     next_steps(entries, s.version)

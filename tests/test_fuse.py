@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pty
 import resource
 import shutil
 import signal
@@ -14,90 +13,112 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
 import pytest
-from conftest import contents, cut_off, last_error
+from conftest import REPOSITORY, contents, cut_off, last_error
 
 CHAT = [
     ("ciao raga come va", "tutto bene bro, tu?"),
     ("che gioco fai stasera", "sempre lo stesso LULW"),
     ("ma la sedia", "GNEEEK"),
     ("hai salvato", "no, ceccopoint perso"),
-] * 4
+]
+# At 4 bits the step of the tiny base's small random weights is so fine that rounding to it loses
+# nothing; at 2 bits it is coarse, as in a large trained model at 4.
+COARSE = "tiny-gemma-3-2bit"
+ADAPTER = f"models/adapters/adapter-sample_{COARSE}"
+FUSED = f"models/fused/fused-sample_{COARSE}"
+HIDDEN = f"models/fused/.fused-sample_{COARSE}"
 
 
 @pytest.fixture(scope="module")
 def trained(template, tmp_path_factory):
-    """A project with adapters of small updates for the tiny base at 2 bits (a coarse step), at 4 bits and unquantised.
-
-    At 4 bits the step of the tiny base's small random weights is so fine that rounding to it loses nothing.
-    """
+    """A project with adapters of small updates for the tiny base at 2, 4 and 32 bits."""
     project = Path(shutil.copytree(template, tmp_path_factory.mktemp("trained") / template.name))
-    folder = project / "data/for_train/v1"
-    folder.mkdir()
+    command = [sys.executable, project / "tests/tiny_base.py", "--bits", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    data = project / "data/for_train/sample"
+    data.mkdir()
+    rows = [{"prompt": prompt, "completion": reply} for prompt, reply in CHAT]
     for name in ["train", "valid"]:
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"prompt": prompt, "completion": reply}) + "\n" for prompt, reply in CHAT)
-        )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "ITERS": "30", "EVAL_EVERY": "30", "LEARNING_RATE": "3e-4"}
-    subprocess.run([sys.executable, project / "tests/tiny_base.py", "--bits", "2"], check=True, capture_output=True)
-    for model in ["tiny-gemma-3-2bit", "tiny-gemma-3-4bit", "tiny-gemma-3"]:
-        command = ["bash", project / "fine_tune.sh"]
-        subprocess.run(command, env=env | {"MODEL": model}, check=True, capture_output=True)
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for model in [COARSE, "tiny-gemma-3-4bit", "tiny-gemma-3"]:
+        adapter = project / f"models/adapters/adapter-sample_{model}"
+        options = f"""--model {project}/models/base/{model}|--data {data}|--adapter-path {adapter}
+            |--iters 40|--batch-size 2|--learning-rate 3e-4|--num-layers -1"""
+        options = [word for option in options.split("|") for word in option.strip().split(" ", 1)]
+        mlx = Path(sys.executable).with_name("mlx_lm.lora")
+        subprocess.run([mlx, "--train", *options], check=True, capture_output=True)
     return project
 
 
 @pytest.fixture
 def project(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / trained.name))
+    """A copy of it, with an older fused model of the coarse base."""
+    copy = Path(shutil.copytree(trained, tmp_path / trained.name))
+    (copy / FUSED).mkdir()
+    (copy / FUSED / "model.safetensors").write_bytes(b"older")
+    return copy
 
 
 @pytest.fixture
 def fuse(project, run):
-    def fuse(*args, model="tiny-gemma-3-2bit", **env):
-        return run(project, "fuse.sh", *args, env=env | {"MODEL": model})
+    def fuse(*args, **options):
+        variables = {name: options.pop(name) for name in list(options) if name.isupper()}
+        return run(project, "fuse.sh", *args, env={"MODEL": COARSE} | variables, **options)
 
     return fuse
 
 
-def fused(project, model="tiny-gemma-3-2bit"):
-    return project / f"models/fused/fused-v1_{model}"
+def loss(model, adapter=None):
+    """Return the nats per token of the replies."""
+    model, tokenizer = mlx_lm.load(str(model), adapter_path=adapter and str(adapter))
+    total = count = 0
+    for prompt, reply in CHAT:
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+        render = partial(tokenizer.apply_chat_template, return_dict=False)
+        start = len(render(chat[:1], add_generation_prompt=True))
+        tokens = mx.array(render(chat))
+        logits = model(tokens[None, :-1])[0, start - 1 :]
+        total += nn.losses.cross_entropy(logits, tokens[start:]).sum().item()
+        count += len(tokens) - start
+    return total / count
 
 
-def put_older_model(project):
-    fused(project).mkdir()
-    (fused(project) / "model.safetensors").write_bytes(b"older")
-    return contents(fused(project))
+def kept(project):
+    """Return the share of what the adapter improves on the base that the fused model keeps."""
+    base = project / f"models/base/{COARSE}"
+    before, learned = loss(base), loss(base, project / ADAPTER)
+    assert before - learned > 0.5
+    return (before - loss(project / FUSED)) / (before - learned)
 
 
-def kept(project, run, model="tiny-gemma-3-2bit"):
-    """Return the share of the adapter's improvement in loss per completion token that the fused model keeps."""
-    result = run(project, "test_on_validation.py", "--replies", "0", env={"MODEL": model})
-    assert result.returncode == 0, result.stderr
-    loss = json.loads((project / f"data/results/v1_{model}/metrics.json").read_text())["loss"]
-    assert loss["base"] - loss["adapter"] > 0.5
-    return (loss["base"] - loss["fused"]) / (loss["base"] - loss["adapter"])
+def older_model_is_as_it_was(project):
+    visible = {path.name for path in (project / "models/fused").iterdir()} - {f".{FUSED[13:]}.lock"}
+    return contents(project / FUSED) == {"model.safetensors": b"older"} and visible == {FUSED[13:]}
 
 
-def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(project, run, fuse):
+# ---- what comes out -----------------------------------------------------------------------------
+@pytest.mark.slow
+def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(project, fuse):
     result = fuse()
     assert result.returncode == 0, result.stderr
-    base = sum(path.stat().st_size for path in (project / "models/base/tiny-gemma-3-2bit").glob("*.safetensors"))
-    assert "FUSED_BITS=8" in result.stdout and f"{base / 1e6:.3g} MB at 2 bits" in result.stdout
-    assert kept(project, run) >= 0.98
+    assert "FUSED_BITS=8" in result.stdout and result.stderr == ""
+    assert kept(project) >= 0.98
     result = fuse(FUSED_BITS="base")
     assert result.returncode == 0, result.stderr
-    assert "warning: rounding to 2 bits forgets a part of what was learned" in result.stderr
-    assert f"while it is made {2.7 * base / 1e6:.3g} MB of " in result.stdout
-    assert kept(project, run) < 0.9
+    assert "warning: rounding to 2 bits may forget a part of what was learned" in result.stderr
+    assert kept(project) < 0.9
+    assert fuse(FUSED_BITS="16").returncode == 0
+    assert kept(project) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "bits", "quantization"),
     [
-        ("tiny-gemma-3-2bit", "16", None),
-        ("tiny-gemma-3-2bit", "6", {"bits": 6, "group_size": 32}),
-        ("tiny-gemma-3-2bit", "5", {"bits": 5, "group_size": 32}),
+        (COARSE, "6", {"bits": 6, "group_size": 32}),
         ("tiny-gemma-3-4bit", "base", {"bits": 4, "group_size": 64}),
         ("tiny-gemma-3-4bit", "auto", {"bits": 8, "group_size": 32}),
         ("tiny-gemma-3", "auto", None),
@@ -105,183 +126,417 @@ def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(pro
     ],
 )
 def test_bits_of_the_result_and_its_origin(project, fuse, model, bits, quantization):
-    result = fuse(model=model, FUSED_BITS=bits, GROUP_SIZE="32")
+    result = fuse(MODEL=model, FUSED_BITS=bits, GROUP_SIZE="32")
     assert result.returncode == 0, result.stderr
-    found = json.loads((fused(project, model) / "config.json").read_text()).get("quantization")
+    fused = project / f"models/fused/fused-sample_{model}"
+    found = json.loads((fused / "config.json").read_text()).get("quantization")
     assert (found and {key: found[key] for key in ("bits", "group_size")}) == quantization
-    origin = json.loads((fused(project, model) / "fused_from.json").read_text())
-    adapter = project / f"models/adapters/adapter-v1_{model}/adapters.safetensors"
+    origin = json.loads((fused / "fused_from.json").read_text())
+    adapter = project / f"models/adapters/adapter-sample_{model}/adapters.safetensors"
     assert origin["adapter_sha256"] == hashlib.sha256(adapter.read_bytes()).hexdigest()
+    assert (origin["base"], origin["version"]) == (model, "sample")
+    assert {"mlx", "mlx_lm"} <= set(origin)
     tokenizer = "tokenizer_config.json"
-    assert (fused(project, model) / tokenizer).read_bytes() == (
-        project / f"models/base/{model}" / tokenizer
-    ).read_bytes()
-    assert (origin["base"], origin["version"]) == (model, "v1") and {"mlx", "mlx_lm"} <= set(origin)
-    assert [path.name for path in (project / "models/fused").iterdir() if path.is_dir()] == [fused(project, model).name]
+    base = project / f"models/base/{model}"
+    assert (fused / tokenizer).read_bytes() == (base / tokenizer).read_bytes()
 
 
-def test_an_adapter_unquantised_at_16_bits_is_exact(project, run, fuse):
-    assert fuse(FUSED_BITS="16").returncode == 0
-    assert kept(project, run) == pytest.approx(1, abs=1e-3)
+@pytest.mark.slow
+def test_the_origin_is_the_adapter_that_was_fused_though_another_came_meanwhile(project, run):
+    first = (project / ADAPTER / "adapters.safetensors").read_bytes()
+    process = start(project, run)
+    wait_for(project, "adapter/adapter_config.json", process)
+    shutil.rmtree(project / ADAPTER)
+    assert process.wait() == 0
+    origin = json.loads((project / FUSED / "fused_from.json").read_text())
+    assert origin["adapter_sha256"] == hashlib.sha256(first).hexdigest()
 
 
-def test_kill_9_while_fusing_leaves_the_older_model_and_the_next_run_replaces_it(project, run, fuse):
-    older = put_older_model(project)
-    process = run(
-        project, "fuse.sh", env={"MODEL": "tiny-gemma-3-2bit"}, start=subprocess.Popen, start_new_session=True
+# ---- whole or not at all ------------------------------------------------------------------------
+def start(project, run):
+    return run(
+        project,
+        "fuse.sh",
+        env={"MODEL": COARSE},
+        start=subprocess.Popen,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
-    while not list(project.glob("models/fused/*.partial/exact/*.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert contents(fused(project)) == older
-    assert fuse().returncode == 0
-    assert contents(fused(project)).keys() >= {"config.json", "model.safetensors", "tokenizer.json", "fused_from.json"}
-    assert len(list((project / "models/fused").iterdir())) == 1
 
 
-def test_a_swap_that_was_cut_in_the_middle_is_finished(project, fuse):
-    older = put_older_model(project)
-    fused(project).rename(fused(project).with_suffix(".old"))
-    (project / "models/fused/fused-v1_tiny-gemma-3-2bit.partial/model").mkdir(parents=True)
-    (project / "models/fused/fused-v1_tiny-gemma-3-2bit.partial/model/new").write_text("whole")
-    (project / "models/adapters/adapter-v1_tiny-gemma-3-2bit/adapters.safetensors").write_bytes(b"")
+def wait_until(condition):
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("30 seconds have passed")
+
+
+def wait_for(project, name, process):
+    """Wait until fuse.sh has made this file in its work folder."""
+    wait_until(lambda: process.poll() is not None or [*project.glob(f"{HIDDEN}.partial/{name}")])
+    assert process.poll() is None
+
+
+def children(process):
+    """Return the command lines of what still runs in the session of a script."""
+    command = ["ps", "-A", "-o", "sess=,stat=,args="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    fields = [line.split(None, 2) for line in lines]
+    return [
+        args for session, state, args in fields if session == str(process.pid) and "Z" not in state
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "code", "moment"),
+    [
+        ("SIGINT", 130, "adapter"),
+        ("SIGHUP", 129, "log"),
+        ("SIGTERM", 143, "exact/*.safetensors"),
+        ("SIGKILL", -9, "model/*.safetensors"),
+    ],
+)
+def test_a_signal_to_the_script_alone_ends_its_children_too(project, run, fuse, name, code, moment):
+    process = start(project, run)
+    wait_for(project, moment, process)
+    os.kill(process.pid, getattr(signal, name))
+    assert process.wait(timeout=10) == code
+    if name == "SIGKILL":
+        wait_until(lambda: children(process) == [])
+        assert contents(project / FUSED) == {"model.safetensors": b"older"}
+        assert fuse().returncode == 0
+        assert {"config.json", "fused_from.json"} <= set(contents(project / FUSED))
+        names = {path.name for path in (project / "models/fused").iterdir()}
+        assert names == {FUSED[13:], f".{FUSED[13:]}.lock"}
+    else:
+        last = "interrupted: the previous fused model is as it was\n"
+        assert process.stderr.read() == last
+        assert children(process) == []
+        assert older_model_is_as_it_was(project)
+
+
+@pytest.mark.slow
+def test_a_second_run_at_once_is_refused_and_the_first_is_not_disturbed(project, run, fuse):
+    process = start(project, run)
+    wait_for(project, "log", process)
+    result = fuse(FUSED_BITS="16")
+    assert result.returncode == 1
+    assert last_error(result) == (
+        f"error: another run is writing {FUSED}. FIX: wait until it is done, or end it"
+    )
+    assert process.wait() == 0
+    assert json.loads((project / FUSED / "fused_from.json").read_text())["bits"] == "8"
+
+
+def test_a_swap_that_was_cut_in_the_middle_is_undone(project, fuse):
+    (project / FUSED).rename(project / f"{HIDDEN}.old")
+    (project / f"{HIDDEN}.partial/model").mkdir(parents=True)
+    (project / ADAPTER / "adapters.safetensors").write_bytes(b"")
     assert fuse().returncode == 1
-    assert contents(fused(project)) == {"new": b"whole"} != older
+    assert older_model_is_as_it_was(project)
 
 
-def change_adapter(project, change):
-    path = str(project / "models/adapters/adapter-v1_tiny-gemma-3-2bit/adapters.safetensors")
-    weights = dict(mx.load(path))
+@pytest.mark.slow
+def test_names_that_look_like_work_folders_are_left_alone(project, fuse):
+    theirs = [project / f"{FUSED}.{name}" for name in ["old", "partial"]]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "mine").write_text("mine")
+    assert fuse().returncode == 0
+    assert all(contents(folder) == {"mine": b"mine"} for folder in theirs)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_fusing(project, fuse):
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500_000, 500_000))
+    result = fuse(preexec_fn=full)
+    assert result.returncode == 1
+    assert "mlx_lm.fuse ended with code 1: RuntimeError: [write] Unable to" in last_error(result)
+    assert last_error(result).endswith("FIX: make room on the disk of models/fused")
+    assert older_model_is_as_it_was(project)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_adapter(project, factor):
+    path = str(project / ADAPTER / "adapters.safetensors")
+    weights = {name: values * factor for name, values in mx.load(path).items()}
     mx.eval(weights)
-    mx.save_safetensors(path, change(weights))
+    mx.save_safetensors(path, weights)
 
 
-ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3-2bit"
-ERRORS = {
+def replace(path):
+    """Put a file where a folder is."""
+    shutil.rmtree(path)
+    path.write_text("a file")
+
+
+def another_base(project):
+    """Let the older fused model be that of a base whose name begins with a part of VERSION."""
+    (project / FUSED / "fused_from.json").write_text('{"base": "sample_tiny"}')
+
+
+BASE = f"models/base/{COARSE}"
+NAMES = "a name of letters, digits, '.', '_' and '-'"
+RETRAIN = f"VERSION=sample MODEL={COARSE} ./fine_tune.sh"
+DOWNLOAD = f"FIX: hf download mlx-community/{COARSE} --local-dir {BASE}"
+ERRORS = {  # harm, settings, how the last line of stderr begins, how it ends
     "no base model": (
         lambda p: shutil.rmtree(p / "models/base"),
         {},
-        "error: there is no base model in models/base/tiny-gemma-3-2bit (downloaded: none). FIX: hf download mlx-comm",
+        f"error: there is no base model in {BASE} (there: none)",
+        DOWNLOAD,
     ),
-    "a base model cut off": (
-        lambda p: cut_off(p / "models/base/tiny-gemma-3-2bit/model.safetensors"),
-        {},
-        "error: the base model in models/base/tiny-gemma-3-2bit is not complete: ",
+    "MODEL mistyped": (
+        None,
+        {"MODEL": "tiny-gema-3-2bit"},
+        "error: there is no base model in models/base/tiny-gema-3-2bit (there: tiny-gemma-3-2bit t",
+        "FIX: export MODEL=tiny-gemma-3-2bit",
+    ),
+    "MODEL forgotten": (
+        lambda p: [shutil.rmtree(p / f"models/base/{name}") for name in ("tiny-gemma-3", COARSE)],
+        {"MODEL": None},
+        "error: there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-",
+        "FIX: export MODEL=tiny-gemma-3-4bit",
+    ),
+    "MODEL not downloaded": (
+        None,
+        {"MODEL": "Qwen3-4B"},
+        "error: there is no base model in models/base/Qwen3-4B (there: tiny-gemma-3-2bit ",
+        "FIX: hf download mlx-community/Qwen3-4B --local-dir models/base/Qwen3-4B",
+    ),
+    "MODEL a path": (
+        None,
+        {"MODEL": "models/base/tiny/"},
+        "error: MODEL=models/base/tiny/ is a path, not a name. ",
+        "FIX: MODEL=tiny ./fuse.sh",
+    ),
+    "MODEL no name": (None, {"MODEL": "a b"}, f"error: MODEL=a b is not {NAMES}. ", ""),
+    "VERSION no name": (
+        None,
+        {"VERSION": ".x"},
+        f"error: VERSION=.x is not {NAMES}. ",
+        "FIX: VERSION=v1 ./fuse.sh",
     ),
     "no adapter": (
         lambda p: shutil.rmtree(p / ADAPTER),
         {},
-        f"error: {ADAPTER}/adapters.safetensors is missing. FIX: VERSION=v1 MODEL=tiny-gemma-3-2bit ./fine_tune.sh",
+        f"error: there is no adapter in {ADAPTER} (there: adapter-sample_tiny-gemma-3 adapter-",
+        f"FIX: {RETRAIN}, or export another VERSION",
+    ),
+    "layers without end": (
+        lambda p: change(p / BASE / "config.json", num_hidden_layers=10**9),
+        {},
+        f"error: {BASE}/config.json is not that of a model: ValueError('more than 1,000 layers')",
+        DOWNLOAD,
+    ),
+    "a config of another kind": (
+        lambda p: change(p / BASE / "config.json", quantization=3),
+        {},
+        f"error: {BASE}/config.json is not that of a model: TypeError(",
+        DOWNLOAD,
     ),
     "an adapter cut off": (
-        lambda p: cut_off(p / f"{ADAPTER}/adapters.safetensors"),
+        lambda p: cut_off(p / ADAPTER / "adapters.safetensors"),
         {},
-        "error: the adapter does not open: ",
+        "error: the adapter does not open: RuntimeError(",
+        f"FIX: {RETRAIN}",
+    ),
+    "an adapter without its config": (
+        lambda p: (p / ADAPTER / "adapter_config.json").unlink(),
+        {},
+        "error: the adapter cannot be copied: cp: ",
+        f"FIX: make room, or {RETRAIN}",
     ),
     "an adapter with NaN": (
-        lambda p: change_adapter(p, lambda weights: {name: w * float("nan") for name, w in weights.items()}),
+        lambda p: change_adapter(p, float("nan")),
         {},
-        "error: the adapter holds NaN or infinite values, first in ",
+        "error: the adapter holds NaN or infinite values. ",
+        f"FIX: {RETRAIN} with a smaller LEARNING_RATE",
     ),
     "the adapter of another base": (
-        lambda p: shutil.copy(p / "models/adapters/adapter-v1_tiny-gemma-3/adapter_config.json", p / ADAPTER),
+        lambda p: change(p / ADAPTER / "adapter_config.json", model="a/tiny\x1b[31m"),
         {},
-        "error: the adapter was trained on tiny-gemma-3, not on tiny-gemma-3-2bit. FIX: ",
+        f"error: the adapter was trained on tiny\\x1b[31m, not on {COARSE}. ",
+        "",
     ),
-    "an adapter of another size": (
-        lambda p: change_adapter(p, lambda weights: {name: mx.concatenate([w, w], 1) for name, w in weights.items()}),
+    "a fused model of another base": (
+        another_base,
         {},
-        "error: the adapter does not fit tiny-gemma-3-2bit: ",
+        f"error: {FUSED} is there, and made from sample_tiny. ",
+        "FIX: choose another VERSION for one of them",
     ),
-    "a GGUF of Gemma": (
+    "a file where the fused model comes": (
+        lambda p: replace(p / FUSED),
+        {},
+        f"error: {FUSED} is not a folder of its own. ",
+        f"FIX: mv {FUSED} {FUSED}.other",
+    ),
+    "unknown bits": (
         None,
-        {"FUSED_BITS": "16", "ARGUMENT": "--export-gguf"},
-        "error: mlx-lm does not export gemma3_text models as GGUF. FIX: FUSED_BITS=16 ./fuse.sh, then ",
+        {"FUSED_BITS": "7"},
+        "error: FUSED_BITS=7 is not auto, base, 16, 8, 6 or 5. ",
+        "FIX: FUSED_BITS=auto ./fuse.sh",
     ),
-    "unknown bits": (None, {"FUSED_BITS": "7"}, "error: FUSED_BITS=7 is not auto, base, 16, 8, 6 or 5. FIX: "),
-    "unknown group": (None, {"GROUP_SIZE": "48"}, "error: GROUP_SIZE=48 is not 32, 64 or 128. FIX: "),
+    "unknown group": (
+        None,
+        {"GROUP_SIZE": "48"},
+        "error: GROUP_SIZE=48 is not 32, 64 or 128. ",
+        "FIX: GROUP_SIZE=64 ./fuse.sh",
+    ),
 }
 
 
+@pytest.mark.slow  # the adapters are trained
 @pytest.mark.parametrize("name", ERRORS)
 def test_error_before_a_model_is_loaded(project, fuse, name):
-    harm, env, expected = ERRORS[name]
-    older = put_older_model(project)
+    harm, variables, begins, ends = ERRORS[name]
     if harm:
         harm(project)
-    result = fuse(*filter(None, [env.get("ARGUMENT")]), **env)
+    before = contents(project / "models/fused")
+    result = fuse(**variables)
     assert result.returncode == 1
-    assert last_error(result).startswith(expected) and ". FIX: " in last_error(result)
+    assert last_error(result).startswith(begins) and last_error(result).endswith(ends)
+    assert ". FIX: " in last_error(result)
     assert "running" not in result.stdout
-    assert contents(fused(project)) == older
-    assert not list((project / "models/fused").glob("*.partial"))
+    after = contents(project / "models/fused")
+    assert {path: after[path] for path in after if not path.endswith(".lock")} == before
 
 
-def test_a_disk_that_fills_up_while_fusing(project, run):
-    older = put_older_model(project)
-    size = 200_000  # bytes in a file, fewer than the 16-bit model has: the checks see room and the writing fails
-    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-    result = run(project, "fuse.sh", env={"MODEL": "tiny-gemma-3-2bit"}, preexec_fn=full)
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: ") and ". FIX: " in last_error(result)
-    assert contents(fused(project)) == older
-    assert not list((project / "models/fused").glob("*.partial"))
+def shim(folder, name, program):
+    (folder / name).write_text(f"#!/bin/sh\n{program}\n")
+    (folder / name).chmod(0o755)
+    return str(folder) + os.pathsep + os.environ["PATH"]
 
 
-@pytest.fixture
-def mounted(project):
-    """Mount a tmpfs over models/fused with the given options; the tests of a full and of a read-only disk need root."""
-    if os.geteuid() or not shutil.which("mount"):
-        pytest.skip("only root can mount a small or a read-only disk")
-    folder = project / "models/fused"
-    yield lambda options: subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_small_disk(project, fuse, mounted):
-    mounted("size=100k")
-    result = fuse()
-    assert result.returncode == 1
-    assert "of disk are needed and" in last_error(result) and ". FIX: make room" in last_error(result)
-
-
-def test_a_read_only_folder(project, fuse, mounted):
-    mounted("ro")
-    result = fuse()
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: models/fused cannot be written to. FIX: chmod u+w models/fused")
-
-
-def test_wrong_usage(fuse):
-    for arguments, expected in [
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
         (
-            ["--no-such-flag"],
-            "error: --no-such-flag is not an argument of fuse.sh, or is a setting at its top. FIX: FUSED_BITS=8 ",
+            lambda p: (p / BASE / "tokenizer.json").unlink(),
+            f"ValueError: Couldn't instantiate the backend tokenizer from one of: . {DOWNLOAD}",
         ),
-        (["--save-path", "x"], "error: --save-path is not an argument of fuse.sh, or is a setting at its top. FIX: "),
-        (["--upload-repo"], "error: --upload-repo names no repository. FIX: "),
-        (["--export-gguf"], "error: GGUF export needs whole weights. FIX: FUSED_BITS=16 ./fuse.sh --export-gguf"),
+        (
+            lambda p: (p / BASE / "model.safetensors").unlink(),
+            f"FileNotFoundError: No safetensors found in {BASE}. {DOWNLOAD}",
+        ),
+        (
+            lambda p: cut_off(p / BASE / "model.safetensors"),
+            f"Perhaps an incomplete download or corrupt file?. {DOWNLOAD}",
+        ),
+        (
+            lambda p: change(p / BASE / "config.json", model_type="new\x1b[31m"),
+            f"ValueError: Model type new[31m not supported.. {DOWNLOAD}",
+        ),
+    ],
+)
+def test_what_failed_is_told_by_its_cause(project, fuse, harm, expected):
+    harm(project)
+    result = fuse()
+    assert result.returncode == 1
+    assert last_error(result).startswith("error: mlx_lm.fuse ended with code 1: ")
+    assert last_error(result).endswith(expected)
+    assert older_model_is_as_it_was(project)
+
+
+@pytest.mark.slow
+def test_only_a_process_that_was_killed_or_said_so_ran_out_of_memory(project, fuse, tmp_path):
+    less = "FIX: FUSED_BITS=base ./fuse.sh, or use the adapter as it is: both need less"
+    for program, why in [
+        ("kill -9 $$", "137: "),
+        (
+            "echo 'libc++abi: [METAL] Insufficient Memory' >&2; exit 134",
+            "134: libc++abi: [METAL] Ins",
+        ),
     ]:
-        result = fuse(*arguments)
-        assert result.returncode == 2
-        assert last_error(result).startswith(expected)
+        result = fuse(PATH=shim(tmp_path, "mlx_lm.fuse", program))
+        assert result.returncode == 1
+        assert last_error(result).startswith(f"error: mlx_lm.fuse ended with code {why}")
+        assert last_error(result).endswith(less)
 
 
-def test_help_shows_purpose_and_settings(fuse):
-    result = fuse("--help")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a read-only disk")
+@pytest.mark.slow
+def test_a_read_only_disk(project, fuse):
+    folder = project / "models/fused"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], check=True)
+    try:
+        result = fuse()
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert result.returncode == 1
+    assert last_error(result) == (
+        "error: models/fused cannot be written to. FIX: chmod u+w models/fused"
+    )
+
+
+# ---- how it is called ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        (
+            "--save-path",
+            "error: fuse.sh takes no argument, and --save-path is one. FIX: ./fuse.sh --",
+        ),
+        (
+            "FUSED_BITS=8",
+            "error: FUSED_BITS=8 stands behind the command. FIX: FUSED_BITS=8 ./fuse.sh",
+        ),
+    ],
+)
+def test_wrong_usage(template, run, argument, expected):
+    result = run(template, "fuse.sh", argument)
+    assert result.returncode == 2
+    assert last_error(result).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("FUSED_BITS = 8", "FUSED_BITS=8"),
+        ("FUSED_BITS= 8 # bits", "FUSED_BITS=8"),
+        ("VERSION=my chat", "VERSION=mychat"),
+    ],
+)
+def test_a_setting_edited_wrongly(template, run, tmp_path, line, fix):
+    script = (template / "fuse.sh").read_text()
+    (tmp_path / "fuse.sh").write_text(script.replace("\nGROUP_SIZE=", f"\n{line}\nGROUP_SIZE="))
+    result = run(tmp_path, "fuse.sh")
+    assert result.returncode == 1
+    assert last_error(result).endswith(f" is not NAME=value. FIX: {fix}")
+
+
+@pytest.mark.parametrize("program", ["dash", "zsh", "python3"])
+def test_another_program_than_bash_says_what_to_type(program):
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not here")
+    result = subprocess.run([program, REPOSITORY / "fuse.sh"], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "./fuse.sh" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_without_the_virtual_environment(template):
+    path = {"PATH": "/usr/bin:/bin"}
+    if shutil.which("mlx_lm.fuse", path=path["PATH"]):
+        pytest.skip("mlx-lm is installed for all")
+    command = ["bash", template / "fuse.sh"]
+    result = subprocess.run(command, env=path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert last_error(result).startswith(
+        "error: mlx_lm.fuse was not found. FIX: source venv/bin/activate"
+    )
+
+
+def test_help_shows_purpose_and_settings(template, run):
+    result = run(template, "fuse.sh", "--help")
     assert result.returncode == 0
-    assert result.stdout.startswith("Fuse the adapter") and "FUSED_BITS=${FUSED_BITS:-auto} " in result.stdout
-    assert "set -euo" not in result.stdout
-
-
-def test_upload_asks_first_on_a_terminal_and_no_is_no(project, run):
-    leader, follower = pty.openpty()
-    os.write(leader, b"n\n")
-    result = run(project, "fuse.sh", "--upload-repo", "me/mine", env={"MODEL": "tiny-gemma-3-2bit"}, stdin=follower)
-    os.close(leader)
-    os.close(follower)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("not uploaded\n")
-    assert (fused(project) / "fused_from.json").exists()
+    assert result.stdout.startswith("Fuse the adapter")
+    assert "\nFUSED_BITS=auto " in result.stdout and "declare" not in result.stdout

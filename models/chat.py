@@ -249,38 +249,48 @@ def too_slow(*_):
 
 def load(parts, chat):
     """Return the model and its tokenizer, tried on a chat; parts: see find_model()."""
-    import mlx.core as mx  # here, because it takes a second
-    import mlx_lm
-    from mlx.utils import tree_flatten
-    from tqdm import tqdm
-
+    try:
+        import mlx_lm  # here, because it takes a second
+    except ImportError as e:
+        fail(e, "source venv/bin/activate; pip install -r requirements.txt")
     signal.signal(signal.SIGALRM, too_slow)
     signal.alarm(120)  # a template may loop, a config.json may ask for a billion layers
     try:
         folder, fix = parts[0]
         model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False}, lazy=True)
-        fix = "train another MODEL, one that is made to chat (-it, -Instruct)"
-        start = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "hi"}])
-        if whole[: len(start)] != start:
-            raise ValueError("its chat template begins a reply otherwise than it writes one")
         if len(parts) == 2:
             folder, fix = parts[1]
             model = mlx_lm.utils.load_adapters(model, str(folder))
             model.eval()
-        signal.alarm(0)
-        weights = tree_flatten(model.parameters())
-        for _, weight in tqdm(weights, "reading", delay=1, leave=False, disable=None):
-            mx.eval(weight)  # from the disk now, and not with the first reply
+        folder, fix = parts[0][0], "train a MODEL that is made to chat (-it, -Instruct)"
+        start = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "hi"}])
+        if whole[: len(start)] != start:
+            raise ValueError("its chat template begins a reply otherwise than it writes one")
     except Exception as e:  # whatever is wrong with the files
         fail(f"{folder} does not load: {visible(' '.join(str(e).split()))[:200]}", fix)
+    signal.alarm(0)
     return model, tokenizer
+
+
+def read_weights(model):
+    """Read the weights from the disk now, with a bar, and not with the first reply."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from tqdm import tqdm
+
+    weights = tree_flatten(model.parameters())
+    for _, weight in tqdm(weights, "reading", delay=1, leave=False, disable=None):
+        mx.eval(weight)
 
 
 def make_sampler(args, folder, vocabulary):
     """Return what draws a token: as the flags say, or generation_config.json, or SAMPLING."""
+    import mlx.core as mx
     from mlx_lm import sample_utils
 
+    if args.seed is not None:
+        mx.random.seed(args.seed)
     values = dict(SAMPLING)
     for name, said in read_json(folder / "generation_config.json").items():
         if name in values and type(said) in (int, float) and said >= 0:
@@ -353,17 +363,14 @@ def main():
     settings = read_settings(args.version)
     parts = find_model(args.version, args.model)
     author, me = speakers(args, settings)
-    try:
-        import mlx.core as mx  # here, because it takes a second
-        from mlx_lm import stream_generate
-    except ImportError as e:
-        fail(e, "source venv/bin/activate; pip install -r requirements.txt")
-    model, tokenizer = load(parts, make_chat([(me, "hello")], author, settings))
+    with contextlib.redirect_stdout(sys.stderr):  # warnings of libraries are no replies
+        model, tokenizer = load(parts, make_chat([(me, "hello")], author, settings))
+    read_weights(model)
     sampler = make_sampler(args, parts[0][0], tokenizer.vocab_size)
-    if args.seed is not None:
-        mx.random.seed(args.seed)
 
     def answer(log):
+        from mlx_lm import stream_generate
+
         prompt = make_prompt(log, author, settings, tokenizer)
         return stream_generate(model, tokenizer, prompt, args.max_tokens, sampler=sampler)
 

@@ -8,11 +8,9 @@
 # Writes  models/fused/fused-${VERSION}_$MODEL, and in it fused_from.json: what it was made from
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
-""":" # what Python shows who types python fuse.sh: this is for bash, type ./fuse.sh
-if [ -z "${BASH_VERSION:-}" ]; then
-  echo "error: this is a script for bash. FIX: ./fuse.sh" >&2
-  exit 2
-fi
+# sh, zsh and, because of the 02, Python too stop here and show this line.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fuse.sh" >&2 && exit 02; }
+
 fail() {
   echo "error: $1. FIX: $2" >&2
   exit "${3:-1}"

@@ -33,11 +33,11 @@ from pathlib import Path
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (it gives input() its editing keys and its history)
 
-DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
+DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}  # of these variables
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}  # if generation_config.json says nothing
 
 
@@ -62,8 +62,8 @@ def arguments():
     add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
     add("--seed", type=int, help="the same number, the same replies")
     args = parser.parse_args()
-    if not 0 <= (args.temperature or 0) <= 2 or args.max_tokens < 1:
-        parser.error("--temperature goes from 0 to 2, --max-tokens from 1 on")
+    if not 0 <= (args.temperature or 0) <= 2 or args.max_tokens < 1 or (args.seed or 0) < 0:
+        parser.error("--temperature is 0 to 2, --max-tokens 1 or more, --seed 0 or more")
     for name in args.version, args.model:
         if not NAME.fullmatch(name):
             what = f"VERSION or MODEL is {name!a}, which is not the name of a folder"
@@ -135,7 +135,7 @@ def find_model(version, model):
         origin = origin_of(fused / "fused_from.json", "base", model)
         weights = adapter / "adapters.safetensors"
         if weights.exists() and origin.get("adapter_sha256") != checksum(weights):
-            note(f"warning: {fused} was not made from the present adapter: {run} ./fuse.sh")
+            note(f"warning: {fused} does not seem to be of the present adapter: {run} ./fuse.sh")
         return [(fused, f"{run} ./fuse.sh")]
     download = f"hf download mlx-community/{model} --local-dir models/base/{model}"
     base = find("models/base/*/config.json", "MODEL", model, download).parent
@@ -166,12 +166,17 @@ def checksum(path):
 def speakers(args, settings):
     """Return the names of who replies and of who types."""
     learned = [tidy(str(name)) for name in settings["authors"]]
-    author = tidy(args.author)[:60] or next(iter(learned), "model")
+    has_one_voice = settings["shape"] == "turns" or not settings["names"]
+    usual = "model"
+    if len(learned) == 1 or (learned and not has_one_voice):
+        usual = learned[0]
+    author = tidy(args.author)[:60] or usual
+    if has_one_voice and author != usual:
+        what = f"--as {author!a}, but this model replies as {visible(usual)} alone"
+        fail(what, "leave --as out")
     if author not in learned and args.author:
-        known = visible(", ".join(learned[:5])) or "nobody by name"
-        if settings["shape"] == "turns" or not settings["names"]:
-            fail(f"--as {author!a} was not learned, but {known}", "leave --as out")
-        note(f"warning: {visible(author)} was not learned, but {known}")
+        known = visible(", ".join(learned[:5]))
+        note(f"warning: nothing of {visible(author)} was learned, but of {known}")
     me = tidy(args.me)[:60] or "me"
     return author, me if me != author else f"{me}_"
 

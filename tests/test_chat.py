@@ -71,7 +71,7 @@ ROWS = {
     "turns of two": ("turns", ["ann", "bob"], ["--only-author", "ann"]),
     "turns of several": ("turns", ["ann", "bob", "eve"], ["--only-author", "ann"]),
 }
-ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻", "[INST]", "x" * 90]
+ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻", "[INST]"]
 
 
 def invented_log(people, several_lines):
@@ -84,7 +84,8 @@ def invented_log(people, several_lines):
         lines = (
             [f"word{number}", f"again{number}"] if author in several_lines else [f"word{number}"]
         )
-        text = "\n".join(f"{line} {draw.choice(['so', 'va bene', *ODD])} end" for line in lines)
+        odd = [draw.choice([*ODD, "x" * draw.randint(40, 60)]) for _ in lines]
+        text = "\n".join(f"{line} {word} end" for line, word in zip(lines, odd, strict=True))
         log.append((author, text))
     return log
 
@@ -147,6 +148,8 @@ def test_a_long_talk_loses_its_oldest_messages():
         (SETTINGS, "", "ann", ("ann", "ann_")),
         (SETTINGS | {"authors": ["me"]}, "", "me", ("me", "me_")),
         (SETTINGS | {"authors": []}, "", "me", ("model", "me")),
+        (SETTINGS | {"names": False}, "", "me", ("model", "me")),
+        (SETTINGS | {"names": False, "authors": ["ann"]}, "ann", "me", ("ann", "me")),
         (SETTINGS, "<eos>", "\x1b", ("< eos>", "me")),
         (TURNS, "", "me", ("ann", "me")),
     ],
@@ -199,6 +202,7 @@ ERRORS = [
         "there is no data/for_train/v1/settings.json",
         "export VERSION=sample",
     ),
+    (None, {"VERSION": "v1"}, "VERSION can be sample", "VERSION=v1 python build_train.py"),
     (None, {"VERSION": "simple"}, "VERSION can be sample", "export VERSION=sample"),
     (None, {"VERSION": "my chat"}, "'my chat', which is not the name of a folder", "use letters"),
     (None, {"MODEL": "../x"}, "'../x', which is not the name of a folder", "use letters"),
@@ -235,7 +239,15 @@ def test_settings_that_cannot_be_read(project, run, content):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--temperature", "3"], ["--max-tokens", "0"], ["--top-k", "x"], ["--nothing"]]
+    "arguments",
+    [
+        ["--temperature", "3"],
+        ["--temperature", "nan"],
+        ["--max-tokens", "0"],
+        ["--seed", "-1"],
+        ["--top-k", "x"],
+        ["--temp", "1"],
+    ],
 )
 def test_wrong_usage(project, run, arguments):
     result = run(project, SCRIPT, *arguments)
@@ -248,7 +260,7 @@ def test_a_model_of_one_voice_replies_as_nobody_else(project, run, settings):
     write_json(project / "data/for_train/sample/settings.json", settings)
     result = run(project, SCRIPT, "--as", "zoe\x1b", input="hi\n")
     assert result.returncode == 1
-    assert "'zoe" in last_error(result)
+    assert "--as 'zoe" in last_error(result)
     assert last_error(result).endswith("FIX: leave --as out")
 
 
@@ -477,7 +489,7 @@ def test_a_fused_model_of_another_adapter(project, monkeypatch, capsys, origin, 
     write_json(project / FUSED / "fused_from.json", origin)
     monkeypatch.chdir(project)
     assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
-    warning = f"warning: {FUSED} was not made from the present adapter: "
+    warning = f"warning: {FUSED} does not seem to be of the present adapter: "
     assert capsys.readouterr().err.startswith(warning) == warns
 
 

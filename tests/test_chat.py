@@ -84,7 +84,7 @@ def invented_log(people, several_lines):
         lines = (
             [f"word{number}", f"again{number}"] if author in several_lines else [f"word{number}"]
         )
-        odd = [draw.choice([*ODD, "x" * draw.randint(40, 60)]) for _ in lines]
+        odd = [draw.choice([*ODD, ("abcdefghij" * 6)[: draw.randint(40, 60)]]) for _ in lines]
         text = "\n".join(f"{line} {word} end" for line, word in zip(lines, odd, strict=True))
         log.append((author, text))
     return log

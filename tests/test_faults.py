@@ -1,0 +1,686 @@
+"""What may befall any script: kills, signals, two at once, a full disk, hostile files.
+
+    pytest -m faults tests/test_faults.py     # all of it, about ten minutes, the table at the end
+    ALL_READERS=1 pytest -m faults -k damage  # every damaged file with every script that reads it
+
+Every case works in a copy of a project in which all stages have run. After it, the output of
+before must be there byte for byte, or a new one that is whole; an error must be one line with its
+fix, and nothing may be left running. A bare `pytest` tries a few cases of the quick scripts.
+"""
+
+import json
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import contents
+
+TABLE = {}  # kind of fault → (tried, survived)
+BASE = "models/base/tiny-gemma-3"
+DATA = "data/for_train/sample"
+ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
+FUSED = "models/fused/fused-sample_tiny-gemma-3"
+
+
+# ---- the stages ---------------------------------------------------------------------------------
+@dataclass
+class Stage:
+    command: list
+    output: str = ""
+    reads: list = field(default_factory=list)
+    settings: dict = field(default_factory=dict)
+
+
+TOKENIZER = [f"{BASE}/{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+MODEL = [*TOKENIZER, f"{BASE}/model.safetensors"]
+LEARNED = [f"{ADAPTER}/{name}" for name in ("adapters.safetensors", "adapter_config.json")]
+WHOLE = ("config.json", "model.safetensors", "tokenizer.json", "fused_from.json")
+STAGES = {
+    "export": Stage(
+        ["data/raw/from_export.py", "chat.txt", "--version", "mine", "--replace"],
+        "data/raw/messages_mine.json",
+        ["chat.txt"],
+    ),
+    "build": Stage(
+        ["build_train.py"],
+        DATA,
+        ["data/raw/messages_sample.json", *TOKENIZER],
+    ),
+    "train": Stage(
+        ["fine_tune.sh"],
+        ADAPTER,
+        [f"{DATA}/train.jsonl", f"{DATA}/valid.jsonl", *MODEL, f"{ADAPTER}/adapter_config.json"],
+        {"ITERS": "4", "EVAL_EVERY": "2", "RANK": "4"},
+    ),
+    "fuse": Stage(
+        ["fuse.sh"],
+        FUSED,
+        [*MODEL, *LEARNED, f"{FUSED}/fused_from.json"],
+    ),
+    "test": Stage(
+        ["test_on_validation.py", "--replies", "2", "--max-tokens", "4"],
+        "data/results/sample_tiny-gemma-3",
+        [f"{DATA}/valid.jsonl", *MODEL, *LEARNED]
+        + [f"{ADAPTER}/{name}" for name in ("losses.csv", "lora_config.yaml")]
+        + [f"{FUSED}/{name}" for name in WHOLE],
+    ),
+    "chat": Stage(
+        ["models/chat.py", "--max-tokens", "4"],
+        "",
+        [f"{DATA}/settings.json"] + [f"{FUSED}/{name}" for name in WHOLE],
+    ),
+}
+QUICK = ["export", "build"]
+WRITERS = [name for name in STAGES if STAGES[name].output]
+
+
+def start(project, name, *arguments, env=None, before=(), script=None, **options):
+    """Start a stage in a session of its own."""
+    stage = STAGES[name]
+    program = sys.executable if stage.command[0].endswith(".py") else "bash"
+    script = script or project / stage.command[0]
+    command = [*before, program, script, *stage.command[1:], *arguments]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    names = {"VERSION": "sample", "MODEL": "tiny-gemma-3", "PATH": path}
+    (project.parent / "typed").write_text("hello\n")
+    with open(project.parent / "typed") as typed:
+        options = {"cwd": project, "stdin": typed, "start_new_session": True} | options
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        environment = os.environ | names | stage.settings | (env or {})
+        return subprocess.Popen(list(map(str, command)), env=environment, **options)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def finish(process, limit=150):
+    """Wait for a stage to end, and return what it left."""
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"it still runs after {limit} seconds") from None
+    return Result(process.returncode, *((text or b"").decode("utf-8") for text in (out, err)))
+
+
+def go(project, name, *arguments, limit=150, **options):
+    return finish(start(project, name, *arguments, **options), limit)
+
+
+def tail(text):
+    return ascii(text[-300:])
+
+
+def check_words(result):
+    """No traceback, nothing that steers a terminal, and an error of one line with its fix."""
+    said = result.out + result.err
+    for bad in "Traceback", "Exception ignored", "Broken pipe", "Segmentation", "core dumped":
+        assert bad not in said, tail(result.err)
+    assert not re.search(r"[^\S\n\r\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e]", said), tail(
+        said
+    )
+    if result.code == 1:
+        last = result.err.strip().rpartition("\n")[2]
+        assert re.match(r"error: .+\. FIX: .", last), tail(result.err)
+
+
+def output_of(project, name):
+    """Return {path: bytes} of what a stage wrote."""
+    output = project / STAGES[name].output
+    if output == project:
+        return {}
+    return contents(output) if output.is_dir() else {"": output.read_bytes()}
+
+
+def check_output(project, scope, name, before=None):
+    """The output is that of before, or a whole one; nothing else that is visible lies beside it."""
+    output, now = project / STAGES[name].output, output_of(project, name)
+    beside = [path.name for path in output.parent.iterdir() if path.name[0] != "."]
+    assert sorted(beside) == sorted({*beside} & scope.visible), beside
+    if now == before:
+        return
+    assert set(now) == set(output_of(scope.project, name)), sorted(now)
+    for path, data in now.items():
+        assert data, f"{path} is empty"
+        if path.endswith(".jsonl"):
+            [json.loads(line) for line in data.decode().splitlines()]
+        elif path.endswith(".json"):
+            json.loads(data)
+        elif path.endswith(".safetensors"):
+            mx.eval(mx.load(str(output / path)))
+
+
+def at_work(project):
+    """Return the processes that have the project for their current folder, where /proc knows."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if Path(os.readlink(process / "cwd")).is_relative_to(project):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ")[:200])
+        except OSError:
+            pass
+    return found
+
+
+def nothing_runs(project):
+    for _ in range(60):
+        if not at_work(project):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"it goes on without its script: {at_work(project)}")
+
+
+# ---- the driver ---------------------------------------------------------------------------------
+@dataclass
+class Scope:
+    """Which stages are tried, in copies of which project, and how long each of them takes."""
+
+    stages: list
+    project: Path
+    seconds: dict
+    most: int  # cases of each kind that are tried
+    visible: set  # the names of all files and folders
+
+    def cases(self, cases):
+        """Return those of the cases that are tried: a case begins with the name of its stage."""
+        cases = [case for case in cases if case[0] in self.stages]
+        return cases[:: -(-len(cases) // self.most)]
+
+
+ALL = pytest.param(
+    "all",
+    marks=[
+        pytest.mark.faults,
+        pytest.mark.skipif("'faults' not in config.option.markexpr", reason="minutes: -m faults"),
+    ],
+)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("few", marks=pytest.mark.slow), ALL])
+def scope(request, template, tmp_path_factory):
+    """A project in which the stages have run."""
+    project = Path(shutil.copytree(template, tmp_path_factory.mktemp("finished") / template.name))
+    names = "Ann", "Bob"
+    (project / "chat.txt").write_text(
+        "".join(
+            f"[{1 + i // 60:02}.05.24, 10:{i % 60:02}:00] {names[i % 2]}: message {i}\n"
+            for i in range(300)
+        )
+    )
+    stages = QUICK if request.param == "few" else list(STAGES)
+    seconds = {}
+    for name in [*stages, *stages]:  # the second time, because the first compiles and caches
+        began = time.monotonic()
+        result = go(project, name)
+        seconds[name] = time.monotonic() - began
+        assert result.code == 0, f"{name}: {result.err}"
+    visible = {path.name for path in project.rglob("[!.]*")} | {project.name}
+    return Scope(stages, project, seconds, 4 if request.param == "few" else 10**6, visible)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    yield
+    write = request.config.pluginmanager.get_plugin("terminalreporter").write_line
+    write(f"\n\n{'kind of fault':32}{'tried':>8}{'survived':>10}")
+    for kind, (tried, survived) in TABLE.items():
+        write(f"{kind:32}{tried:8}{survived:10}")
+
+
+def attempt(kind, scope, cases, one):
+    """Run one(project, *case) for every case, two at a time, each in a copy of the project."""
+
+    def tried(case):
+        with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+            project = Path(shutil.copytree(scope.project, Path(folder).resolve() / "my project"))
+            try:
+                one(project, *case)
+            except AssertionError as error:
+                return f"{kind} {case}: {error}"
+        return ""
+
+    cases = scope.cases(cases)
+    with ThreadPoolExecutor(2) as pool:
+        failures = list(filter(None, pool.map(tried, cases)))
+    before = TABLE.get(kind, (0, 0))
+    TABLE[kind] = before[0] + len(cases), before[1] + len(cases) - len(failures)
+    assert not failures, "\n" + "\n".join(failures)
+
+
+def spread(**counts):
+    """Return [(stage, moment), …], the moments spread from the start of a run to its end."""
+    return [(name, (k + 0.5) / n) for name, n in counts.items() for k in range(n)]
+
+
+# ---- kill, signal, two at once, a full disk -----------------------------------------------------
+def test_kill_9_leaves_the_output_of_before_and_the_next_run_works(scope):
+    def one(project, name, moment):
+        before = output_of(project, name)
+        process = start(project, name)
+        time.sleep(moment * scope.seconds[name])
+        if round(100 * moment) % 2:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
+        nothing_runs(project)
+        check_output(project, scope, name, before)
+        result = go(project, name)
+        assert result.code == 0, tail(result.err)
+        check_output(project, scope, name)
+
+    attempt("kill -9", scope, spread(export=10, build=14, train=8, fuse=8, test=8), one)
+
+
+ENDS = {  # signal → exit codes; a negative one is that of the signal itself
+    signal.SIGINT: (130, -signal.SIGINT),
+    signal.SIGTERM: (143, -signal.SIGTERM),
+    signal.SIGHUP: (129, -signal.SIGHUP),
+}
+
+
+def test_a_signal_ends_a_stage_and_all_that_it_started(scope):
+    def one(project, name, moment, number):
+        before = output_of(project, name)
+        process = start(project, name)
+        time.sleep(0.1 + moment * scope.seconds[name])
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        result = finish(process, 20)
+        nothing_runs(project)
+        assert result.code in (0, *ENDS[number]), f"exit code {result.code}, {tail(result.err)}"
+        check_words(result)
+        check_output(project, scope, name, before)
+
+    moments = spread(export=5, build=9, train=6, fuse=6, test=6, chat=4)
+    attempt("signal", scope, [(*case, number) for case in moments for number in ENDS], one)
+
+
+def test_of_two_runs_at_once_one_is_refused_or_both_agree(scope):
+    def one(project, name, delay):
+        first = start(project, name)
+        time.sleep(delay * scope.seconds[name])
+        second = start(project, name)
+        results = [finish(first), finish(second)]
+        for result in results:
+            check_words(result)
+            assert result.code == 0 or "error: another run is writing" in result.err, result.err
+        assert 0 in [result.code for result in results]
+        check_output(project, scope, name)
+        nothing_runs(project)
+
+    attempt("two at once", scope, spread(export=10, build=14, train=4, fuse=6, test=6), one)
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_fills_up(scope):
+    def one(project, name, size):
+        before = output_of(project, name)
+        result = go(project, name, preexec_fn=partial(limit_files, size))
+        assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
+        check_words(result)
+        check_output(project, scope, name, before)
+
+    sizes = 0, 100, 3_000, 30_000, 100_000, 400_000
+    attempt("full disk", scope, [(name, size) for name in WRITERS for size in sizes], one)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_small_disk(scope):
+    def one(project, name, size):
+        output = project / STAGES[name].output
+        output.parent.rename(output.parent.with_name("before"))
+        output.parent.mkdir()
+        if name == "export":
+            shutil.copy(project / "data/before/from_export.py", output.parent)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", output.parent], check=True
+        )
+        try:
+            if name == "export":
+                shutil.copy(project / "data/before/from_export.py", output.parent)
+            result = go(project, name)
+            visible = {path.name for path in output.parent.iterdir() if path.name[0] != "."}
+            assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
+            check_words(result)
+            assert output.exists() == (result.code == 0)
+            assert visible <= {output.name, "from_export.py"}, visible
+        finally:
+            subprocess.run(["umount", "-l", output.parent], check=True)
+
+    sizes = {"export": 68, "build": 20, "train": 64, "fuse": 400, "test": 32}
+    attempt("small disk", scope, list(sizes.items()), one)
+
+
+# ---- damaged files ------------------------------------------------------------------------------
+def cut(share, path):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_itself(path):
+    """Let the file be one that cannot be opened, by root neither."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+HARMS = {f"cut at {share}": partial(cut, share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)}
+HARMS |= {
+    f"replaced by {text[:9]!r}": lambda path, text=text: path.write_text(text)
+    for text in ("", "[]", "{}", "3", "null", '"x"', "[" * 100_000, '[{"a": [null]}]')
+}
+HARMS |= {
+    "3 kB of random bytes": lambda path: path.write_bytes(os.urandom(3000)),
+    "a folder": make_folder,
+    "cannot be opened": link_to_itself,
+    "missing": Path.unlink,
+}
+
+
+def test_a_damaged_file_becomes_an_error_or_a_right_result(scope):
+    def one(project, name, file, harm):
+        HARMS[harm](project / file)
+        damaged = STAGES[name].output and Path(file).is_relative_to(STAGES[name].output)
+        before = None if damaged else output_of(project, name)
+        result = go(project, name)
+        assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
+        check_words(result)
+        if not damaged or result.code == 0:
+            check_output(project, scope, name, before)
+
+    files = dict.fromkeys(file for stage in STAGES.values() for file in stage.reads)
+    cases = []
+    for i, file in enumerate(files):
+        readers = [name for name in scope.stages if file in STAGES[name].reads]
+        for j, harm in enumerate(HARMS if readers else ()):
+            some = readers if "ALL_READERS" in os.environ else [readers[(i + j) % len(readers)]]
+            cases += [(name, file, harm) for name in some]
+    attempt("damaged file", scope, cases, one)
+
+
+# ---- odd environments ---------------------------------------------------------------------------
+NOWHERE = "http://127.0.0.1:9"
+PROXIES = [f"{kind}_proxy" for kind in ("http", "https", "all")]
+ENVIRONMENTS = {
+    "Python": {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONOPTIMIZE": "2",
+        "PYTHONUTF8": "0",
+        "LC_ALL": "C",
+        "MPLBACKEND": "bogus",
+        "MLXLM_USE_MODELSCOPE": "True",
+    },
+    "hub": {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": NOWHERE,
+        "HF_HOME": "/dev/null/x",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "soon",
+        "HF_HUB_ETAG_TIMEOUT": "soon",
+        "TRANSFORMERS_CACHE": "/dev/null",
+        **dict.fromkeys([*PROXIES, *map(str.upper, PROXIES)], "socks5://127.0.0.1:9"),
+    },
+    "bash": {"BASH_ENV": "bash_env"},
+    "terminal": {"COLUMNS": "7", "LINES": "1", "TERM": "dumb", "NO_COLOR": "1"},
+}
+
+
+def test_an_odd_environment_changes_nothing(scope):
+    def one(project, name, environment):
+        (project / "bash_env").write_text("set -o noclobber -f; IFS=e/; CDPATH=/tmp:/")
+        before = output_of(project, name)
+        result = go(project, name, env=ENVIRONMENTS[environment])
+        assert result.code == 0, tail(result.err)
+        check_words(result)
+        check_output(project, scope, name, before)
+
+    attempt("environment", scope, [(name, each) for name in STAGES for each in ENVIRONMENTS], one)
+
+
+def no_input(project, name):
+    return go(project, name, stdin=None, preexec_fn=partial(os.close, 0))
+
+
+def modules_in_the_current_folder(project, name):
+    """Call it in a folder that holds a json.py and the like."""
+    folder = project.parent / "elsewhere"
+    folder.mkdir()
+    shutil.copy(project / "chat.txt", folder)
+    for module in "json", "numpy", "tqdm", "mlx", "random", "safetensors", "pandas":
+        (folder / f"{module}.py").write_text("open('ran', 'w'); raise SystemExit('ran')")
+    result = go(project, name, cwd=folder)
+    assert not (folder / "ran").exists()
+    return result
+
+
+def through_a_link(project, name):
+    """Call it by a link in ~/bin, with a CDPATH that leads astray."""
+    home = project.parent / "bin"
+    home.mkdir()
+    script = project / STAGES[name].command[0]
+    (home / script.name).symlink_to(os.path.relpath(script, home))
+    shutil.copy(project / "chat.txt", home)
+    env = {"CDPATH": f"{home}:/usr:/"}
+    return go(project, name, script=Path(script.name), cwd=home, env=env)
+
+
+def into_head(project, name):
+    """Read a line of what it prints, and then no more, as | head -1 does."""
+    process = start(project, name, stdout=(pipe := os.pipe())[1])
+    os.close(pipe[1])
+    os.read(pipe[0], 1)
+    os.close(pipe[0])
+    result = finish(process)
+    nothing_runs(project)
+    check_words(Result(0, result.out, result.err))
+    assert "rror" not in result.err, tail(result.err)
+    return Result(0 if result.code in (0, 1) else result.code, result.out, result.err)
+
+
+WAYS = [no_input, modules_in_the_current_folder, through_a_link, into_head]
+
+
+def test_however_it_is_called_it_does_the_same(scope):
+    def one(project, name, way):
+        before = output_of(project, name)
+        result = way(project, name)
+        assert result.code == 0, f"{result.code}: {tail(result.err)}"
+        check_words(result)
+        check_output(project, scope, name, before)
+
+    attempt("way of calling", scope, [(name, way) for name in STAGES for way in WAYS], one)
+
+
+# ---- time ---------------------------------------------------------------------------------------
+SMALL = 30_000  # characters, and then four times as many
+TEXTS = {  # n → a text that patterns may choke on
+    "digits and a letter": lambda n: "1" * n + "a",
+    "digits in groups": lambda n: "12 34-" * (n // 6),
+    "plus signs": lambda n: "+4" * (n // 2),
+    "at signs": lambda n: "a.b@" * (n // 4),
+    "combining marks": lambda n: "a" + "\u0301" * n,
+    "letters and marks": lambda n: "e\u0301\u0323" * (n // 3),
+    "new lines": lambda n: "x" + "\n" * n + "y",
+    "spaces": lambda n: "x" + " " * n + "y",
+    "brackets": lambda n: "[" * n,
+    "token brackets": lambda n: "<|" * (n // 2),
+    "one letter": lambda n: "a" * n,
+    "words": lambda n: "ha " * (n // 3),
+    "emoji": lambda n: "\U0001f469\u200d" * (n // 2),
+    "IBAN": lambda n: "AT61 " * (n // 5),
+    "links": lambda n: "http://" * (n // 7),
+    "backslashes": lambda n: "\\" * n,
+}
+
+
+def log_of(text):
+    return [
+        {"message": f"{i} {text if i == 20 else 'hello'}", "author": "ab"[i % 2]} for i in range(60)
+    ]
+
+
+def overlapping(n):
+    """Entries that repeat all before them."""
+    texts = [f"message {i}" for i in range(int(n**0.5 / 3))]
+    return [{"previous_messages": texts[:i], "message": texts[i]} for i in range(1, len(texts))]
+
+
+LOGS = {name: lambda n, text=text: log_of(text(n)) for name, text in TEXTS.items()} | {
+    "long windows": lambda n: [{"message": f"message {i}"} for i in range(n // 15)],
+    "entries that repeat all before": overlapping,
+    "pairs of many lines": lambda n: [
+        {"prompt": f"{i}\n" * (n // 60), "completion": f"well {i}"} for i in range(30)
+    ],
+}
+
+
+def test_time_grows_as_the_text_does(scope):
+    def one(project, name, text):
+        seconds = []
+        for n in (SMALL // 100, SMALL, 4 * SMALL):
+            if name == "build":
+                raw = project / "data/raw/messages_sample.json"
+                raw.write_text(json.dumps(LOGS[text](n)))
+            else:
+                lines = [
+                    f"[01.05.24, 10:{i:02}:00] {'AB'[i % 2]}: {TEXTS[text](n) if i == 20 else 'hi'}"
+                    for i in range(60)
+                ]
+                (project / "chat.txt").write_text("\n".join(lines))
+            arguments = ["--window", "500"] if text == "long windows" else []
+            began = time.monotonic()
+            result = go(project, name, *arguments, limit=30)
+            seconds.append(time.monotonic() - began)
+            assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
+            check_words(result)
+        least, small, large = seconds
+        assert large - least < 5 * (small - least) + 1, [round(each, 2) for each in seconds]
+
+    cases = [("build", text) for text in LOGS] + [("export", text) for text in TEXTS]
+    attempt("time", scope, cases, one)
+
+
+# ---- a base that nobody can trust ---------------------------------------------------------------
+EVIL = "open('RAN', 'w').write('ran')\nclass Evil:\n    pass\n"
+ENDLESS = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x" + (
+    "{% endfor %}" * 3
+)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def custom_code(base, model_type):
+    (base / "evil.py").write_text(EVIL)
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    change(base / "config.json", model_type=model_type, auto_map=auto)
+    change(base / "tokenizer_config.json", tokenizer_class="Evil", auto_map=auto)
+
+
+def pickle(base):
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'touch RAN'\ntR.")
+
+
+def name_of_a_tensor(base):
+    weights = mx.load(str(base / "model.safetensors"))
+    mx.eval(weights)
+    weights["model.layers.0.x]}\rreport_to: wandb\r\x1b[31m.weight"] = mx.zeros((2, 2))
+    mx.save_safetensors(str(base / "model.safetensors"), weights)
+
+
+def with_config(**values):
+    return lambda base: change(base / "config.json", **values)
+
+
+BASES = {
+    "auto_map": lambda base: custom_code(base, "gemma3_text"),
+    "auto_map, unknown type": lambda base: custom_code(base, "evil"),
+    "model_file": lambda base: [
+        (base / "evil.py").write_text(EVIL),
+        change(base / "config.json", model_file="evil.py"),
+    ],
+    "pickle": pickle,
+    "tensor name": name_of_a_tensor,
+    "model type": with_config(model_type="\x1b[31m\u202e"),
+    "10^9 layers": with_config(num_hidden_layers=10**9),
+    "10^9 hidden": with_config(hidden_size=10**9),
+    "vocabulary 0": with_config(vocab_size=0),
+    "vocabulary a text": with_config(vocab_size="x"),
+    "no text_config": with_config(text_config=None),
+    "quantization 3": with_config(quantization=3),
+    "group 0": with_config(quantization={"bits": 4, "group_size": 0}),
+    "endless template": lambda base: change(base / "tokenizer_config.json", chat_template=ENDLESS),
+    "template that fails": lambda base: change(
+        base / "tokenizer_config.json", chat_template="{{ raise_exception('\x1b[31m') }}"
+    ),
+    "template with code": lambda base: change(
+        base / "tokenizer_config.json",
+        chat_template="{{ ''.__class__.__base__.__subclasses__() }}",
+    ),
+    "no template": lambda base: change(base / "tokenizer_config.json", chat_template=None),
+}
+
+
+def test_of_a_base_that_nobody_can_trust_nothing_runs(scope):
+    def one(project, name, harm):
+        folder = project / (FUSED if name == "chat" else BASE)
+        BASES[harm](folder)
+        leader, follower = pty.openpty()
+        os.write(leader, b"y\n" * 5)  # should it ask
+        before = output_of(project, name)
+        result = go(project, name, stdin=follower)
+        os.close(leader)
+        os.close(follower)
+        assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
+        check_words(result)
+        assert not list(project.rglob("RAN")), "its code ran"
+        for yaml in project.rglob("*.yaml"):
+            assert "report_to" not in yaml.read_text().replace("\r", "\n").split("\n")
+        check_output(project, scope, name, before)
+
+    cases = [(name, harm) for name in STAGES if name != "export" for harm in BASES]
+    attempt("untrusted base", scope, cases, one)
+
+
+# ---- without a network --------------------------------------------------------------------------
+def test_the_whole_chain_without_a_network(scope):
+    command = ["unshare", "-n", "true"]
+    if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("unshare -n is not allowed here")
+
+    def one(project, name):
+        hostile = ENVIRONMENTS["Python"] | ENVIRONMENTS["hub"] | ENVIRONMENTS["bash"]
+        (project / "bash_env").write_text("set -o noclobber -f; IFS=e/")
+        before = output_of(project, name)
+        result = go(project, name, env=hostile, before=("unshare", "-n"))
+        assert result.code == 0, tail(result.err)
+        check_output(project, scope, name, before)
+
+    attempt("no network", scope, [(name,) for name in STAGES], one)

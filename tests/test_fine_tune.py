@@ -1,39 +1,57 @@
-"""fine_tune.sh: the best adapter is kept, a bad or killed run changes nothing, a resumed one does the rest."""
+"""fine_tune.sh: the checkpoint whose replies are best is kept; a bad or killed run changes nothing."""
 
 import fcntl
 import json
+import math
 import os
 import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
 import pandas as pd
 import pytest
 import yaml
 from conftest import contents, cut_off, last_error
-from mlx_lm.tuner.utils import build_schedule
+from mlx_lm import load
 
-ADAPTER = "models/adapters/adapter-v1_tiny-gemma-3"
-# The validation rows ask the same and answer otherwise: what is learned helps at first (the form), then harms.
-TRAIN = [("ciao raga come va", "tutto bene bro"), ("che gioco fai stasera", "sempre lo stesso LULW")] * 4
-VALID = [("ciao raga come va", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")] * 2
-FAST = {"ITERS": "6", "EVAL_EVERY": "3", "BATCH_SIZE": "2", "LEARNING_RATE": "1e-3", "RANK": "8", "SCALE": "20.0"}
-OVERFIT = FAST | {"ITERS": "40", "EVAL_EVERY": "4", "LEARNING_RATE": "3e-3", "SCHEDULE": "constant"}
-OVERFIT |= {"MASK_PROMPT": "1", "PATIENCE": "0"}
+ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
+WORK = "models/adapters/.adapter-sample_tiny-gemma-3.partial"
+OLD = "models/adapters/.adapter-sample_tiny-gemma-3.old"
+LOCK = "models/adapters/.adapter-sample_tiny-gemma-3.lock"
+BASE = "models/base/tiny-gemma-3"
+DATA = "data/for_train/sample"
+# The validation rows ask the same and answer otherwise: what is learned helps at first (the form),
+# then harms.
+TRAIN = [("ciao raga", "tutto bene bro"), ("che gioco fai stasera", "sempre lo stesso LULW")] * 4
+VALID = [("ciao raga", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")]
+FAST = {"ITERS": "6", "EVAL_EVERY": "3", "LEARNING_RATE": "1e-3", "RANK": "8", "SCALE": "20.0"}
+OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "3e-3", "SCHEDULE": "constant"}
+LOOK = {"RESUME": "1"}  # all checks, and then there is no run to go on with
 
 
-def write_data(project, train=TRAIN, valid=VALID):
-    folder = project / "data/for_train/v1"
-    folder.mkdir(parents=True, exist_ok=True)
+def prompt_and_completion(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+def messages(prompt, completion):
+    turns = [("user", prompt), ("assistant", completion)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write_data(project, train=TRAIN, valid=VALID, shape=prompt_and_completion):
+    (project / DATA).mkdir(parents=True, exist_ok=True)
     for name, rows in [("train", train), ("valid", valid)]:
-        lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) + "\n" for p, c in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines = [json.dumps(shape(*row)) + "\n" for row in rows]
+        (project / DATA / f"{name}.jsonl").write_text("".join(lines))
 
 
 @pytest.fixture
@@ -54,391 +72,509 @@ def put_older_adapter(project):
     return contents(project / ADAPTER)
 
 
-def test_a_run_leaves_adapter_settings_losses_and_log(project, train):
-    result = train()
-    assert result.returncode == 0, result.stdout + result.stderr
-    names = {path.name for path in (project / ADAPTER).iterdir()}
-    assert names >= {"adapters.safetensors", "adapter_config.json", "lora_config.yaml", "losses.csv", "training.log"}
-    assert f"wrote       {ADAPTER}/adapters.safetensors" in result.stdout
-    losses = pd.read_csv(project / ADAPTER / "losses.csv")
-    assert list(losses.columns) == ["iteration", "train_loss", "val_loss", "tokens_per_second"]
-    assert losses[losses.val_loss.notna()].iteration.tolist() == [1, 3, 6]
-    assert losses[losses.train_loss.notna()].iteration.tolist() == [3, 6]
-    assert (losses.tokens_per_second.dropna() > 0).all()
-    log = (project / ADAPTER / "training.log").read_text("utf-8")
-    assert "Loading pretrained model" in log and "save  0000006_adapters.safetensors" in log
-    assert "\x1b" not in log and "█" not in log
-    assert not (project / (ADAPTER + ".partial")).exists()
-
-
-def test_the_adapter_is_the_checkpoint_with_the_lowest_validation_loss(project, train):
-    result = train(**OVERFIT, KEEP_CHECKPOINTS="2")
-    assert result.returncode == 0, result.stdout + result.stderr
-    losses = pd.read_csv(project / ADAPTER / "losses.csv").dropna(subset=["val_loss"])[1:]
-    best = int(losses.iteration[losses.val_loss.idxmin()])
-    assert losses.iteration.max() == 40 and best < 40 and losses.val_loss.min() < losses.val_loss.iloc[-1]
-    files = contents(project / ADAPTER)
-    assert files["adapters.safetensors"] == files[f"{best:07d}_adapters.safetensors"]
-    assert files["adapters.safetensors"] != files["0000040_adapters.safetensors"]
-    numbered = sorted(name for name in files if name[0] == "0")
-    assert numbered == sorted({f"{n:07d}_adapters.safetensors" for n in (best, 36, 40)})
-    assert f"best        iteration {best}: validation loss {losses.val_loss.min():.3f}" in result.stdout
-
-
-def test_a_run_that_no_longer_improves_stops_early(project, train):
-    result = train(**OVERFIT | {"PATIENCE": "2"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    losses = pd.read_csv(project / ADAPTER / "losses.csv").dropna(subset=["val_loss"])
-    assert "early stop" in result.stdout
-    best = int(losses.iteration[losses.val_loss.idxmin()])
-    assert losses.iteration.max() == best + 2 * 4 < 40
-    assert (project / ADAPTER / f"{best:07d}_adapters.safetensors").exists()
-
-
-def test_nan_ends_the_run_and_spares_the_older_adapter(project, train):
-    older = put_older_adapter(project)
-    # The prompt alone fills the row, so that with masking no token is left to learn: 0 / 0.
-    write_data(project, train=[("ciao raga " * 40, "ok")] * 4)
-    result = train(MASK_PROMPT="1", MAX_SEQ_LENGTH="32")
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: the loss became NaN or infinite at iteration 3. FIX: ")
-    assert contents(project / ADAPTER) == older
-
-
-def test_an_adapter_with_nan_weights_is_refused_though_every_loss_was_finite(project, train):
-    older = put_older_adapter(project)
-    # The only update is the last one: no loss is measured after it.
-    result = train(ITERS="1", EVAL_EVERY="1", LEARNING_RATE="1e38", SCALE="1e10", WARMUP="0", OPTIMIZER="sgd")
-    assert result.returncode == 1
-    assert "NaN or infinite" in last_error(result)
-    assert contents(project / ADAPTER) == older
-
-
-def test_more_logits_in_a_batch_than_cuda_can_count_are_warned_of(train):
-    for length, smaller in ("1000000", "BATCH_SIZE=1"), ("2000000", f"BATCH_SIZE=1 MAX_SEQ_LENGTH={2**31 // 1536}"):
-        result = train(ITERS="1", EVAL_EVERY="1", MAX_SEQ_LENGTH=length)  # x 2 rows x a vocabulary of 1,536
-        assert result.returncode == 0 and f"warning: 2 rows of {length} tokens" in result.stderr
-        assert f": {smaller} ./fine_tune.sh" in result.stderr
-    assert "warning" not in train(ITERS="1", EVAL_EVERY="1").stderr
-
-
-def kill_when(project, run, appears, env):
-    """Start a run, kill -9 all of it as soon as a path that matches `appears` exists."""
-    process = run(
-        project, "fine_tune.sh", env=env, start=subprocess.Popen, start_new_session=True, stdout=subprocess.DEVNULL
+# ---- a whole run -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(template, tmp_path_factory):
+    """A project after one run, called by a link from elsewhere, in an environment full of traps."""
+    home = tmp_path_factory.mktemp("home")
+    project = Path(shutil.copytree(template, home / "my project"))
+    write_data(project)
+    (home / "json.py").write_text("raise SystemExit('the wrong json')")
+    (home / "env.sh").write_text("set -f -C\nIFS=a\n")
+    (home / "bin").symlink_to(project)
+    (home / "tune").symlink_to("bin/fine_tune.sh")
+    traps = {
+        "BASH_ENV": str(home / "env.sh"),
+        "CDPATH": str(home),
+        "IFS": "e",
+        "MLXLM_USE_MODELSCOPE": "True",
+        "MPLBACKEND": "bogus",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONOPTIMIZE": "2",
+        "SHELLOPTS": "braceexpand:hashall",
+        "FORCE_COLOR": "1",
+        "LINES_OF_TEXT": "a\ndeclare -x ITERS=1; exit 7\n'\"$(exit 8)`",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    settings = FAST | OVERFIT | {"VERSION": "sample", "MODEL": "tiny-gemma-3"}
+    result = subprocess.run(
+        ["./tune", "--project-name", "mine"],
+        cwd=home,
+        env=os.environ | traps | settings | {"KEEP_CHECKPOINTS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
-    deadline = time.monotonic() + 120
-    while not list(project.glob(appears)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert result.returncode == 0, result.stdout + result.stderr
+    (project / "stdout").write_text(result.stdout)
+    return project
 
 
-def test_kill_9_at_the_start_spares_the_older_adapter(project, train, run):
+def losses_of(project):
+    return pd.read_csv(project / ADAPTER / "losses.csv", index_col="iteration")
+
+
+@pytest.mark.slow
+def test_a_run_leaves_adapter_settings_losses_and_log(trained):
+    files = {path.name for path in (trained / ADAPTER).iterdir()}
+    assert {name for name in files if name[0] != "0"} == {
+        "adapters.safetensors",
+        "adapter_config.json",
+        "lora_config.yaml",
+        "losses.csv",
+        "training.log",
+    }
+    assert f"wrote       {ADAPTER}/adapters.safetensors" in (trained / "stdout").read_text()
+    assert not (trained / WORK).exists() and not (trained / OLD).exists()
+    losses = losses_of(trained)
+    assert list(losses.columns) == ["train_loss", "val_loss", "tokens_per_second"]
+    assert losses.val_loss.dropna().index.tolist() == [0, 6, 12, 18, 24, 25]
+    assert losses.train_loss.dropna().index.tolist() == [6, 12, 18, 24, 25]
+    log = (trained / ADAPTER / "training.log").read_text("utf-8")
+    assert "save  0000024_adapters.safetensors" in log and "\x1b" not in log and "█" not in log
+
+
+@pytest.mark.slow
+def test_the_settings_of_the_run_stand_beside_the_adapter(trained):
+    text = (trained / ADAPTER / "lora_config.yaml").read_text()
+    for name in ("train.jsonl", "valid.jsonl"):
+        sum_of = subprocess.run(
+            ["cksum"], stdin=(trained / DATA / name).open(), capture_output=True
+        )
+        assert f"# {name}: {sum_of.stdout.decode()}" in text
+    assert "# arguments: --project-name mine" in text
+    settings = yaml.safe_load(text)
+    assert settings["iters"] == 25 and settings["lora_parameters"]["rank"] == 8
+    assert "model.embed_tokens" in settings["lora_parameters"]["keys"]
+    config = json.loads((trained / ADAPTER / "adapter_config.json").read_text())
+    assert config["project_name"] == "mine" and config["model"] == BASE
+
+
+def loss_of_replies(project, adapter=None):
+    """Nats per token of the completions of valid.jsonl, row by row."""
+    model, tokenizer = load(str(project / BASE), adapter_path=adapter and str(adapter))
+    total = count = 0
+    for prompt, completion in VALID:
+        chat = messages(prompt, completion)["messages"]
+        start = len(
+            tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+        )
+        tokens = tokenizer.apply_chat_template(chat, return_dict=False)
+        logits = model(mx.array([tokens[:-1]]))[0, start - 1 :]
+        total += nn.losses.cross_entropy(logits, mx.array(tokens[start:]), reduction="sum").item()
+        count += len(tokens) - start
+    return total / count
+
+
+@pytest.mark.slow
+def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(trained):
+    losses = losses_of(trained).val_loss.dropna()
+    best = losses[1:].idxmin()
+    assert best < 25 and losses[best] < losses[25] and losses[best] < losses[0]
+    files = contents(trained / ADAPTER)
+    assert files["adapters.safetensors"] == files[f"{best:07d}_adapters.safetensors"]
+    said = f"kept        iteration {best}: validation loss ([0-9.]+), base ([0-9.]+)\n"
+    said = re.search(said, (trained / "stdout").read_text())
+    assert list(map(float, said.groups())) == pytest.approx([losses[best], losses[0]], abs=1e-3)
+    assert losses[0] == pytest.approx(loss_of_replies(trained), abs=2e-4)
+    assert losses[best] == pytest.approx(loss_of_replies(trained, trained / ADAPTER), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_rows_of_messages_on_a_quantised_base_train_as_well(project, train):
+    write_data(project, shape=messages)
+    result = train(MODEL="tiny-gemma-3-4bit", ITERS="2", GRAD_ACCUMULATION="3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = contents(project / "models/adapters/adapter-sample_tiny-gemma-3-4bit")
+    assert not [name for name in files if name[0] == "0"]  # no checkpoint besides the best
+    assert "2,2," not in files["losses.csv"].decode() and b"save" not in files["training.log"]
+    said = float(re.search(r"of ([\d.]+) MB", result.stdout)[1])
+    assert said == pytest.approx(len(files["adapters.safetensors"]) / 1e6, rel=0.1)
+
+
+# ---- what goes wrong while it trains -----------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("iters", "error"),
+    [
+        ("9", "error: the loss became NaN or infinite at iteration 2. FIX: "),
+        ("1", "error: all weights became NaN or infinite. FIX: "),  # no loss comes after it
+    ],
+)
+def test_nan_ends_the_run_and_spares_the_older_adapter(project, train, iters, error):
     older = put_older_adapter(project)
-    kill_when(project, run, f"{ADAPTER}.partial/run/config.yaml", FAST)
-    assert contents(project / ADAPTER) == older
-    result = train(RESUME="1")
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: there is no interrupted run with a checkpoint to resume. FIX: ")
+    hot = {"LEARNING_RATE": "1e38", "SCALE": "1e10", "WARMUP": "0", "OPTIMIZER": "sgd"}
+    result = train(ITERS=iters, **hot)
+    assert result.returncode == 1 and last_error(result).startswith(error)
     assert contents(project / ADAPTER) == older
 
 
-def test_kill_9_while_a_checkpoint_is_written_and_resume_for_the_rest(project, train, run):
+def is_over(project):
+    """Whether no process of a run lives any more: each holds the lock, the trainer too."""
+    with (project / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_the_trainer_ends_with_its_script_and_a_resumed_run_does_the_rest(
+    project, train, run, number
+):
     older = put_older_adapter(project)
-    settings = FAST | {"ITERS": "16", "EVAL_EVERY": "4", "GRAD_ACCUMULATION": "2", "WARMUP": "2"}
-    kill_when(project, run, f"{ADAPTER}.partial/run/0000008_adapters.safetensors", settings)
+    settings = {"ITERS": "4000", "EVAL_EVERY": "4", "GRAD_ACCUMULATION": "2", "WARMUP": "2"}
+    first = run(project, "fine_tune.sh", env=FAST | settings, start=subprocess.Popen)
+    wait_until(lambda: list((project / WORK).glob("0*")))
+    os.kill(first.pid, number)  # the script alone
+    assert first.wait() == -number
+    wait_until(lambda: is_over(project))
     assert contents(project / ADAPTER) == older
-    saved = {path.name for path in (project / f"{ADAPTER}.partial").glob("0*")}
-    done = 8 if "0000008_adapters.safetensors" in saved else 4  # the file may have been whole a moment before the kill
+    if number != signal.SIGKILL:
+        return
 
     changed = train(**settings | {"RESUME": "1", "RANK": "4"})
-    assert changed.returncode == 1
-    assert "< lora_parameters: {rank: 8" in changed.stdout and "> lora_parameters: {rank: 4" in changed.stdout
-    assert last_error(changed).startswith("error: settings or data are not those of the interrupted run")
-    assert contents(project / ADAPTER) == older
-
+    assert last_error(changed).startswith("error: lora_parameters: not as in the interrupted run.")
+    # Pretend that all but 8 of the batches are done.
+    newest = sorted((project / WORK).glob("0*"))[-1]
+    newest.rename(project / WORK / "0003992_adapters.safetensors")
     result = train(**settings, RESUME="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"after {done} of 16 batches" in result.stdout
-    losses = pd.read_csv(project / ADAPTER / "losses.csv")
-    assert losses.iteration.is_monotonic_increasing
-    assert losses.iteration[losses.train_loss.notna()].tolist() == [4, 8, 12, 16]
-    # The rest of the schedule: the learning rate of each update is what it would have been without the kill.
-    whole = build_schedule(yaml.safe_load((project / ADAPTER / "lora_config.yaml").read_text())["lr_schedule"])
-    rest = build_schedule(json.loads((project / ADAPTER / "adapter_config.json").read_text())["lr_schedule"])
-    updates = range(done // 2, 16 // 2)
-    wanted, found = [float(whole(n)) for n in updates], [float(rest(n - done // 2)) for n in updates]
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
+    assert "resuming    after 3992 of 4000 batches" in result.stdout
+    losses = losses_of(project)
+    assert losses.index.is_monotonic_increasing and losses.index.is_unique
+    assert losses.val_loss.dropna().index[-3:].tolist() == [3992, 3996, 4000]
+    config = json.loads((project / ADAPTER / "adapter_config.json").read_text())
+    first, last, updates = config["lr_schedule"]["arguments"]  # the rest of the line
+    assert (first, last) == (pytest.approx(1e-3 * 8 / 4000), 0)
+    assert updates + config["lr_schedule"]["warmup"] == 4
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_kill_9_at_the_swap_loses_neither_adapter(project, train, tmp_path, step):
-    """A `mv` that dies instead of its step-th rename of the adapter's folder stands for the kill at that moment."""
-    older = put_older_adapter(project)
-    (tmp_path / "bin").mkdir()
-    deadly = tmp_path / "bin/mv"
-    deadly.write_text(
-        "#!/bin/sh\n"
-        "case $2 in */adapter-v1_tiny-gemma-3 | *.old)\n"
-        '  echo x >>"$0.count"\n'
-        f'  if [ "$(wc -l <"$0.count")" -eq {step} ]; then kill -9 $PPID; exit; fi ;;\n'
-        "esac\n"
-        '/bin/mv "$@"\n'
-    )
-    deadly.chmod(0o755)
-    path = os.environ["PATH"]
-    result = train(PATH=f"{deadly.parent}{os.pathsep}{path}")
-    assert result.returncode == -signal.SIGKILL
-    assert contents(project / (ADAPTER if step == 1 else f"{ADAPTER}.old")) == older
-
-    result = train(BATCH_SIZE="99")  # any later run, even one that ends at once
+@pytest.mark.slow
+def test_a_launcher_that_reports_success_without_an_adapter(project, train):
+    result = train(LAUNCH="echo the rank died:")
     assert result.returncode == 1
-    adapter = contents(project / ADAPTER)
-    assert adapter == older if step == 1 else len(adapter["adapters.safetensors"]) > 1000
-    assert not (project / f"{ADAPTER}.old").exists()
+    assert last_error(result).startswith(
+        "error: mlx_lm.lora ended with code 0 after 0 of 6 batches"
+    )
 
 
-def test_a_second_run_of_the_same_adapter_is_refused_while_the_first_is_training(project, train, run):
-    first = run(project, "fine_tune.sh", env=FAST | {"ITERS": "4000"}, start=subprocess.Popen, start_new_session=True)
-    try:
-        while not list(project.glob(f"{ADAPTER}.partial/0*")):
-            assert first.poll() is None
-            time.sleep(0.1)
-        os.kill(first.pid, signal.SIGKILL)  # the script alone: mlx_lm.lora goes on
-        result = train()
-        assert result.returncode == 1
-        pid = (project / f"{ADAPTER}.partial/pid").read_text().strip()
-        assert last_error(result).startswith(f"error: process {pid} is training this adapter. FIX: ")
-        assert last_error(result).endswith(f"kill {pid}")
-        os.kill(int(pid), signal.SIGKILL)
-        assert train().returncode == 0
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-
-
+@pytest.mark.slow
 def test_two_ranks_train_one_adapter(project, train):
-    result = train(LAUNCH="mlx.launch -n 2 --backend ring --", ITERS="3")
+    result = train(LAUNCH="mlx.launch -n 2 --backend ring --", ITERS="2", EVAL_EVERY="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    losses = pd.read_csv(project / ADAPTER / "losses.csv")
-    assert losses.iteration.tolist() == [1, 3, 3]
-    assert "launcher: mlx.launch -n 2" in (project / ADAPTER / "lora_config.yaml").read_text()
+    assert losses_of(project).train_loss.dropna().index.tolist() == [1, 2]
 
 
-def test_early_stop_ends_every_rank(project, train):
-    result = train(**OVERFIT | {"PATIENCE": "1", "LAUNCH": "mlx.launch -n 2 --backend ring --", "ITERS": "400"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "early stop" in result.stdout
-    processes = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True).stdout
-    assert str(project) not in processes
-
-
-def test_it_runs_from_any_folder_and_the_bigger_batch_by_accumulation(project, run, tmp_path):
-    result = run(project, "fine_tune.sh", env=FAST | {"GRAD_ACCUMULATION": "3"}, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads((project / ADAPTER / "adapter_config.json").read_text())["grad_accumulation_steps"] == 3
-
-
-@pytest.mark.parametrize("kind", ["dora", "full"])
-def test_other_fine_tune_types(project, train, kind):
-    result = train(FINE_TUNE_TYPE=kind, LEARNING_RATE="1e-4")
-    assert result.returncode == 0, result.stdout + result.stderr
-    weights = mx.load(str(project / ADAPTER / "adapters.safetensors"))
-    parts = {name.rpartition(".")[2] for name in weights}
-    assert parts == ({"lora_a", "lora_b", "m"} if kind == "dora" else {"weight"})
-    # the announced size of a checkpoint, in MB, is that of the file
-    said = float(result.stdout.split("epochs; ")[1].split(" MB")[0])
-    assert said == pytest.approx((project / ADAPTER / "adapters.safetensors").stat().st_size / 1e6, rel=0.1, abs=0.06)
-
-
-def on_terminal(run, project, env, act):
-    """Run fine_tune.sh on a pseudo terminal; `act(seen, file)` gets all output so far. Return output and code."""
+@pytest.mark.slow
+def test_a_narrow_terminal_has_a_live_bar_and_ctrl_c_says_how_to_go_on(project, run):
+    older = put_older_adapter(project)
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 16, 0, 0))
     process = run(
-        project, "fine_tune.sh", env=FAST | env, start=subprocess.Popen, start_new_session=True,
-        stdin=follower, stdout=follower, stderr=follower,
+        project,
+        "fine_tune.sh",
+        env=FAST | {"ITERS": "4000"},
+        start=subprocess.Popen,
+        start_new_session=True,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    )
     os.close(follower)
-    seen = b""
+    seen, pressed = b"", False
     while True:
         try:
-            data = os.read(leader, 65536)
-        except OSError:  # Linux: the other side is closed
-            data = b""
-        if not data:
+            seen += os.read(leader, 65536)
+        except OSError:  # the other side is closed
             break
-        seen += data
-        act(seen, leader)
-    return seen.decode("utf-8", "replace"), process.wait()
-
-
-def test_on_a_terminal_the_progress_bar_is_live_and_the_log_is_plain(project, run):
-    seen, code = on_terminal(run, project, {}, lambda seen, leader: None)
-    assert code == 0, seen
-    assert "█" in seen and "\x1b[" in seen and " s left" in seen
-    assert seen.rstrip().endswith("./fuse.sh")
-    log = (project / ADAPTER / "training.log").read_text("utf-8")
-    assert "val " in log and "\x1b" not in log and "█" not in log and "░" not in log
-
-
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(project, run):
-    older = put_older_adapter(project)
-    pressed = []
-
-    def press(seen, leader):
-        if seen.count(b" left") > 1 and not pressed:  # the second stands after a checkpoint
-            pressed.append(os.write(leader, b"\x03"))
-
-    seen, code = on_terminal(run, project, {"ITERS": "4000"}, press)
-    assert code == 130
-    assert "put RESUME=1 in front of the same command" in seen and "Traceback" not in seen
+        if not pressed and list((project / WORK).glob("0*")):
+            pressed = os.write(leader, b"\x03") == 1
+    assert process.wait() == 130
+    text = seen.decode()
+    assert re.search(r"\rtraining: +\d+%\|", text) and "Traceback" not in text
+    assert "RESUME=1 in front of the same command" in text
     assert contents(project / ADAPTER) == older
+    assert "\r" not in (project / WORK / "training.log").read_text("utf-8")
 
 
-# ---- the errors of a beginner --------------------------------------------------------------------------------------
-ERRORS = {
-    "no base model": (
-        lambda p: shutil.rmtree(p / "models/base/tiny-gemma-3"),
-        {},
-        "error: there is no base model in models/base/tiny-gemma-3 (downloaded: tiny-gemma-3-4bit). "
-        "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
-    ),
-    "a shard cut off": (
-        lambda p: cut_off(p / "models/base/tiny-gemma-3/model.safetensors"),
-        {},
-        "error: the base model in models/base/tiny-gemma-3 is not complete: ",
-    ),
-    "no tokenizer": (
-        lambda p: (p / "models/base/tiny-gemma-3/tokenizer.json").unlink(),
-        {},
-        "error: the base model in models/base/tiny-gemma-3 is not complete: there is no tokenizer",
-    ),
-    "a shard missing": (
-        lambda p: (p / "models/base/tiny-gemma-3/model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'
+def test_when_nobody_reads_the_output_any_more_it_ends_quietly(project, run):
+    process = run(
+        project,
+        "fine_tune.sh",
+        env=FAST | LOOK,
+        start=subprocess.Popen,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+
+# ---- one run at a time, and what a killed one left ---------------------------------------------
+def test_a_second_run_of_the_same_adapter_is_refused(project, train):
+    with (project / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = train(**LOOK)
+        assert result.returncode == 1
+        assert last_error(result).startswith(f"error: another run is writing {ADAPTER}. FIX: ")
+    assert "no interrupted run" in last_error(train(**LOOK))
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        ({ADAPTER: "older", WORK: "newer"}, "newer"),  # killed before the two renames
+        ({OLD: "older", WORK: "newer"}, "newer"),  # between them
+        ({ADAPTER: "newer", OLD: "older"}, "newer"),  # behind them
+        ({OLD: "older"}, "older"),
+    ],
+)
+def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
+    mine = [f"{ADAPTER}.old", f"{ADAPTER}.partial"]  # names that users give
+    for folder, adapter in [*left.items(), *((name, "mine") for name in mine)]:
+        (project / folder).mkdir()
+        (project / folder / "adapters.safetensors").write_text(adapter)
+    assert train(ITERS="none").returncode == 1  # any later run, even one that ends at once
+    assert contents(project / ADAPTER) == {"adapters.safetensors": kept.encode()}
+    assert not (project / OLD).exists() and not (project / WORK).exists()
+    for name in mine:
+        assert contents(project / name) == {"adapters.safetensors": b"mine"}
+
+
+# ---- settings ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("line", "outcome"),
+    [
+        ("ITERS=100", "run         100 batches"),
+        ('ITERS="100"', "run         100 batches"),
+        ("ITERS=100  # note", "run         100 batches"),
+        (
+            "ITERS = 100",
+            "error: 'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\"",
         ),
-        {},
-        "error: the base model in models/base/tiny-gemma-3 is not complete: ",
-    ),
-    "no training data": (
-        lambda p: (p / "data/for_train/v1/train.jsonl").unlink(),
-        {},
-        "error: data/for_train/v1/train.jsonl is missing or empty. FIX: VERSION=v1 python build_train.py",
-    ),
-    "a broken row": (
-        lambda p: (p / "data/for_train/v1/valid.jsonl").write_text(
-            '{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n'
-        ),
-        {},
-        "error: data/for_train/v1/valid.jsonl, line 2, is not a prompt and a completion. FIX: ",
-    ),
-    "too few rows": (
-        None,
-        {"BATCH_SIZE": "6"},
-        "error: valid.jsonl has 4 rows, fewer than BATCH_SIZE=6. FIX: BATCH_SIZE=4 ",
-    ),
-    "evaluation within an update": (
-        None,
-        {"GRAD_ACCUMULATION": "2"},
-        "error: EVAL_EVERY=3 is not a multiple of GRAD_ACCUMULATION. FIX: ",
-    ),
-    "too many layers": (
-        None,
-        {"NUM_LAYERS": "7"},
-        "error: NUM_LAYERS=7, but tiny-gemma-3 has 6 layers. FIX: NUM_LAYERS=-1 ",
-    ),
-    "not a number": (None, {"ITERS": "many"}, "error: ITERS=many is not a whole number above 0. FIX: "),
-    "not a rate": (
-        None,
-        {"LEARNING_RATE": "0,1"},
-        "error: LEARNING_RATE=0,1 is not a number, with a decimal point. FIX: LEARNING_RATE=2e-4 ",
-    ),
-    "unknown schedule": (None, {"SCHEDULE": "cosine"}, "error: SCHEDULE=cosine is not linear or constant. FIX: "),
-    "a repository as MODEL": (
-        None,
-        {"MODEL": "mlx-community/gemma-3-1b-it-4bit"},
-        "error: MODEL=mlx-community/gemma-3-1b-it-4bit is not the name of a folder in models/base. FIX: "
-        + "MODEL=gemma-3-1b-it-4bit ./fine_tune.sh, after hf download mlx-community/gemma-3-1b-it-4bit",
-    ),
-    "full on a quantised base": (
-        None,
-        {"MODEL": "tiny-gemma-3-4bit", "FINE_TUNE_TYPE": "full"},
-        "error: tiny-gemma-3-4bit is quantised, and FINE_TUNE_TYPE=full trains whole weights. FIX: ",
-    ),
-    "a path as MODEL": (
-        None,
-        {"MODEL": "models/base/tiny-gemma-3"},
-        "error: MODEL=models/base/tiny-gemma-3 is a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh",
-    ),
-    "a path that ends with /": (
-        None,
-        {"MODEL": "./models/base/tiny-gemma-3/"},
-        "error: MODEL=./models/base/tiny-gemma-3/ is a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh",
-    ),
-    "a path as VERSION": (
-        None,
-        {"VERSION": "../v1"},
-        "error: VERSION=../v1 is not a name of letters, digits, '.', '_' and '-'. FIX: ",
-    ),
+        ("ITERS= 100", "error: 'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
+        ("ITERS=abc", "error: ITERS=abc is not a whole number above 0. FIX: ITERS=600 "),
+        ("ITERS=10,000", "error: ITERS=10,000 is not a whole number above 0. FIX: ITERS=10000 "),
+        ("ITERS=", "error: ITERS= is not a whole number above 0. FIX: ITERS=600 "),
+    ],
+)
+def test_a_setting_edited_by_hand(project, train, line, outcome):
+    script = project / "fine_tune.sh"
+    script.write_text(re.sub(r"^ITERS=.*$", lambda _: line, script.read_text(), flags=re.MULTILINE))
+    result = train(**LOOK | {"ITERS": None})
+    assert outcome in result.stdout + last_error(result)
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "zsh", sys.executable])
+def test_another_interpreter_says_what_to_type(project, shell):
+    if not shutil.which(shell):
+        pytest.skip("not installed")
+    result = subprocess.run([shell, project / "fine_tune.sh"], capture_output=True, text=True)
+    assert result.returncode in (1, 2) and "FIX: ./fine_tune.sh" in result.stdout + result.stderr
+
+
+def change_config(**values):
+    def change(project):
+        path = project / BASE / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "rate"),
+    [(640, "0.0002"), (1152, "0.00013"), (2560, "6.8e-05"), (5376, "3.8e-05")],
+)
+def test_the_learning_rate_follows_the_size_of_the_model(project, train, hidden_size, rate):
+    change_config(hidden_size=hidden_size)(project)
+    result = train(**LOOK, LEARNING_RATE="auto")
+    assert f"rate        {rate} = 2e-4 x (640 / {hidden_size})^0.78" in result.stdout
+
+
+# ---- memory ------------------------------------------------------------------------------------
+GEMMA_3 = {  # layers, hidden, intermediate, heads, key-value heads, head size; GB of 4-bit weights
+    "4B": ((34, 2560, 10240, 8, 4, 256), 2.2),
+    "12B": ((48, 3840, 15360, 16, 8, 256), 6.6),
+    "27B": ((62, 5376, 21504, 32, 16, 128), 15.2),
 }
+NAMES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+NAMES += ("num_key_value_heads", "head_dim")
+
+
+def pretend_to_be(project, model):
+    """Give the tiny base the config and the size, in a file that is all holes, of a Gemma 3."""
+    shape, gigabytes = GEMMA_3[model]
+    change_config(**dict(zip(NAMES, shape, strict=True)), vocab_size=262144)(project)
+    size = int(gigabytes * 1e9)
+    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    header = json.dumps({"x": tensor}).encode()
+    with (project / BASE / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    write_data(project, train=[("ciao", "ZQ " * 248)] * 16)  # 512 tokens each
+
+
+@pytest.mark.parametrize(
+    ("model", "measured", "settings"),  # the table of tests/benchmarks/README.md
+    [
+        ("4B", 16.9, {}),
+        ("12B", 34.6, {}),
+        ("27B", 61.2, {}),
+        ("27B", 32.9, {"GRAD_CHECKPOINT": "1"}),
+        ("27B", 18.3, {"GRAD_CHECKPOINT": "1", "BATCH_SIZE": "1", "RANK": "8"}),
+        ("27B", 26.2, {"NUM_LAYERS": "16", "BATCH_SIZE": "1", "EMBEDDINGS": "0"}),
+    ],
+)
+def test_the_memory_is_reckoned_as_it_was_measured(project, train, model, measured, settings):
+    pretend_to_be(project, model)
+    result = train(**{"RANK": "32", "CHECK_MEMORY": "0"} | LOOK | settings)
+    assert "the longest of 512 tokens" in result.stdout
+    reckoned = float(re.search(r"memory      about ([\d.]+) GB", result.stdout)[1])
+    assert 0.9 * measured < reckoned < 1.15 * measured
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do(project, train):
+    pretend_to_be(project, "27B")
+    result = train(RANK="32", BATCH_SIZE="16")  # 320 GB
+    assert result.returncode == 1 and "Loading" not in result.stdout
+    if "error: no settings make it fit" in last_error(result):
+        pytest.skip("this machine is too small for 27B")
+    (fix,) = re.findall(
+        r"does not fit, and a Mac may crash. FIX: (.*) ./fine_tune.sh", result.stderr
+    )
+    smaller = dict(setting.split("=") for setting in fix.split())
+    result = train(**{"RANK": "32", "BATCH_SIZE": "16"} | LOOK | smaller)
+    assert "no interrupted run" in last_error(result)
+
+
+# ---- the errors of a beginner ------------------------------------------------------------------
+def remove(path):
+    return lambda project: (project / path).unlink()
+
+
+def write(path, text):
+    return lambda project: (project / path).write_text(text)
+
+
+def link(path, target):
+    return lambda project: (project / path).symlink_to(target)
+
+
+def think(project):
+    """A template that begins a reply with words that a finished reply has not."""
+    path = project / BASE / "tokenizer_config.json"
+    path.write_text(
+        path.read_text().replace(
+            "<start_of_turn>model\\n{% endif", "<start_of_turn>model\\n<think>{% endif"
+        )
+    )
+
+
+BROKEN = f"the base model in {BASE} cannot be used: "
+DOWNLOAD = f"FIX: hf download mlx-community/tiny-gemma-3 --local-dir {BASE}"
+BUILD = "FIX: VERSION=sample MODEL=tiny-gemma-3 python build_train.py"
+ERRORS = {
+    # the base model
+    "MODEL mistyped": (None, {"MODEL": "tiny-gema-3"}, "there is no base model in models/base/tiny-gema-3 (there: tiny-gemma-3, tiny-gemma-3-4bit). FIX: MODEL=tiny-gemma-3 ./fine_tune.sh"),
+    "MODEL forgotten": (lambda p: shutil.rmtree(p / f"{BASE}-4bit"), {"MODEL": None}, "there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-3). FIX: export MODEL=tiny-gemma-3"),
+    "MODEL not there": (None, {"MODEL": "Qwen"}, "there is no base model in models/base/Qwen (there: tiny-gemma-3, tiny-gemma-3-4bit). FIX: hf download mlx-community/Qwen --local-dir models/base/Qwen"),
+    "MODEL a repository": (None, {"MODEL": "mlx-community/gemma"}, "MODEL is a repository, not a folder in models/base. FIX: hf download mlx-community/gemma --local-dir models/base/gemma; MODEL=gemma ./fine_tune.sh"),
+    "MODEL a path": (None, {"MODEL": "./models/base/tiny-gemma-3/"}, "MODEL=tiny-gemma-3 is given as a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh"),
+    "MODEL empty": (None, {"MODEL": ""}, "MODEL is not a name of letters"),
+    "a shard cut off": (lambda p: cut_off(p / BASE / "model.safetensors"), {}, BROKEN + "SafetensorError"),
+    "a shard missing": (write(f"{BASE}/model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}'), {}, BROKEN + "FileNotFoundError"),
+    "no tokenizer": (remove(f"{BASE}/tokenizer.json"), {}, f"the tokenizer of {BASE} cannot be used: "),
+    "a template that hides the reply": (think, {}, f"the tokenizer of {BASE} cannot be used: ValueError: its chat template does not tell which tokens are the reply"),
+    "a broken template": (write(f"{BASE}/chat_template.jinja", "{{ 1 / 0 }}"), {}, f"the tokenizer of {BASE} cannot be used: ZeroDivisionError"),
+    "code of its own": (change_config(model_file="evil.py"), {}, f"{BASE}/config.json cannot be used: ValueError: it brings code of its own"),
+    "10^9 layers": (change_config(num_hidden_layers=10**9), {}, f"{BASE}/config.json cannot be used: ValueError: layers: 1000000000"),
+    "vocab_size a text": (change_config(vocab_size="\x1b[31m"), {}, f"{BASE}/config.json cannot be used: ValueError: vocabulary: \\x1b[31m"),
+    "config.json deep": (write(f"{BASE}/config.json", "[" * 100_000), {}, f"{BASE}/config.json cannot be used: RecursionError"),
+    "config.json a list": (write(f"{BASE}/config.json", "[3]"), {}, f"{BASE}/config.json cannot be used: "),
+    "too many layers": (None, {"NUM_LAYERS": "7"}, "NUM_LAYERS=7, but tiny-gemma-3 has 6 layers. FIX: NUM_LAYERS=-1 "),
+    # the data
+    "VERSION a path": (None, {"VERSION": "../v1"}, "VERSION=v1 is given as a path. FIX: VERSION=v1 ./fine_tune.sh"),
+    "VERSION with a space": (None, {"VERSION": "my chat"}, "VERSION is not a name of letters, digits, '.', '_' and '-'. FIX: VERSION=my_chat "),
+    "VERSION without data": (None, {"VERSION": "v2"}, "data/for_train/v2/train.jsonl is missing or empty (there: sample). FIX: VERSION=v2 MODEL=tiny-gemma-3 python build_train.py"),
+    "no validation rows": (write(f"{DATA}/valid.jsonl", ""), {}, f"{DATA}/valid.jsonl is missing or empty (there: sample). {BUILD}"),
+    "a broken row": (write(f"{DATA}/valid.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n'), {}, f"{DATA}/valid.jsonl, line 2, cannot be used: KeyError"),
+    "a number as reply": (write(f"{DATA}/valid.jsonl", '{"prompt": "a", "completion": 3}\n'), {}, f"{DATA}/valid.jsonl, line 1, cannot be used: TypeError"),
+    "half a surrogate pair": (write(f"{DATA}/valid.jsonl", '{"prompt": "\\ud800", "completion": "b"}\n'), {}, f"{DATA}/valid.jsonl, line 1, cannot be used: UnicodeEncodeError"),
+    "a deep row": (write(f"{DATA}/train.jsonl", "[" * 100_000), {}, f"{DATA}/train.jsonl, line 1, cannot be used: RecursionError"),
+    "two shapes": (write(f"{DATA}/train.jsonl", '{"prompt": "a", "completion": "b"}\n' + json.dumps(messages("a", "b"))), {}, f"{DATA}/train.jsonl, line 2, cannot be used: ValueError: neither"),
+    "too few rows": (None, {"BATCH_SIZE": "9"}, "train.jsonl has 8 rows, fewer than BATCH_SIZE=9. FIX: BATCH_SIZE=8 "),
+    "a row too long": (None, {"MAX_SEQ_LENGTH": "9"}, "a row has "),
+    "more logits than CUDA counts": (change_config(vocab_size=9_999_999), {"BATCH_SIZE": "8"}, "MLX computes no more than "),
+    # settings
+    "evaluation within an update": (None, {"GRAD_ACCUMULATION": "2"}, "EVAL_EVERY=3 is not a multiple of GRAD_ACCUMULATION. FIX: EVAL_EVERY=20 "),
+    "not a rate": (None, {"LEARNING_RATE": "0,1"}, "LEARNING_RATE=0,1 is not auto or a number with a decimal point. FIX: LEARNING_RATE=0.1 "),
+    "an unknown schedule": (None, {"SCHEDULE": "cosine"}, "SCHEDULE=cosine is not linear or constant. FIX: SCHEDULE=linear "),
+    "escapes": (None, {"RANK": "\x1b[2J8"}, "RANK=\\x1b[2J8 is not a whole number above 0. FIX: RANK=32 "),
+    # the target
+    "a file in its place": (write(ADAPTER, ""), {}, f"{ADAPTER} is a link or a file, where a folder goes. FIX: mv {ADAPTER} {ADAPTER}.mine"),
+    "a dangling link": (link(ADAPTER, "nowhere"), {}, f"{ADAPTER} is a link or a file, where a folder goes. FIX: mv "),
+    "the name of another base": (lambda p: [(p / ADAPTER).mkdir(), write(f"{ADAPTER}/adapter_config.json", '{"model": "models/base/3"}')(p)], {}, f"{ADAPTER} is that of the base 3. FIX: a VERSION other than sample"),
+    "nothing to resume": (None, LOOK, "there is no interrupted run with a checkpoint to resume. FIX: RESUME=0 ./fine_tune.sh"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_error_before_a_model_is_loaded(project, train, name):
     harm, env, expected = ERRORS[name]
-    older = put_older_adapter(project)
     if harm:
         harm(project)
     result = train(**env)
     assert result.returncode == 1
-    assert last_error(result).startswith(expected) and ". FIX: " in last_error(result)
-    assert "Loading" not in result.stdout
-    assert contents(project / ADAPTER) == older
+    assert last_error(result).startswith("error: " + expected)
+    assert ". FIX: " in last_error(result) and "\x1b" not in result.stderr
+    assert "Loading" not in result.stdout and not (project / WORK).exists()
 
 
-def test_without_the_virtual_environment(project, train, tmp_path):
-    """A PATH with the system's tools and a python3 that says its version, but without mlx_lm.lora."""
+def test_without_the_virtual_environment(project, tmp_path):
+    """A PATH with the system's tools and a python3 that says its version, but no mlx_lm.lora."""
     for name in ["dirname", "cat", "sed", "bash"]:
         (tmp_path / name).symlink_to(shutil.which(name))
-    (tmp_path / "python3").symlink_to(sys.executable)
     command = [str(tmp_path / "bash"), str(project / "fine_tune.sh")]
-    env = {"PATH": str(tmp_path), "MODEL": "tiny-gemma-3"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert last_error(result).startswith(
-        "error: mlx_lm.lora was not found, so the virtual environment is not active. FIX: source venv"
-    )
-    (tmp_path / "python3").unlink()
-    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.6\nexit 1\n')
-    (tmp_path / "python3").chmod(0o755)
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert last_error(result).startswith("error: python3 is Python 3.9.6, and 3.11 or newer is needed. FIX: ")
-
-
-def test_wrong_usage(train):
-    for argument, expected in [
-        ("--iters", "error: --iters is not an argument of fine_tune.sh, or is a setting at its top. FIX: ITERS=60 "),
-        ("--iter", "error: --iter is not an argument of fine_tune.sh, or is a setting at its top. FIX: ITERS=60 "),
-        ("--no-such-flag", "error: --no-such-flag is not an argument of fine_tune.sh, "),
-        ("ITERS=7", "error: ITERS=7 stands behind the command. FIX: ITERS=7 ./fine_tune.sh"),
+    for python, error in [
+        ("exit 0", "error: mlx_lm.lora was not found, so the virtual environment is not active. "),
+        ("echo Python 3.9.6; exit 1", "error: python3 is Python 3.9.6, and 3.11 or newer is "),
     ]:
-        result = train(argument)
-        assert result.returncode == 2
-        assert last_error(result).startswith(expected)
+        (tmp_path / "python3").write_text(f"#!{shutil.which('sh')}\n{python}\n")
+        (tmp_path / "python3").chmod(0o755)
+        result = subprocess.run(
+            command, env={"PATH": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert result.returncode == 1 and last_error(result).startswith(error)
 
 
-def test_arguments_go_through_to_mlx_lm(project, train):
-    result = train("--project-name", "mine")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads((project / ADAPTER / "adapter_config.json").read_text())["project_name"] == "mine"
-    assert "arguments: --project-name mine" in (project / ADAPTER / "lora_config.yaml").read_text()
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--iters", "error: --iters is not an argument of fine_tune.sh. FIX: ITERS=60 "),
+        ("--trust-remote-code", "error: --trust-remote-code is not an argument of fine_tune.sh. "),
+        ("ITERS=7", "error: ITERS=7 stands behind the command. FIX: ITERS=7 ./fine_tune.sh"),
+    ],
+)
+def test_wrong_usage(train, argument, expected):
+    result = train(argument)
+    assert result.returncode == 2 and last_error(result).startswith(expected)
 
 
 def test_help_shows_purpose_and_settings(train):
     result = train("--help")
     assert result.returncode == 0
-    assert result.stdout.startswith("Train a LoRA adapter")
-    assert "LEARNING_RATE=${LEARNING_RATE:-2e-4} " in result.stdout and "RESUME=${RESUME:-0} " in result.stdout
+    assert result.stdout.startswith("Stage 2: train a LoRA adapter")
+    assert "\nLEARNING_RATE=auto " in result.stdout and "\nRESUME=0 " in result.stdout
     assert "set -euo" not in result.stdout

@@ -38,7 +38,6 @@ RECIPES = {
     **{f"{name}": {"OPTIMIZER": name} for name in ("adamw", "muon", "sgd", "adafactor")},
     "no embeddings": {"EMBEDDINGS": 0},
     "mask": {"MASK_PROMPT": 1},
-    "dora": {"FINE_TUNE_TYPE": "dora"},
     **{
         f"{rows} rows, {epochs} epochs": {"ROWS": rows, "EPOCHS": epochs}
         for rows in (500, 2000, 8000)

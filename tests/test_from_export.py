@@ -1,4 +1,5 @@
 """What from_export.py reads: a table of the forms of exports, and the rules of every stage."""
+# ruff: noqa: RUF001 (apps write in many alphabets)
 
 import fcntl
 import importlib.util
@@ -246,9 +247,9 @@ def test_an_author_who_is_a_phone_number_becomes_a_person(convert):
 
 
 def test_names_lose_what_is_invisible_but_not_what_makes_an_emoji(convert):
-    chat = "24/11/26, 10:44 - A\u200dn\x1b[2Jn\u202e  Lee: hi\n24/11/26, 10:44 - \U0001f468\u200d\U0001f33e: ok"
-    names = [name for name, _ in said(convert({"chat.txt": chat})[0])]
-    assert names == ["A\u200dn[2Jn Lee", "\U0001f468\u200d\U0001f33e"]
+    farmer = "\U0001f468\u200d\U0001f33e"
+    chat = f"24/11/26, 10:44 - A\x1b[2Jn\u202e  Lee: hi\n24/11/26, 10:44 - {farmer}: ok"
+    assert said(convert({"chat.txt": chat})[0]) == [("A[2Jn Lee", "hi"), (farmer, "ok")]
 
 
 def test_bots_are_known_by_name(convert):
@@ -456,11 +457,12 @@ def test_twitch_downloader(convert):
 @pytest.mark.parametrize(
     ("log", "times"),
     [
-        ("# Log started: 2026-11-24 10:00:00 +0100\n[10:44:25] <@Ann> hi\n[10:45:00] <+bob> ok", 24),
+        ("# Log started: 2026-11-24 10:00:00 +0100\n[10:44:25] <@Ann> hi\n[10:45] <+bob> ok", 24),
         ("[10:44:25] <Ann> hi\n[10:45:00] <bob> ok", None),
         ("[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok", 24),
         ("--- Log opened Tue Nov 24 09:00:00 2026\n10:44:25 < Ann> hi\n10:45 <@bob> ok", 24),
-        ("--- Day changed Tue Nov 24 2026\n10:44:25 <Ann> hi\n10:45 -!- cy joined\n10:45 <bob> ok", 24),
+        ("--- Day changed Tue Nov 24 2026\n10:44:25 <Ann> hi\n10:45 -!- cy joined\n"
+         "10:45 <bob> ok", 24),
         ("2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
          "2026-11-24 10:45:00\tbob\tok", 24),
         ("**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n\nNov 24 10:44:25 <Ann>\thi\n"
@@ -799,7 +801,7 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
         "left out 1 written by the app itself (app): Messages and calls are end-to-end encryp",
         "left out 1 media without words (media): <Media omitted>",
         "",
-        "wrote my project/data/raw/messages_sample.json: 3 entries; take out what is not to be learned",
+        "wrote my project/data/raw/messages_sample.json: 3 entries; take out what it must not learn",
         "next VERSION=sample python build_train.py --only-author 'Ann Lee' # answers as this one",
         "VERSION=sample python build_train.py # answers as everybody",
     ]
@@ -827,7 +829,7 @@ def test_without_an_argument_it_says_what_to_type(home, export):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'; known are"),
+        ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'; known"),
         ("a.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
         ("a.json", '{"messages": [{"type": "mess', "a.json is damaged JSON"),
         ("a.json", "[" * 100000, "not as its app writes it"),
@@ -836,7 +838,7 @@ def test_without_an_argument_it_says_what_to_type(home, export):
         ("a.json", "[]", "JSON with the keys (none)"),
         ("a.json", "[1, null]", "JSON with the keys (none)"),
         ("a.json", '[{"previous_messages": ["a"], "message": "b"}]', "copy it into data/raw"),
-        ("a.json", '{"name": 1, "messages": [{"type": 1, "text": 2}, 3]}', "not as its app writes it"),
+        ("a.json", '{"messages": [{"type": 1, "text": 2}, 3]}', "not as its app writes it"),
         ("a.json", '{"chats": {"list": 7}}', "not as its app writes it"),
         ("a.csv", "a,b\n1,2\n", "a text that begins with 'a,b"),
         ("a.txt", "", "a.txt is empty"),
@@ -844,12 +846,21 @@ def test_without_an_argument_it_says_what_to_type(home, export):
         ("a.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
         ("a.zip", b"PK\x05\x06" + bytes(18), "holds no such file"),
         ("a.zip", b"PK\x03\x04" + bytes(100), "a.zip is no text"),
-        ("a.txt", "24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you", "nothing is left"),
     ],
 )  # fmt: skip
-def test_what_no_reader_knows_gets_an_error(home, export, name, content, what):
+def test_what_no_reader_knows_gets_an_error(home, name, content, what):
     (home / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    assert what in failed(export(name)) and raw(home) == {}
+    with pytest.raises(SystemExit) as end:
+        from_export.read_files([str(home / name)], None)
+    assert what in end.value.code and "FIX: export the chat again" in end.value.code
+
+
+def test_an_error_writes_nothing_and_is_one_line_with_its_fix(home, export):
+    (home / "chat.txt").write_text("24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you")
+    assert "nothing is left that people said to each other" in failed(export("chat.txt"))
+    (home / "chat.txt").write_text("Dear\ndiary")
+    assert "chat.txt is a text that begins with 'Dear\\ndiary'" in failed(export("chat.txt"))
+    assert raw(home) == {}
 
 
 def test_a_file_that_is_not_there_gets_the_nearest_name(home, export):

@@ -978,7 +978,7 @@ def main():
     if not entries:
         fail("nothing is left that people said to each other", "--keep KIND, of those above")
     where = os.path.relpath(target)
-    print(f"\nwrote {where}: {len(entries):,} entries; take out what is not to be learned")
+    print(f"\nwrote {where}: {len(entries):,} entries; take out what it must not learn")
     next_steps(entries, s.version)
 
 

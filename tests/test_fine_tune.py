@@ -1,8 +1,7 @@
-"""fine_tune.sh: the checkpoint whose replies are best is kept; a bad or killed run changes nothing."""
+"""fine_tune.sh: the checkpoint with the best replies is kept, a bad run changes nothing."""
 
 import fcntl
 import json
-import math
 import os
 import pty
 import re
@@ -459,87 +458,128 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(project, train):
     assert "no interrupted run" in last_error(result)
 
 
-# ---- the errors of a beginner ------------------------------------------------------------------
-def remove(path):
-    return lambda project: (project / path).unlink()
-
-
-def write(path, text):
-    return lambda project: (project / path).write_text(text)
-
-
-def link(path, target):
-    return lambda project: (project / path).symlink_to(target)
-
-
-def think(project):
-    """A template that begins a reply with words that a finished reply has not."""
-    path = project / BASE / "tokenizer_config.json"
-    path.write_text(
-        path.read_text().replace(
-            "<start_of_turn>model\\n{% endif", "<start_of_turn>model\\n<think>{% endif"
-        )
-    )
-
-
-BROKEN = f"the base model in {BASE} cannot be used: "
-DOWNLOAD = f"FIX: hf download mlx-community/tiny-gemma-3 --local-dir {BASE}"
-BUILD = "FIX: VERSION=sample MODEL=tiny-gemma-3 python build_train.py"
-ERRORS = {
-    # the base model
-    "MODEL mistyped": (None, {"MODEL": "tiny-gema-3"}, "there is no base model in models/base/tiny-gema-3 (there: tiny-gemma-3, tiny-gemma-3-4bit). FIX: MODEL=tiny-gemma-3 ./fine_tune.sh"),
-    "MODEL forgotten": (lambda p: shutil.rmtree(p / f"{BASE}-4bit"), {"MODEL": None}, "there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-3). FIX: export MODEL=tiny-gemma-3"),
-    "MODEL not there": (None, {"MODEL": "Qwen"}, "there is no base model in models/base/Qwen (there: tiny-gemma-3, tiny-gemma-3-4bit). FIX: hf download mlx-community/Qwen --local-dir models/base/Qwen"),
-    "MODEL a repository": (None, {"MODEL": "mlx-community/gemma"}, "MODEL is a repository, not a folder in models/base. FIX: hf download mlx-community/gemma --local-dir models/base/gemma; MODEL=gemma ./fine_tune.sh"),
-    "MODEL a path": (None, {"MODEL": "./models/base/tiny-gemma-3/"}, "MODEL=tiny-gemma-3 is given as a path. FIX: MODEL=tiny-gemma-3 ./fine_tune.sh"),
-    "MODEL empty": (None, {"MODEL": ""}, "MODEL is not a name of letters"),
-    "a shard cut off": (lambda p: cut_off(p / BASE / "model.safetensors"), {}, BROKEN + "SafetensorError"),
-    "a shard missing": (write(f"{BASE}/model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}'), {}, BROKEN + "FileNotFoundError"),
-    "no tokenizer": (remove(f"{BASE}/tokenizer.json"), {}, f"the tokenizer of {BASE} cannot be used: "),
-    "a template that hides the reply": (think, {}, f"the tokenizer of {BASE} cannot be used: ValueError: its chat template does not tell which tokens are the reply"),
-    "a broken template": (write(f"{BASE}/chat_template.jinja", "{{ 1 / 0 }}"), {}, f"the tokenizer of {BASE} cannot be used: ZeroDivisionError"),
-    "code of its own": (change_config(model_file="evil.py"), {}, f"{BASE}/config.json cannot be used: ValueError: it brings code of its own"),
-    "10^9 layers": (change_config(num_hidden_layers=10**9), {}, f"{BASE}/config.json cannot be used: ValueError: layers: 1000000000"),
-    "vocab_size a text": (change_config(vocab_size="\x1b[31m"), {}, f"{BASE}/config.json cannot be used: ValueError: vocabulary: \\x1b[31m"),
-    "config.json deep": (write(f"{BASE}/config.json", "[" * 100_000), {}, f"{BASE}/config.json cannot be used: RecursionError"),
-    "config.json a list": (write(f"{BASE}/config.json", "[3]"), {}, f"{BASE}/config.json cannot be used: "),
-    "too many layers": (None, {"NUM_LAYERS": "7"}, "NUM_LAYERS=7, but tiny-gemma-3 has 6 layers. FIX: NUM_LAYERS=-1 "),
-    # the data
-    "VERSION a path": (None, {"VERSION": "../v1"}, "VERSION=v1 is given as a path. FIX: VERSION=v1 ./fine_tune.sh"),
-    "VERSION with a space": (None, {"VERSION": "my chat"}, "VERSION is not a name of letters, digits, '.', '_' and '-'. FIX: VERSION=my_chat "),
-    "VERSION without data": (None, {"VERSION": "v2"}, "data/for_train/v2/train.jsonl is missing or empty (there: sample). FIX: VERSION=v2 MODEL=tiny-gemma-3 python build_train.py"),
-    "no validation rows": (write(f"{DATA}/valid.jsonl", ""), {}, f"{DATA}/valid.jsonl is missing or empty (there: sample). {BUILD}"),
-    "a broken row": (write(f"{DATA}/valid.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n'), {}, f"{DATA}/valid.jsonl, line 2, cannot be used: KeyError"),
-    "a number as reply": (write(f"{DATA}/valid.jsonl", '{"prompt": "a", "completion": 3}\n'), {}, f"{DATA}/valid.jsonl, line 1, cannot be used: TypeError"),
-    "half a surrogate pair": (write(f"{DATA}/valid.jsonl", '{"prompt": "\\ud800", "completion": "b"}\n'), {}, f"{DATA}/valid.jsonl, line 1, cannot be used: UnicodeEncodeError"),
-    "a deep row": (write(f"{DATA}/train.jsonl", "[" * 100_000), {}, f"{DATA}/train.jsonl, line 1, cannot be used: RecursionError"),
-    "two shapes": (write(f"{DATA}/train.jsonl", '{"prompt": "a", "completion": "b"}\n' + json.dumps(messages("a", "b"))), {}, f"{DATA}/train.jsonl, line 2, cannot be used: ValueError: neither"),
-    "too few rows": (None, {"BATCH_SIZE": "9"}, "train.jsonl has 8 rows, fewer than BATCH_SIZE=9. FIX: BATCH_SIZE=8 "),
-    "a row too long": (None, {"MAX_SEQ_LENGTH": "9"}, "a row has "),
-    "more logits than CUDA counts": (change_config(vocab_size=9_999_999), {"BATCH_SIZE": "8"}, "MLX computes no more than "),
-    # settings
-    "evaluation within an update": (None, {"GRAD_ACCUMULATION": "2"}, "EVAL_EVERY=3 is not a multiple of GRAD_ACCUMULATION. FIX: EVAL_EVERY=20 "),
-    "not a rate": (None, {"LEARNING_RATE": "0,1"}, "LEARNING_RATE=0,1 is not auto or a number with a decimal point. FIX: LEARNING_RATE=0.1 "),
-    "an unknown schedule": (None, {"SCHEDULE": "cosine"}, "SCHEDULE=cosine is not linear or constant. FIX: SCHEDULE=linear "),
-    "escapes": (None, {"RANK": "\x1b[2J8"}, "RANK=\\x1b[2J8 is not a whole number above 0. FIX: RANK=32 "),
-    # the target
-    "a file in its place": (write(ADAPTER, ""), {}, f"{ADAPTER} is a link or a file, where a folder goes. FIX: mv {ADAPTER} {ADAPTER}.mine"),
-    "a dangling link": (link(ADAPTER, "nowhere"), {}, f"{ADAPTER} is a link or a file, where a folder goes. FIX: mv "),
-    "the name of another base": (lambda p: [(p / ADAPTER).mkdir(), write(f"{ADAPTER}/adapter_config.json", '{"model": "models/base/3"}')(p)], {}, f"{ADAPTER} is that of the base 3. FIX: a VERSION other than sample"),
-    "nothing to resume": (None, LOOK, "there is no interrupted run with a checkpoint to resume. FIX: RESUME=0 ./fine_tune.sh"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_error_before_a_model_is_loaded(project, train, name):
-    harm, env, expected = ERRORS[name]
-    if harm:
-        harm(project)
-    result = train(**env)
+# ---- errors before a model is loaded -----------------------------------------------------------
+def assert_error(project, result, what, fix):
     assert result.returncode == 1
-    assert last_error(result).startswith("error: " + expected)
-    assert ". FIX: " in last_error(result) and "\x1b" not in result.stderr
-    assert "Loading" not in result.stdout and not (project / WORK).exists()
+    error = last_error(result)
+    assert error.startswith("error: " + what) and ". FIX: " + fix in error
+    assert "\x1b" not in error and "Loading" not in result.stdout
+    assert not (project / WORK).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "fix"),
+    [
+        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3 (there: "
+         "tiny-gemma-3, tiny-gemma-3-4bit)", "MODEL=tiny-gemma-3 ./fine_tune.sh"),
+        ("MODEL", "Qwen", "there is no base", "hf download mlx-community/Qwen --local-dir models/"),
+        ("MODEL", "me/gemma", "MODEL is a repository, not a folder in models/base",
+         "hf download me/gemma --local-dir models/base/gemma; MODEL=gemma ./fine_tune.sh"),
+        ("MODEL", "./models/base/gemma/", "MODEL=gemma is given as a path", "MODEL=gemma ./fine"),
+        ("MODEL", "", "MODEL is not a name of letters", "MODEL="),
+        ("VERSION", "../v2", "VERSION=v2 is given as a path", "VERSION=v2 ./fine_tune.sh"),
+        ("VERSION", "my chat", "VERSION is not a name of letters", "VERSION=my_chat ./fine_tune"),
+        ("VERSION", ".v2", "VERSION is not a name of letters", "VERSION=v2 ./fine_tune.sh"),
+        ("VERSION", "v2", "data/for_train/v2/train.jsonl is missing or empty (there: sample)",
+         "VERSION=v2 MODEL=tiny-gemma-3 python build_train.py"),
+        ("BATCH_SIZE", "9", "train.jsonl has 8 rows, fewer than BATCH_SIZE=9", "BATCH_SIZE=8 ./"),
+        ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
+        ("NUM_LAYERS", "7", "NUM_LAYERS=7, but tiny-gemma-3 has 6 layers", "NUM_LAYERS=-1 ./fine"),
+        ("GRAD_ACCUMULATION", "2", "EVAL_EVERY=3 is not a multiple of", "EVAL_EVERY=20 ./fine"),
+        ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not auto or", "LEARNING_RATE=0.1 ./fine"),
+        ("SCHEDULE", "cosine", "SCHEDULE=cosine is not linear or", "SCHEDULE=linear ./fine"),
+        ("RANK", "\x1b[2J8", "RANK=\\x1b[2J8 is not a whole number above 0", "RANK=32 ./fine"),
+        ("RESUME", "1", "there is no interrupted run with a checkpoint", "RESUME=0 ./fine_tune"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting(project, train, name, value, what, fix):
+    assert_error(project, train(**{name: value}), what, fix)
+
+
+def test_a_forgotten_model_is_named_if_it_is_the_only_one(project, train):
+    shutil.rmtree(project / f"{BASE}-4bit")
+    what = "there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-3)"
+    assert_error(project, train(MODEL=None), what, "export MODEL=tiny-gemma-3")
+
+
+THINKS = (
+    "{% for m in messages %}{{ m.content }}!{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "error"),
+    [
+        ("config.json", "[3]", "AttributeError"),
+        ("config.json", "[" * 100_000, "RecursionError"),
+        ("config.json", {"num_hidden_layers": 10**9}, "ValueError: layers: 1000000000"),
+        ("config.json", {"vocab_size": "\x1b[31m"}, "ValueError: vocabulary: \\x1b[31m"),
+        ("config.json", {"model_file": "evil.py"}, "ValueError: it brings code of its own"),
+        ("config.json", {"text_config": None}, ""),
+        ("model.safetensors", "cut off", "SafetensorError"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
+        ("tokenizer.json", None, ""),
+        ("tokenizer.json", "{}", ""),
+        ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("chat_template.jinja", "{% if", "TemplateSyntaxError"),
+        ("chat_template.jinja", THINKS, "ValueError: its chat template does not tell which tokens"),
+    ],
+)
+def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
+    path = project / BASE / file
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(path.read_text()) | text)
+    if text == "cut off":
+        cut_off(path)
+    elif text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    result = train()
+    assert f" cannot be used: {error}" in last_error(result)
+    fix = f"hf download mlx-community/tiny-gemma-3 --local-dir {BASE}"
+    assert_error(project, result, "", fix)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ('{"prompt": 3}', "KeyError"),
+        ('{"prompt": "a", "completion": 3}', "TypeError"),
+        ('{"prompt": "\\ud800", "completion": "b"}', "UnicodeEncodeError"),
+        (json.dumps(messages("a", "b")), "ValueError: neither a prompt and a completion nor"),
+        ('{"messages": []}', "ValueError"),
+        ("[" * 100_000, "RecursionError"),
+        ("\xff", "UnicodeDecodeError"),
+        ("", "JSONDecodeError"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_on(project, train, line, error):
+    good = json.dumps(prompt_and_completion("a", "b"))
+    (project / DATA / "valid.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
+    what = f"{DATA}/valid.jsonl, line 2, cannot be used: {error}"
+    assert_error(project, train(), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
+
+
+@pytest.mark.parametrize("content", ["a file", "a link"])
+def test_something_else_in_the_place_of_the_adapter(project, train, content):
+    path = project / ADAPTER
+    path.write_text("mine") if content == "a file" else path.symlink_to("nowhere")
+    what = f"{ADAPTER} is a link or a file, where a folder goes"
+    assert_error(project, train(), what, f"mv {ADAPTER} {ADAPTER}.mine")
+
+
+def test_another_base_whose_adapter_has_the_same_name(project, train):
+    put_older_adapter(project)
+    (project / ADAPTER / "adapter_config.json").write_text('{"model": "models/base/gemma-3"}')
+    what = f"{ADAPTER} is that of the base gemma-3"
+    assert_error(project, train(), what, "a VERSION other than sample")
+
+
+def test_more_logits_in_a_batch_than_cuda_can_count_are_refused(project, train):
+    change_config(vocab_size=9_999_999)(project)
+    what = "MLX computes no more than 5 rows of 39 tokens rightly"
+    assert_error(project, train(BATCH_SIZE="8"), what, "BATCH_SIZE=5 ./fine_tune.sh")
 
 
 def test_without_the_virtual_environment(project, tmp_path):

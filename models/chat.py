@@ -13,20 +13,22 @@ Reads   data/for_train/${VERSION}/settings.json: the window, the names and the i
 Exit    0 the talk ended, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
+import os
+import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until the talk begins
 
 import argparse
 import contextlib
 import difflib
 import hashlib
 import json
-import os
 import re
 import select
-import signal
 import unicodedata
 from pathlib import Path
 
@@ -385,7 +387,6 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while it loads
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing leaves the machine
     os.environ.pop("MLXLM_USE_MODELSCOPE", None)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115

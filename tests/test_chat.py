@@ -108,7 +108,7 @@ def test_prompt_is_that_of_the_training_rows(project, run, shape, people, argume
     log = [(author, chat.tidy_lines(text)) for author, text in log]
     places = {text: place for place, (_, text) in enumerate(log)}
     rows = (project / "data/for_train/sample/train.jsonl").read_text("utf-8").splitlines()
-    assert len(rows) > 50
+    assert len(rows) > 20
     for row in map(json.loads, rows):
         messages = row.get("messages") or [
             {"role": "user", "content": row["prompt"]},
@@ -346,13 +346,14 @@ def test_a_reader_that_leaves_ends_it_quietly(project, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.1, 0.6, 1.5])
-def test_ctrl_c_in_a_pipe_ends_it_with_130(project, run, delay):
+@pytest.mark.parametrize("moment", ["argparse", "mlx.core", "mlx_lm.utils", "talking to"])
+def test_ctrl_c_ends_it_with_130(project, run, moment):
     process = run(
         project,
         SCRIPT,
         "--max-tokens",
         "100000",
+        env={"PYTHONPROFILEIMPORTTIME": "1"},  # names each module when it is there
         start=subprocess.Popen,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -360,10 +361,10 @@ def test_ctrl_c_in_a_pipe_ends_it_with_130(project, run, delay):
     )
     process.stdin.write(b"hi\n")
     process.stdin.flush()
-    time.sleep(delay)
+    assert any(moment.encode() in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
     assert b"Traceback" not in process.stderr.read()
+    assert process.wait(10) == 130
 
 
 # ---- on a terminal -------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_talk(project, run):
         terminal.read_to("ann: ")
         terminal.read_to(" ")
         terminal.type(CTRL_C)
-        terminal.read_to("\nme: ")
+        assert "Ctrl-D" not in terminal.read_to("\nme: ")
     assert terminal.end() == 0
 
 

@@ -90,8 +90,8 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 # --------------------------------------------------------------------------------------------------
 
 
-def settings():
-    s = parser.parse_args()
+def settings(arguments=None):
+    s = parser.parse_args(arguments)
     for name, value in vars(s).items():
         flag = f"--{name.replace('_', '-')}"
         least = 0 if name in ("names", "gap", "burst", "min_context", "min_chars", "seed") else 1
@@ -528,7 +528,7 @@ def talks_of(log, s):
 
 def lay_out(conversations, s, dropped):
     """Return the rows, each with its places in one log: all conversations, one after another."""
-    rows, number, place = [], 0, 0
+    rows, number, place, is_cut = [], 0, 0, False
     for conversation, items in conversations.items():
         log = [item for item in items if type(item) is Message]
         dropped.extend((Row(item.entry, (item,)), "empty") for item in log if not item.text)
@@ -539,9 +539,12 @@ def lay_out(conversations, s, dropped):
                 start = place + i - len(window) + 1
                 rows.append(Row(message.entry, window, "", number, start, place + i))
             place += len(talk)
-        given = [item for item in items if type(item) is Row]
-        number, place = line_up(given, number, place, bool(conversation))
-        rows += given
+        ready = [item for item in items if type(item) is Row]
+        number, place = line_up(ready, number, place, bool(conversation))
+        rows += ready
+        is_cut = is_cut or bool(ready)
+    if is_cut and s.window != parser.get_default("window"):
+        say("note       --window has no effect: the windows of this file are cut already")
     return rows
 
 
@@ -960,7 +963,8 @@ def build(s, raw, folder):
     check_author(conversations, s, raw)
 
     dropped = []
-    rows = choose(lay_out(conversations, s, dropped), s, dropped)
+    rows = lay_out(conversations, s, dropped)
+    rows = choose(rows, s, dropped)
     settle_names(rows, s)
     train, drawn = split(rows, s, dropped) if rows else ([], [])
     valid = drop_copies(train, drawn, dropped)

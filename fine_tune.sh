@@ -17,6 +17,8 @@
 # sh, zsh and, because of the 02, Python too stop here and show this line.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fine_tune.sh" && exit 02; }
 
+trap 'exit 130' INT
+set +o posix
 misread=""
 trap 'misread=${misread:-$BASH_COMMAND}' ERR # a setting that bash cannot read: ITERS = 100
 given=$(export -p)                           # ITERS=60 ./fine_tune.sh wins over the line below
@@ -99,7 +101,7 @@ ONE_CARD='
 
 tidy_shell() { # whatever BASH_ENV and the environment have set
   set -euo pipefail
-  set +f +C +o posix
+  set +f +C
   IFS=$' \t\n'
   unset CDPATH PYTHONOPTIMIZE MLXLM_USE_MODELSCOPE FORCE_COLOR TTY_COMPATIBLE
   export HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONIOENCODING=utf-8 PYTHONUNBUFFERED=1
@@ -202,7 +204,8 @@ lock() { # for as long as this script or anything that it started lives
 put_in_place() {
   trap '' INT
   if [ -d "$ADAPTER" ]; then mv "$ADAPTER" "$OLD"; fi
-  mv "$WORK" "$ADAPTER"
+  mv "$WORK" "$ADAPTER" 2>/dev/null ||
+    fail "the new adapter, $WORK, cannot take the place of $ADAPTER" "mv '$ADAPTER' '$ADAPTER.mine'; ./fine_tune.sh"
   rm -rf "$OLD"
   trap interrupted INT
 }
@@ -299,19 +302,25 @@ def look_at_target():
             fail(f"{ADAPTER} is that of the base {shown(other)}", f"a VERSION other than {VERSION}")
 
 
+def names_with(folder, file):
+    """Return the names in `folder` that can be given as VERSION or MODEL and hold a file."""
+    names = [path.parent.name for path in folder.glob(f"*/{file}")]
+    return sorted(name for name in names if re.fullmatch("[A-Za-z0-9_][A-Za-z0-9._-]*", name))
+
+
 def look_for_base_and_data():
-    there = sorted(path.parent.name for path in BASE.parent.glob("*/config.json"))
+    there = names_with(BASE.parent, "config.json")
     if MODEL not in there:
         fix = DOWNLOAD
         if near := difflib.get_close_matches(MODEL, there, 1):
             fix = f"MODEL={near[0]} ./fine_tune.sh"
         if MODEL == "gemma-3-text-27b-it-4bit" and len(there) == 1:
             fix = f"export MODEL={there[0]}"
-        fail(f"there is no base model in {BASE} (there: {shown(', '.join(there)) or 'none'})", fix)
+        fail(f"there is no base model in {BASE} (there: {', '.join(there) or 'none'})", fix)
+    there = names_with(DATA.parent, "train.jsonl")
     for file in (DATA / "train.jsonl", DATA / "valid.jsonl"):
         if not file.exists() or not file.stat().st_size:
-            there = sorted(path.parent.name for path in DATA.parent.glob("[!.]*/train.jsonl"))
-            fail(f"{file} is missing or empty (there: {shown(', '.join(there)) or 'none'})", BUILD)
+            fail(f"{file} is missing or empty (there: {', '.join(there) or 'none'})", BUILD)
 
 
 def read_base():
@@ -524,7 +533,6 @@ def set_up(s, rate, files, lines, done):
         (WORK / "data/train.jsonl").write_bytes(files["train.jsonl"])
         (WORK / "valid.jsonl").write_bytes(files["valid.jsonl"])
         (WORK / "lora_config.yaml").write_text("\n".join(lines) + "\n")
-        (WORK / "losses.csv").write_text("iteration,train_loss,val_loss,tokens_per_second\n")
     shutil.rmtree(WORK / "run", ignore_errors=True)
     if done < s.ITERS:
         (WORK / "run").mkdir()
@@ -647,7 +655,7 @@ def follow(pipe, done, log, losses):
                 fail(what, "a smaller LEARNING_RATE or SCALE")
             recent.append((loss, int(found[3].replace(",", ""))))
             bar.update()
-            if len(recent) == min(10, EVAL_EVERY) or iteration == ITERS:
+            if iteration % min(10, EVAL_EVERY) == 0 or iteration == ITERS:
                 loss, speed = (sum(column) / len(recent) for column in zip(*recent))
                 print(f"{iteration},{loss:.3f},,{speed:.0f}", file=losses)
                 text = f"{iteration:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
@@ -655,7 +663,7 @@ def follow(pipe, done, log, losses):
                 recent = []
         elif found := re.match(r" *save +((\d+)_adapters.safetensors)", line):
             keep_checkpoint(found[1], done + int(found[2]))
-        elif re.match("Loading (pretrained|datasets)|Trainable|.WARNING", line):
+        elif re.match("Loading (pretrained|datasets)|Trainable|.WARNING|wandb|swanlab", line):
             bar.write(line, file=sys.stdout)
     bar.close()
     return iteration
@@ -687,9 +695,6 @@ for number in (signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:  # nohup
         signal.signal(number, lambda *_: sys.exit(1))
 done = max((int(file.name[:7]) for file in WORK.glob("[0-9]*_adapters.safetensors")), default=0)
-header, *rows = LOSSES.read_text().splitlines()
-rows = [row for row in rows if int(row.split(",")[0]) <= done]  # the others are done again
-LOSSES.write_text("\n".join([header, *rows]) + "\n")
 trainer = subprocess.Popen(
     sys.argv[1:],
     stdin=subprocess.PIPE,  # of /dev/null mlx.launch would read without end
@@ -701,6 +706,7 @@ trainer = subprocess.Popen(
 )
 try:
     with open(LOG, "a", buffering=1) as log, open(LOSSES, "a", buffering=1) as losses:
+        print(file=losses)  # behind a line that a kill has cut off
         iteration = follow(trainer.stdout, done, log, losses)
     judge(trainer.wait(), iteration)
 except BrokenPipeError:  # nobody reads any more, or the script was killed
@@ -717,7 +723,7 @@ PYTHON
 
 choose_checkpoint() {
   exec python3 - <<'PYTHON'
-import json, math, os, shutil, signal, sys
+import json, math, os, re, shutil, signal, sys
 from pathlib import Path
 
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -808,14 +814,21 @@ def score():
     return scores
 
 
-def add_to_losses(scores):
-    """Put each loss into its line of losses.csv: "200,2.437,,1528" → "200,2.437,3.039,1528"."""
-    header, *lines = (WORK / "losses.csv").read_text().splitlines()
-    table = {int(line.split(",")[0]): line.split(",") for line in lines}
+def write_losses(scores):
+    """Put the loss of each checkpoint into its line, "200,2.437,,1528" → "200,2.437,3.039,1528".
+
+    A line that a resumed run has written again counts as it was written last.
+    """
+    table = {}
+    for line in (WORK / "losses.csv").read_text().splitlines():
+        if re.fullmatch(r"\d+,[\d.]*,[\d.]*,\d*", line):
+            table[int(line.split(",")[0])] = line.split(",")
     for iteration, loss in scores.items():
         table.setdefault(iteration, [str(iteration), "", "", ""])[2] = f"{loss:.4f}"
-    lines = [",".join(table[iteration]) for iteration in sorted(table)]
-    (WORK / "losses.csv").write_text("\n".join([header, *lines]) + "\n")
+    lines = ["iteration,train_loss,val_loss,tokens_per_second"]
+    lines += [",".join(table[iteration]) for iteration in sorted(table)]
+    (WORK / "losses.new").write_text("\n".join(lines) + "\n")
+    (WORK / "losses.new").rename(WORK / "losses.csv")
 
 
 def main():
@@ -828,7 +841,7 @@ def main():
     print(f"kept        iteration {best}: validation loss {good[best]:.3f}, base {scores[0]:.3f}")
     if good[best] >= scores[0]:
         print("warning: that is no better than the base model", file=sys.stderr)
-    add_to_losses(scores)
+    write_losses(scores)
     shutil.copy(FILES[best], WORK / "best")
     (WORK / "best").rename(WORK / "adapters.safetensors")  # with this name the run is complete
     for file in FILES.values() if os.environ["KEEP_CHECKPOINTS"] == "0" else ():
@@ -841,7 +854,8 @@ try:
     main()
 except OSError as error:
     fix = "make room on the disk of models/adapters, then RESUME=1 ./fine_tune.sh"
-    sys.exit(f"error: {error.filename} is not read or written: {error.strerror}. FIX: {fix}")
+    what = f"{error.filename or WORK} cannot be read or written: {error.strerror}"
+    sys.exit(f"error: {what}. FIX: {fix}")
 PYTHON
 }
 

@@ -1,406 +1,861 @@
-"""Stage 4: does it work? Test the base model, the adapter and the fused model on the validation set.
+"""Stage 4: does it work, and does it sound like them? Test the models on the validation rows.
 
-    python test_on_validation.py                       # then open data/results/${VERSION}_${MODEL}/report.html
+    python test_on_validation.py        # then open data/results/${VERSION}_${MODEL}/report.html
 
-Reads   data/for_train/${VERSION}/valid.jsonl, models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/
-        and, if it is there, models/fused/fused-${VERSION}_${MODEL}/
-Writes  data/results/${VERSION}_${MODEL}/: report.html (to look at), generations.csv (every reply), metrics.json
-Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C (with a report of what was done so far)
+Reads   data/for_train/${VERSION}/: valid.jsonl and, if it is there, settings.json
+        models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/ and,
+        if it is there, models/fused/fused-${VERSION}_${MODEL}/
+Writes  data/results/${VERSION}_${MODEL}/: report.html (to look at), generations.csv (every reply),
+        metrics.json (every figure)
+Exit    0 done, 1 something is missing or wrong, 2 wrong usage,
+        130 Ctrl-C (with a report of what was done so far)
 """
 
-from __future__ import annotations
-
+import os
+import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
-    sys.exit(f"error: this is Python {sys.version.split()[0]}, 3.11 is needed. FIX: install it, see README.md")
+    sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv venv (see README.md)")
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C, even amid an import
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the folder of this script: a json.py in it must not run
+
+import csv
+import difflib
+import fcntl
 import hashlib
-import io
 import json
-import os
+import math
 import re
 import shutil
 import subprocess
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
+os.environ.pop("MLXLM_USE_MODELSCOPE", None)  # another hub
 try:
     import jinja2
     import mlx.core as mx
     import mlx.nn as nn
     import mlx_lm
     import numpy as np
-    import pandas as pd
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.utils import load_adapters
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
     from tqdm import tqdm
 except ImportError as e:
     sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
-except KeyboardInterrupt:
-    sys.exit(130)
 
 ROOT = Path(__file__).resolve().parent
-LOOK = dict.fromkeys(("loss", "gain", "error"), "{:.4f}") | {"perplexity": "{:,.1f}", "length": "{:.0f}"}
-LOOP = re.compile(r"(?<!\S)(\S.{0,38}?)(?:\s+\1){3}(?!\S)|(.{5,40}?)\2{3}", re.DOTALL)  # "sa sa sa sa", not "hahahaha"
-INKS = {"reference": "#010101", "base": "#020202", "adapter": "#030303", "fused": "#040404"}  # drawing() replaces them
+ME = "python test_on_validation.py"
+DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
+BATCH = 1 if mx.default_device() == mx.cpu else 8
 
 
-# ---- settings: edit a default here, or give the flag for a single run ------------------------------------------------
+# ---- settings: edit a default here, or give the flag for a single run ---------------------------
 def settings():
-    parser = ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python test_on_validation.py --help\n")
-    add, env, cpu = parser.add_argument, os.environ.get, mx.default_device() == mx.cpu
-    add("--version", default=env("VERSION", "v1"), help="which data: data/for_train/VERSION")
-    add("--model", default=env("MODEL", "gemma-3-text-27b-it-4bit"), help="which model: models/base/MODEL")
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.error = lambda what: fail(what, f"{ME} --help", code=2)
+    add, env = parser.add_argument, os.environ.get
+    add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
+    add("--model", default=env("MODEL") or DEFAULTS["MODEL"], help="models/base/MODEL")
     add("--models", default="base,adapter,fused", help="which of the three to test")
-    add("--replies", type=int, default=100, help="rows that every model answers, for the figures of style; 0 none")
-    add("--show", type=int, default=20, help="how many of these rows the report shows side by side; 0 none")
-    add("--temperature", type=float, default=0.8, help="0 always the likeliest word, 1 as the model would, up to 2")
+    add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
+    add("--show", type=int, default=20, help="rows of the blind test in the report; 0 none")
+    add("--temperature", type=float, help="0 always the likeliest word, 1 as the model would, to 2")
+    add("--top-p", type=float, help="draw from the likeliest words with this share in all, 0 to 1")
+    add("--top-k", type=int, help="draw from so many of the likeliest words; 0 all")
     add("--max-tokens", type=int, default=60, help="tokens of the longest reply, 1 or more")
-    add("--seed", type=int, default=0, help="same seed: same rows, and on the same machine the same replies")
-    add("--reply-batch", type=int, default=1 if cpu else 8, help="replies written at a time")
-    add("--batch-tokens", type=int, default=2048, help="tokens read at a time; lower it if memory runs out")
-    # ---- end of the settings -----------------------------------------------------------------------------------------
-    args = parser.parse_args()
-    for name in "replies", "show", "temperature", "seed", "max_tokens", "reply_batch", "batch_tokens":
-        least = 1 if name in ("max_tokens", "reply_batch", "batch_tokens") else 0
-        if not least <= getattr(args, name) <= (2 if name == "temperature" else 2**32 - 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is out of range")
+    add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
+    add("--reply-batch", type=int, default=BATCH, help="replies written at a time")
+    add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
+    return parser.parse_args()
+
+
+# What is not given of these is as generation_config.json of the base says, and else:
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
+
+# The figures of style, as shares of the replies. Change one, add one.
+EMOJI = re.compile(r"[\U0001f000-\U0001faff\u2600-\u27bf]|(?<!\w)[:;=]-?[()DPp](?!\w)")
+LOOP = re.compile(r"(?<!\S)(\S.{0,38}?)(?:\s+\1){3}(?!\S)|(.{5,40}?)\2{3}", re.DOTALL)
+STYLE = {
+    "question": lambda text: re.search("[?\u061f\uff1f]", text),
+    "emoji": EMOJI.search,  # and :-)
+    "capital first": lambda text: text[:1].isupper(),
+    "full stop last": lambda text: re.search(r"(?<!\.)[.\u3002]$", text),
+    "several lines": lambda text: "\n" in text,
+    "looping": LOOP.search,  # the same piece four times: "sa sa sa sa", not "hahahaha"
+}
+FEW = 30  # of fewer rows or replies the report says that they are few
+PATIENCE = 60  # seconds in which a model must open, and a chat template be filled in
+LONGEST_ROW = 8192  # tokens, where settings.json does not say
+# ---- end of the settings ------------------------------------------------------------------------
+
+RANGES = {"temperature": (0, 2), "top_p": (0, 1), "top_k": (0, 1000), "seed": (0, 2**32 - 1)}
+RANGES |= dict.fromkeys(("replies", "show"), (0, 10**9))
+RANGES |= dict.fromkeys(("max_tokens", "reply_batch", "batch_tokens"), (1, 10**9))
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+
+
+def check(args):
+    """Return the settings, or fail if one cannot be. Those of SAMPLING may be None, not given."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            what = f"--{name.replace('_', '-')} is {value}, not {least} to {most}"
+            fail(what, f"{ME} --help", code=2)
     if not set(args.models.split(",")) <= {"base", "adapter", "fused"}:
-        parser.error(f"argument --models: {args.models!a} is not made of base,adapter,fused")
-    for name in args.version, args.model:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            last = name.rstrip("/").split("/")[-1]
-            fix = f"MODEL={last} python test_on_validation.py"
-            if "/" not in args.model:
-                fix = "use letters, digits, '.', '_' and '-' alone"
-            elif not re.match(r"\.{0,2}/|models/", name):
+        what = f"--models is {args.models!a}, not made of base,adapter,fused"
+        fail(what, f"{ME} --models base,adapter", code=2)
+    for kind, name in ("VERSION", args.version), ("MODEL", args.model):
+        if not re.fullmatch(NAME, name):
+            last = re.sub(r"[^\w.-]", "-", name.rstrip("/").split("/")[-1], flags=re.ASCII)
+            fix = f"{kind}={last.lstrip('.-') or DEFAULTS[kind]} {ME}"
+            if kind == "MODEL" and re.fullmatch(r"(?!models)[\w-]+/[\w.-]+", name):
                 fix = f"hf download {name} --local-dir models/base/{last}; {fix}"
-            fail(f"VERSION or MODEL is {name!a}, which is not the name of a folder", fix)
+            fail(f"{kind} is {name!a}, not letters, digits, '.', '_' and '-'", fix)
     return args
 
 
-def fail(what, fix):
-    sys.exit(f"error: {what}. FIX: {fix}")
+# ---- what a person sees -------------------------------------------------------------------------
+def fail(what, fix, code=1):
+    say(f"error: {what}. FIX: {fix}", sys.stderr)
+    sys.exit(code)
 
 
-# ---- untrusted text --------------------------------------------------------------------------------------------------
+def say(text, stream=None):
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # `| head -1` has read enough; the report is still to come
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def visible(text, longest=None):
-    r"""Text that can only be read: control, bidirectional and surrogate characters come out as \x1b and the like."""
-    cut = f" … ({len(text) - longest:,} more characters)" if longest and len(text) > longest else ""
+    r"""Return text that can only be read.
+
+    Control, bidirectional and surrogate characters come out as \x1b and the like; emoji stay.
+    """
     fine = "\n\t\xa0\u200c\u200d"
-    text = [c if c.isprintable() or c in fine else c.encode("unicode_escape").decode() for c in text[:longest]]
-    return "".join(text) + cut
+    shown = [
+        c if c.isprintable() or c in fine else c.encode("unicode_escape").decode()
+        for c in text[:longest]
+    ]
+    if longest and len(text) > longest:
+        shown.append(f" … ({len(text) - longest:,} more characters)")
+    return "".join(shown)
 
 
 def defuse(text):
-    """A cell that no spreadsheet takes for a formula, "'=1+1" for "=1+1", even if it cuts the file at ';' (Italy)."""
-    text = visible(text, 32_000).replace("\t", " ")
-    return re.sub(r"((?:^|[;\n])\s*)([=+\-@＝＋－＠])", r"\1'\2", text)  # noqa: RUF001
+    """Return a cell that no spreadsheet takes for a formula: "=1+1" → "'=1+1".
 
-
-# ---- what is there ---------------------------------------------------------------------------------------------------
-def load(*parts):
-    """Return (model, tokenizer) or fail. parts: (folder, fix) of the model and perhaps of its adapter.
-
-    Lazy: all files are checked, but weights are not read before they are used.
+    Nor one that cuts the file at ';', as in Italy.
     """
-    for path, fix in parts:
-        if not path.is_dir():
-            fail(f"{path.relative_to(ROOT)} is not there", fix)
+    text = visible(text, 32_000).replace("\t", " ")
+    return re.sub(r"((?:^|[;\n])\s*)([=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'\2", text)
+
+
+# ---- what is there ------------------------------------------------------------------------------
+def read_json(path, *keys):
+    """Return what a JSON file says under the keys; None if it is not there, broken or odd."""
     try:
-        return mlx_lm.load(str(parts[0][0]), adapter_path=str(path) if len(parts) == 2 else None, lazy=True)
-    except Exception as e:  # whatever is wrong with the files
-        fail(f"{path.relative_to(ROOT)} does not load: {visible(' '.join(str(e).split()), 200)}", fix)
+        found = json.loads(Path(path).read_bytes())
+        for key in keys:
+            found = found[key]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found
 
 
-def find_models(args, valid):
-    """Return {"base": (model, tokenizer), ...}, see load(), of the models to test, and warnings."""
-    run, name = f"VERSION={args.version} MODEL={args.model}", f"{args.version}_{args.model}"
-    base, adapter = ROOT / f"models/base/{args.model}", ROOT / f"models/adapters/adapter-{name}"
-    fused, asked, warnings = ROOT / f"models/fused/fused-{name}", args.models.split(","), []
+def missing(kind, name, path, others, make):
+    """Fail for lack of a path; name what is there, and the command that most likely mends it."""
+    there = sorted(other.name for other in others if re.fullmatch(NAME, other.name))
+    near = difflib.get_close_matches(name, there, 1, 0.8)
+    fix = f"{kind}={near[0]} {ME}" if near else make
+    if len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]:
+        fix = f"export {kind}={there[0]}"  # a newcomer forgot it
+    fail(f"{path} is not there" + f" (but {', '.join(there)})" * bool(there), fix)
+
+
+def check_owner(args, path, wanted, *keys):
+    """Fail if a file says that its folder is of another model or version.
+
+    VERSION=a_b MODEL=c and VERSION=a MODEL=b_c have the same folders.
+    """
+    for key, name in wanted.items():
+        owner = read_json(path, *keys, key)
+        if isinstance(owner, str) and Path(owner).name != name:
+            copy = f"cp -R data/for_train/{args.version} data/for_train/{args.version}-2"
+            fix = f"{copy}; VERSION={args.version}-2 MODEL={args.model} ./fine_tune.sh"
+            fail(f"{path} is of another model or version: {visible(owner, 100)}", fix)
+
+
+@contextmanager
+def guard(what, fix):
+    """Fail with an error if what is done within raises one, or does not end."""
+    signal.signal(signal.SIGALRM, lambda *_: fail(f"{what}: no end in {PATIENCE} s", fix))
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    except Exception as e:  # whatever is wrong with the files of a model
+        fail(f"{what}: {visible(' '.join(str(e).split()), 200)}", fix)
+    finally:
+        signal.alarm(0)
+
+
+def load(folder, fix):
+    """Return (model, tokenizer). All files are checked; weights are not read before their use."""
+    with guard(f"{folder} does not load", fix):  # code that comes with a model: never, nor asked
+        return mlx_lm.load(str(folder), lazy=True, tokenizer_config={"trust_remote_code": False})
+
+
+def find_models(args, base, adapter, fused):
+    """Return {"base": (model, tokenizer), …} of the models to test, see load()."""
+    run, asked = f"VERSION={args.version} MODEL={args.model}", args.models.split(",")
+    download = f"hf download mlx-community/{args.model} --local-dir {base}"
+    train = f"{run} ./fine_tune.sh, or test the base model alone: {run} {ME} --models base"
     if len(asked) == 3 and not fused.exists():
         asked.remove("fused")
-        warnings.append(f"there is no fused model to test; to make it: {run} ./fuse.sh")
-    base = base, f"hf download mlx-community/{args.model} --local-dir models/base/{args.model}"
-    tuned = adapter, f"{run} ./fine_tune.sh, or test the base model alone: --models base"
-    parts = {"base": [base], "adapter": [base, tuned], "fused": [(fused, f"{run} ./fuse.sh")]}
-    models = {m: load(*parts[m]) for m in parts if m in asked}
-    trained, weights, source = adapter / "lora_config.yaml", adapter / "adapters.safetensors", fused / "fused_from.json"
-    rows = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout.strip()
-    if "adapter" in models and trained.exists() and rows not in trained.read_bytes():
-        warnings.append("valid.jsonl is not the one of the training: the adapter may have learned some of its rows")
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else ""
-    if "fused" in models and source.exists() and sha256 not in source.read_text(encoding="utf-8"):
-        warnings.append(f"the fused model was made from another adapter than the one there now: {run} ./fuse.sh")
-    return models, warnings
+    if not base.is_dir() and asked != ["fused"]:
+        others = [path.parent for path in base.parent.glob("*/config.json")]
+        missing("MODEL", args.model, base, others, download)
+    for name, folder, fix in ("adapter", adapter, train), ("fused", fused, f"{run} ./fuse.sh"):
+        if name in asked and not folder.is_dir():
+            fail(f"{folder} is not there", fix)
+    models = {}
+    if "base" in asked:
+        models["base"] = load(base, download)
+    if "adapter" in asked:
+        check_owner(args, adapter / "adapter_config.json", {"model": args.model})
+        model, tokenizer = load(base, download)
+        with guard(f"{adapter} does not load", train):
+            models["adapter"] = load_adapters(model, str(adapter)).eval(), tokenizer
+    if "fused" in asked:
+        owner = {"base": args.model, "version": args.version}
+        check_owner(args, fused / "fused_from.json", owner)
+        models["fused"] = load(fused, f"{run} ./fuse.sh")
+    return models
 
 
-def read_rows(valid, tokenizer):
-    """Return valid.jsonl as a DataFrame; the index is the line number. Columns: prompt, reference (its completion), ask
-    (tokens of the prompt up to where the reply begins), tokens (of both, with the end of the turn, as in training)."""
-    rows = {}
+def find_warnings(args, models, adapter, fused, valid):
+    """Return what is doubtful about the files that are there."""
+    fuse = f"VERSION={args.version} MODEL={args.model} ./fuse.sh"
+    found = []
+    if len(models) == 2 and args.models == "base,adapter,fused":
+        found.append(f"there is no fused model to test; to make it: {fuse}")
+    checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
+    trained = adapter / "lora_config.yaml"
+    if "adapter" in models and trained.exists() and checksum.strip() not in trained.read_bytes():
+        what = "valid.jsonl is not the one of the training"
+        found.append(f"{what}: the adapter may have learned some of its rows")
+    if "fused" in models and is_stale(adapter, fused):
+        found.append(
+            f"the fused model was made from another adapter than the one there now: {fuse}"
+        )
+    return found
+
+
+def is_stale(adapter, fused):
+    """Whether the fused model says that it was made from another adapter."""
+    made_from = read_json(fused / "fused_from.json", "adapter_sha256")
+    weights = adapter / "adapters.safetensors"
+    if made_from is None or not weights.exists():
+        return False
+    return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
+
+
+# ---- the validation rows ------------------------------------------------------------------------
+@dataclass
+class Row:
+    """A row of valid.jsonl."""
+
+    line: int
+    context: str  # what stood before the reply
+    reference: str  # what was really said
+    ask: list  # tokens up to where the reply begins
+    tokens: list  # tokens of it all, with the end of the turn, as in training
+
+    def length(self):
+        """Return the tokens of the reply."""
+        return len(self.tokens) - len(self.ask)
+
+
+def chat_of(line):
+    """Return the chat in a line of valid.jsonl; ValueError or the like if it holds none.
+
+    {"prompt": "hi", "completion": "yo"} → [user says "hi", assistant says "yo"], messages such as
+    {"role": "user", "content": "hi"}; {"messages": […]} holds a list of them.
+    """
+    row = json.loads(line)
+    chat = row.get("messages") or [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    roles = [message["role"] for message in chat]
+    if roles != ["user", "assistant"] * (len(chat) // 2):
+        raise ValueError("user and assistant do not take turns")
+    for message in chat:
+        message["content"].encode()  # a text, without lone surrogates
+    return chat
+
+
+def read_rows(args, valid, base, tokenizer):
+    """Return the rows of valid.jsonl."""
+    build = f"VERSION={args.version} python build_train.py"
+    other = f"MODEL={DEFAULTS['MODEL']} ./fine_tune.sh, or another instruct model (-it, -Instruct)"
     if not tokenizer.has_chat_template:
-        fail("the model has no chat template", "set MODEL to an instruct model (-it, -Instruct)")
-    for line, text in enumerate(valid.read_bytes().splitlines(), 1):
+        fail(f"{base} has no chat template", other)
+    settings = valid.with_name("settings.json")
+    longest = read_json(settings, "max_seq_length")
+    longest = longest if type(longest) is int else LONGEST_ROW
+    author = read_json(settings, "authors", 0) or "reply"
+    rows = []
+    for number, line in enumerate(valid.read_bytes().splitlines(), 1):
+        where = f"{valid} line {number}"
         try:
-            row = json.loads(text)
-            ask, say = (row[name].encode().decode() for name in ("prompt", "completion"))  # text, no lone surrogates
-        except (ValueError, TypeError, KeyError, AttributeError):
-            wrong = f'{valid.relative_to(ROOT)} line {line} is not {{"prompt": text, "completion": text}} in UTF-8'
-            fail(wrong, "python build_train.py")
-        chat = [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
-        start = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
-        rows[line] = [ask, say, start, tokenizer.apply_chat_template(chat)]
+            chat = chat_of(line)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            shapes = '{"prompt": text, "completion": text} or {"messages": [user, assistant, …]}'
+            fail(f"{where} is not {shapes} in UTF-8", build)
+        with guard(f"the chat template of {base} fails on {where}", other):
+            ask = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)
+            tokens = tokenizer.apply_chat_template(chat)
+        if not ask or tokens[: len(ask)] != ask or len(tokens) == len(ask):
+            what = f"the chat template of {base} begins a reply otherwise than it goes on"
+            fail(f"{what}, so no loss is that of the reply alone ({where})", other)
+        if len(tokens) > longest:
+            fail(f"{where} has {len(tokens):,} tokens, more than {longest:,}", build)
+        names = {"user": "", "assistant": f"{author}: "}
+        context = "\n".join(names[m["role"]] + m["content"] for m in chat[:-1])
+        rows.append(Row(number, context, chat[-1]["content"], ask, tokens))
     if not rows:
-        fail(f"{valid.relative_to(ROOT)} is empty", "python build_train.py")
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["prompt", "reference", "ask", "tokens"])
+        fail(f"{valid} is empty", build)
+    return rows
 
 
-# ---- one model at a time ---------------------------------------------------------------------------------------------
+# ---- one model at a time ------------------------------------------------------------------------
 def progress(steps, label):
-    """Yield from a list; show a bar with the time left on a terminal, a line for every quarter in a pipe."""
+    """Yield from a list; show a bar with the time left, or a line for every quarter in a pipe."""
     start, count = time.monotonic(), len(steps)
-    for n, step in enumerate(tqdm(steps, label, leave=False, disable=None), 1):  # None: no bar in a pipe
+    for n, step in enumerate(tqdm(steps, label, leave=False, disable=None), 1):
         yield step
         if not sys.stderr.isatty() and 4 * n // count > 4 * (n - 1) // count:
             left = (time.monotonic() - start) / n * (count - n)
-            print(f"{label} {n}/{count}, {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"{label} {n}/{count}, {left:.0f} s left", sys.stderr)
 
 
 def row_losses(model, rows, batch_tokens, label=""):
     """Return for each row the loss of its completion: the sum over its tokens, in nats.
 
-    Longest rows first: what does not fit into memory shows at once. Only the logits of completions become float32:
-    those of all tokens would be 2 GB (2,048 tokens, Gemma's vocabulary of 262,144).
+    Longest rows first: what does not fit into memory shows at once. Only the logits of completions
+    become float32: those of all would be 2 GB (2,048 tokens, Gemma's vocabulary of 262,144).
     """
-    tokens, starts, sums, batches = list(rows["tokens"]), list(rows["ask"].map(len)), np.zeros(len(rows)), []
-    order = sorted(range(len(rows)), key=lambda i: -len(tokens[i]))
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
+    batches, sums = [], np.zeros(len(rows))
     while order:
-        size = max(1, batch_tokens // len(tokens[order[0]]))
+        size = max(1, batch_tokens // len(rows[order[0]].tokens))
         batches.append(order[:size])
         del order[:size]
     for batch in progress(batches, label):
-        width = len(tokens[batch[0]])
-        padded = np.array([tokens[i] + [0] * (width - len(tokens[i])) for i in batch])
-        scored = [(b, p) for b, i in enumerate(batch) for p in range(starts[i], len(tokens[i]))]
-        row, position = np.array(scored).T
-        logits = model(mx.array(padded[:, :-1]))[mx.array(row), mx.array(position - 1)].astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(padded[row, position]))
-        sums[batch] = np.bincount(row, np.array(losses), len(batch))
+        width = len(rows[batch[0]].tokens)
+        padded = np.zeros((len(batch), width), int)
+        scored = []  # (which of the batch, place of a token of its completion)
+        for i, place in enumerate(batch):
+            row = rows[place]
+            padded[i, : len(row.tokens)] = row.tokens
+            scored += [(i, token) for token in range(len(row.ask), len(row.tokens))]
+        which, token = np.array(scored).T
+        logits = model(mx.array(padded[:, :-1]))[mx.array(which), mx.array(token - 1)]
+        targets = mx.array(padded[which, token])
+        losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+        sums[batch] = np.bincount(which, np.array(losses), len(batch))
     return sums
 
 
-def write_replies(model, tokenizer, asks, args, replies, label=""):
-    """Fill `replies`, {line: text}, from `asks`, tokens by line, batch by batch, so that Ctrl-C keeps what is there."""
-    options = {"sampler": make_sampler(args.temperature), "max_tokens": args.max_tokens}
+def set_sampling(args, base):
+    """Set what is not given of SAMPLING as generation_config.json of the base says, if it does."""
+    for name, usual in SAMPLING.items():
+        said = read_json(base / "generation_config.json", name)
+        least, most = RANGES[name]
+        if type(said) not in (int, float) or not least <= said <= most:
+            said = usual
+        if getattr(args, name) is None:
+            setattr(args, name, type(usual)(said))
+
+
+def write_replies(model, tokenizer, rows, args, done, label=""):
+    """Fill done, {line: (reply, whether it ended)}, batch by batch: Ctrl-C keeps what is there."""
+    sampler = make_sampler(args.temperature, top_p=args.top_p, top_k=args.top_k)
+    options = {"max_tokens": args.max_tokens, "sampler": sampler}
     mergeable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))  # not Llama 4's
-    size, lines = args.reply_batch if mergeable else 1, list(asks.map(len).sort_values().index)
+    size = args.reply_batch if mergeable else 1
+    rows = sorted(rows, key=lambda row: len(row.ask))
     mx.random.seed(args.seed)
-    for batch in progress([lines[i : i + size] for i in range(0, len(lines), size)], label):
-        prompts = [asks[line] for line in batch]
+    for batch in progress([rows[i : i + size] for i in range(0, len(rows), size)], label):
         if size == 1:
-            texts = [mlx_lm.generate(model, tokenizer, prompts[0], **options)]
+            parts = list(mlx_lm.stream_generate(model, tokenizer, batch[0].ask, **options))
+            texts = ["".join(part.text for part in parts)]
+            ended = [parts[-1].finish_reason == "stop"]
         else:
-            texts = mlx_lm.batch_generate(model, tokenizer, prompts, **options).texts
-        replies.update((line, text.strip()) for line, text in zip(batch, texts, strict=True))
+            asks = [row.ask for row in batch]
+            made = mlx_lm.batch_generate(model, tokenizer, asks, return_token_ids=True, **options)
+            texts = made.texts
+            ended = [len(tokens) < args.max_tokens for tokens in made.token_ids]
+        for row, text, end in zip(batch, texts, ended, strict=True):
+            done[row.line] = visible(text.strip()), end
 
 
-def test_models(models, rows, asked, args, losses, replies):
-    """Put row_losses() and write_replies() of each model into losses and replies. One model in memory at a time."""
+def test_models(models, rows, asked, args, nats, replies):
+    """Put row_losses() of `rows` and write_replies() to `asked` into nats and replies, by model."""
     for name in list(models):
-        model, tokenizer = models.pop(name)
-        losses[name], replies[name] = row_losses(model, rows, args.batch_tokens, f"{name:7} loss"), {}
-        write_replies(model, tokenizer, rows["ask"][asked], args, replies[name], f"{name:7} replies")
+        model, tokenizer = models.pop(name)  # one in memory at a time
+        nats[name] = row_losses(model, rows, args.batch_tokens, f"{name:7} loss")
+        replies[name] = {}
+        write_replies(model, tokenizer, asked, args, replies[name], f"{name:7} replies")
         del model
         mx.clear_cache()
 
 
-# ---- what came out ---------------------------------------------------------------------------------------------------
-def figures(texts, losses, counts):
-    """Return all figures as a DataFrame, a row for the reference and one for each model.
+# ---- figures: {"loss": {"base": 9.539, "adapter": 3.066}, "loss error": …} ----------------------
+def ratio(parts, wholes):
+    """Return what all parts are to all wholes, and the standard error of that over the rows.
 
-    texts: see main(); losses: {model: nats of each row}; counts: tokens of each row. gain is over the base, error its
-    standard error over rows (a ratio estimate: Cochran, Sampling Techniques, 2.11), kept the share of the adapter's
-    gain that the fused model has. A reply loops if it holds the same piece four times in a row, and is copied if it is
-    a line of its prompt; capitals and spaces do not count for that.
+    Nats [2, 4] of rows of [1, 2] tokens: a loss of 2, error 0. (Cochran, Sampling Techniques, 2.11)
     """
-    table = pd.DataFrame(index=["reference", *losses])
-    table["loss"] = pd.Series({m: nats.sum() / counts.sum() for m, nats in losses.items()})
-    table["perplexity"] = np.exp(table["loss"])
-    for m in [m for m in losses if "base" in losses and m != "base"]:
-        gains = losses["base"] - losses[m]
-        table.loc[m, "gain"] = gains.sum() / counts.sum()
-        table.loc[m, "error"] = np.sqrt(((gains - table["gain"][m] * counts) ** 2).sum()) / counts.sum()
-    if "gain" in table and len(losses) == 3 and table["gain"]["adapter"] > 2 * table["error"]["adapter"]:
-        table.loc["fused", "kept"] = table["gain"]["fused"] / table["gain"]["adapter"]
-    if len(texts):
-        said = texts[table.index]
-        folded = texts.map(lambda text: re.sub("[ \t]+", " ", text.casefold()), na_action="ignore")
-        chats, folded = folded["prompt"].str.split("\n"), folded[table.index]
-        table["length"] = said.apply(lambda replies: replies.str.len().mean())
-        table["questions"] = said.apply(lambda replies: replies.str.contains("[?؟？]").mean())  # noqa: RUF001
-        table["distinct"] = folded.nunique() / folded.count()
-        table["looping"] = said.apply(lambda replies: replies.dropna().map(LOOP.search).notna().mean())
-        table["copied"] = sum(folded.loc[line].isin(chats[line]) for line in folded.index) / folded.count()
-        if (repeated := table["distinct"] < 1).any():
-            table["most repeated"] = folded.mode().iloc[0].str[:16].replace("", "(nothing)").where(repeated)
-            table["its share"] = folded.apply(lambda replies: replies.value_counts(normalize=True).max())
-        table["replies"] = folded.count()
-    return table
+    value = parts.sum() / wholes.sum()
+    return float(value), float(np.sqrt(((parts - value * wholes) ** 2).sum()) / wholes.sum())
 
 
-def readable(table):
-    """Return the figures as text, a row each, as the page and the terminal show them: what has no LOOK is a share."""
-    plain = ("most repeated", "replies")
-    look = {name: LOOK.get(name, "{}" if name in plain else "{:.1%}").format for name in table}
-    return pd.DataFrame({name: table[name].map(look[name], na_action="ignore") for name in table}).T.fillna("")
+def loss_figures(table, nats, counts):
+    """Add what follows from the nats of each row, {model: array}, and its number of tokens."""
+    gains = {who: nats["base"] - nats[who] for who in nats if "base" in nats and who != "base"}
+    for who in nats:
+        table["loss"][who], table["loss error"][who] = ratio(nats[who], counts)
+    for who in gains:
+        table["gain"][who], table["gain error"][who] = ratio(gains[who], counts)
+    if len(gains) == 2 and table["gain"]["adapter"] > 2 * table["gain error"]["adapter"]:
+        kept = ratio(gains["fused"], gains["adapter"])
+        table["kept"]["fused"], table["kept error"]["fused"] = kept
+    for who, loss in table["loss"].items():
+        table["perplexity"][who] = math.exp(min(loss, 700))
+        table["perplexity error"][who] = table["perplexity"][who] * table["loss error"][who]
 
 
-def verdict(table):
-    """Return ("good", "mixed" or "bad", a sentence) for what figures() returned."""
-    loss = table["loss"].drop("reference")
-    if not np.isfinite(loss).all():
-        return "bad", "Broken: a loss is not a number. Train again with a lower learning rate."
-    if "gain" not in table:
-        return "mixed", "Nothing to compare: test the base model and the adapter together."
-    tuned = table.dropna(subset="gain")
-    first, pair = tuned.iloc[0], f"than the base: loss {tuned['loss'].iloc[0]:.2f} instead of {loss['base']:.2f}"
-    if first["gain"] > 2 * first["error"]:
-        kind, text = "good", f"Better {pair}"
-    elif first["gain"] < -2 * first["error"]:
-        kind, text = "bad", f"Worse {pair}. Train with a lower learning rate, or on more data"
-    else:
-        kind, text = "mixed", f"No better {pair}, which may be chance. Train longer, or on more data"
-    if "kept" in table:
-        text += f"; the fused model keeps {table['kept']['fused']:.1%} of it"
-        if table["kept"]["fused"] < 0.9:
-            kind, text = "bad", f"{text}. Fuse again: FUSED_BITS=8 ./fuse.sh"
-    for name, row in tuned.iterrows():
-        odd = [f for f in ("its share", "looping") if f in table and row[f] > max(0.3, 2 * table[f]["reference"])]
-        if odd and row["replies"] >= 5:
-            what = {"its share": f"are “{row.get('most repeated')}”", "looping": "say the same piece over and over"}
-            text += f". But the {name} model repeats itself: {row[odd[0]]:.0%} of its replies {what[odd[0]]}"
-            return "bad", text + "."
-    return kind, text + "."
+def told_apart(real, made):
+    """Return how often a classifier picks the real one of two replies to a chat, and the error.
+
+    It learns from four fifths of the pairs, by pieces of one to four letters and by where a reply
+    begins and ends, and judges the other pairs. Equal replies count half.
+    """
+    texts = [f"\x02{text}\x03" for text in real + made]
+    is_real = [True] * len(real) + [False] * len(made)
+    letters = TfidfVectorizer(
+        analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True
+    )
+    classifier = make_pipeline(letters, LogisticRegression(C=10, max_iter=1000))
+    split = {"groups": 2 * list(range(len(real))), "cv": GroupKFold(5)}
+    scores = cross_val_predict(classifier, texts, is_real, **split, method="decision_function")
+    lead = np.round(scores[: len(real)] - scores[len(real) :], 9)
+    picked = float(np.mean(lead > 0) + np.mean(lead == 0) / 2)
+    near = (picked * len(real) + 1) / (len(real) + 2)  # so that 40 of 40 has an error, too
+    return picked, math.sqrt(near * (1 - near) / len(real))
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
-def drawing(draw, data):
-    """Return draw(axes, data) as SVG. Black and INKS become colours of the page, which knows light and dark."""
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.5, "legend.frameon": False}
-    with rc_context(look | {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
-        figure, file = Figure((4.6, 2.7), layout="constrained"), io.StringIO()
-        axes = figure.subplots()
-        draw(axes, data)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()[file.getvalue().index("<svg") :].replace("#000000", "currentColor")
-    for name, colour in INKS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
+def style_figures(table, who, texts, rows):
+    """Add shares of the replies {line: text}."""
+    count = len(texts)
+    lengths = np.array([len(text) for text in texts.values()])
+    table["length"][who] = float(lengths.mean())
+    table["length error"][who] = float(lengths.std() / math.sqrt(count))
+    for name, found in STYLE.items():
+        table[name][who] = sum(bool(found(text)) for text in texts.values()) / count
+
+    def fold(text):
+        return re.sub("[ \t]+", " ", text.casefold())
+
+    said = {line: fold(text) for line, text in texts.items()}
+    chats = {row.line: fold(row.context).split("\n") for row in rows}  # of lines like "ann: hi"
+    copied = [
+        said[line] in {*chats[line], *(x.partition(": ")[2] for x in chats[line])} for line in said
+    ]
+    table["copied"][who] = sum(copied) / count
+    table["distinct"][who] = len(set(said.values())) / count
+    reply, times = Counter(said.values()).most_common(1)[0]
+    if times > 1:
+        table["most repeated"][who] = reply[:16] or "(nothing)"
+        table["its share"][who] = times / count
+    table["replies"][who] = count
 
 
-def learning_curve(axes, adapter):
-    """Plot losses.csv, with the checkpoint of the lowest validation loss, which is adapters.safetensors."""
-    losses = pd.read_csv(adapter / "losses.csv", index_col="iteration")
-    axes.plot(losses["train_loss"].dropna(), color=INKS["reference"], label="training")
-    scored = losses["val_loss"].dropna()
-    axes.plot(scored, ".-", color=INKS["adapter"], label="validation")
-    kept = (scored if len(scored) == 1 else scored.loc[2:]).idxmin()  # at iteration 1 nothing was learned yet
-    axes.axvline(kept, color=INKS["adapter"], linestyle=":", label=f"kept: iteration {kept}")
-    axes.set(xlabel="iteration", ylabel="loss, as training counts it")
+def word_figures(table, said):
+    """Add which of the words that one of 20 real replies has, at most 20, never come up."""
+
+    def words(texts):
+        found = [set(re.findall(r"[^\W\d_]{2,}", text.casefold())) for text in texts.values()]
+        return Counter(word for each in found for word in each)
+
+    often = max(5, len(said["reference"]) / 20)
+    common = words(said["reference"]).most_common(20)
+    favourites = [word for word, count in common if count >= often]
+    for who, texts in said.items():
+        if favourites and len(texts) == len(said["reference"]):
+            gone = [word for word in favourites if word not in words(texts)]
+            table["favourite words"][who] = 1 - len(gone) / len(favourites)
+            table["missing words"][who] = ", ".join(gone)
 
 
-def length_histogram(axes, texts):
-    """Plot how long replies and references are; the longest 5 % are counted in the last bars."""
-    lengths = texts.drop(columns="prompt").map(len, na_action="ignore").astype(float)
-    lengths = lengths.clip(upper=max(10, lengths.quantile(0.95).max()))
-    axes.hist([lengths[m].dropna() for m in lengths], 12, color=[INKS[m] for m in lengths], label=list(lengths))
-    axes.set(xlabel="characters of a reply (the last bars: and more)", ylabel="replies")
+def figures(rows, asked, nats, replies, args):
+    """Return the figures and the texts {"reference": {line: text}, …}, of whom there are any."""
+    table = defaultdict(dict)
+    loss_figures(table, nats, np.array([row.length() for row in rows]))
+    real = {row.line: visible(row.reference) for row in asked}
+    said = {"reference": real}
+    long = [row for row in asked if row.length() > args.max_tokens + 1]
+    unfinished = {"reference": len(long)}
+    for who, done in replies.items():
+        said[who] = {line: text for line, (text, _) in done.items()}
+        unfinished[who] = sum(not ended for _, ended in done.values())
+        if len(done) >= 20:
+            pair = told_apart([real[line] for line in done], list(said[who].values()))
+            table["told apart"][who], table["told apart error"][who] = pair
+    said = {who: texts for who, texts in said.items() if texts}
+    for who, texts in said.items():
+        style_figures(table, who, texts, asked)
+        table["unfinished"][who] = unfinished[who] / len(texts)
+    if said:
+        word_figures(table, said)
+    return table, said
 
 
-def report(facts, table, texts, adapter):
-    """Return the page as text. Chat text is escaped by jinja2 or by pandas; the plots hold none."""
-    plots = [drawing(learning_curve, adapter)] if (adapter / "losses.csv").exists() else []
-    plots += [drawing(length_histogram, texts)] if len(texts) else []
-    cards = texts.head(facts["settings"]["show"]).fillna("(not asked)")
-    chats = [text.rpartition("\n\n")[0] or text for text in cards["prompt"]]  # without "Write the next message"
-    cards["prompt"] = ["\n".join(chat.split("\n")[-4:]) for chat in chats]
-    cards = cards.map(lambda text: visible(text, 500) or "(nothing)").to_dict("records")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(facts, plots=plots, cards=cards, table=readable(table).to_html(border=0))
+def places(error):
+    """Return the digits after the point that an error leaves: 0.05 → 2, 0.3 → 1, 12 → 0."""
+    return min(4, max(0, -math.floor(math.log10(error)))) if error > 0 else 2
 
 
-# ---- written whole or not at all -------------------------------------------------------------------------------------
-def clean_up(final):
-    """Finish the swap of a run that was killed in the middle of it, and remove what it left."""
-    partial, old = final.with_name(final.name + ".partial"), final.with_name(final.name + ".old")
-    if old.exists() and not final.exists():
-        (partial if partial.exists() else old).rename(final)
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    return partial, old
+def shown(table, name, who):
+    """Return a figure as text: "3.07", "0.88 ± 0.07", "84% ± 4%", "34%", of few replies "2 of 7"."""
+    value = table[name].get(who, "")
+    error = table.get(f"{name} error", {}).get(who)
+    count = table["replies"].get(who, FEW)
+    if not isinstance(value, float):
+        return str(value)
+    if name == "loss":  # as exact as the gain: what it is for is to be compared
+        error = min(table["gain error"].values(), default=error)
+    if name in ("loss", "perplexity"):
+        return f"{value:,.{places(error)}f}"
+    if name in ("gain", "length"):
+        return f"{value:,.{places(error)}f} ± {error:,.{places(error)}f}"
+    if error is not None:
+        digits = places(100 * error)
+        return f"{value:.{digits}%} ± {error:.{digits}%}"
+    few = count < FEW and name != "favourite words"
+    return f"{value * count:.0f} of {count}" if few else f"{value:.0%}"
 
 
-def write(final, page, texts, facts):
+def cells(table):
+    """Return {name: {who: text}} of the figures that someone has."""
+    known = {who for values in table.values() for who in values}
+    everyone = [who for who in ("reference", "base", "adapter", "fused") if who in known]
+    names = [name for name in table if table[name] and not name.endswith(" error")]
+    return {name: {who: shown(table, name, who) for who in everyone} for name in names}
+
+
+def as_text(table):
+    """Return the figures for a terminal, a line each."""
+    lines = [["", *next(iter(cells(table).values()))]]
+    lines += [[name, *texts.values()] for name, texts in cells(table).items()]
+    return "\n".join(
+        f"{name:16}" + "".join(f"{text:>16}" for text in texts)
+        for name, *texts in lines
+        if name != "missing words"
+    )
+
+
+# ---- the verdict: sentences, each with a kind: "good", "mixed" or "bad" -------------------------
+def learned(table, count):
+    """Whether the first of the trained models is better than the base."""
+    who = next(iter(table["gain"]))
+    gain, error = table["gain"][who], table["gain error"][who]
+    pair = (
+        f"than the base: loss {shown(table, 'loss', who)} instead of {shown(table, 'loss', 'base')}"
+    )
+    if count < FEW:
+        rows = "1 row is" if count == 1 else f"{count} rows are"
+        better = "Better" if gain > 0 else "No better"
+        return "mixed", f"{better} {pair}, but {rows} too few to be sure ({FEW} would do)."
+    if gain > 2 * error:
+        return "good", f"Better {pair}."
+    if gain < -2 * error:
+        return "bad", f"Worse {pair}. Train with a lower LEARNING_RATE, or on more data."
+    return "mixed", f"No better {pair}, which may be chance. Train longer, or on more data."
+
+
+def keeps(table, bits):
+    """Whether the fused model has what the adapter learned; bits: what it was rounded to."""
+    sentence = f"The fused model keeps {table['kept']['fused']:.0%} of that"
+    if table["kept"]["fused"] >= 0.9:
+        return "good", f"{sentence}."
+    setting = {"8": "FUSED_BITS=16 ", "16": ""}.get(bits, "FUSED_BITS=8 ")
+    return "bad", f"{sentence}. Fuse again: {setting}./fuse.sh."
+
+
+def is_far(table, name, who):
+    """Whether a share is over 15 points, and more than chance, from that of the reference."""
+    share, real = table[name][who], table[name]["reference"]
+    both = (share + real) / 2
+    chance = math.sqrt(2 * both * (1 - both) / table["replies"][who])
+    return abs(share - real) > max(0.15, 3 * chance)
+
+
+def far_figures(table, who):
+    """Return the names of the figures of style that are far from the reference."""
+    names = [name for name in ("unfinished", *STYLE) if is_far(table, name, who)]
+    length, real = table["length"][who], table["length"]["reference"]
+    if table["replies"][who] >= FEW and not real / 2 <= length <= 2 * real:
+        names.append("length")
+    if table["favourite words"].get(who, 1) < 0.75:
+        names.append("favourite words")
+    return names
+
+
+def sounds(table, who):
+    """Yield what there is to say of the replies of a model."""
+    if who in table["told apart"]:
+        base = shown(table, "told apart", "base")
+        than = f" (the base's in {base})" if base and who != "base" else ""
+        pairs = f"in {shown(table, 'told apart', who)} of the pairs"
+        told = f"A classifier tells its replies from the real ones {pairs}{than}"
+        yield "good", f"{told}; 50% would be perfect."
+    for name, what in (
+        ("its share", f"are “{table['most repeated'].get(who)}”"),
+        ("looping", "say the same piece over and over"),
+    ):
+        share, real = table[name].get(who, 0), table[name].get("reference", 0)
+        if share > max(0.3, 2 * real) and table["replies"][who] >= 5:
+            yield "bad", f"It repeats itself: {share:.0%} of its replies {what}."
+            return
+    far = []
+    for name in far_figures(table, who):
+        mine, real = (shown(table, name, m).partition(" ±")[0] for m in (who, "reference"))
+        words = table["missing words"].get(who) if name == "favourite words" else ""
+        far.append(f"it never says {words}" if words else f"{name} {mine} instead of {real}")
+    if far:
+        yield "mixed", f"It does not write like them yet: {'; '.join(far)}."
+
+
+def verdict(table, count, bits):
+    """Return the worst kind, and the sentences, the most important first."""
+    if not all(map(math.isfinite, table["loss"].values())):
+        return "bad", ["Broken: a loss is not a number. Train again with a lower LEARNING_RATE."]
+    if not table["gain"]:
+        return "mixed", ["Nothing to compare: test the base model and the adapter together."]
+    found = [learned(table, count)]
+    if table["kept"]:
+        found.append(keeps(table, bits))
+    who = next((who for who in ("fused", "adapter") if who in table["replies"]), None)
+    found += sounds(table, who) if who else []
+    kinds = {kind for kind, _ in found}
+    worst = next(kind for kind in ("bad", "mixed", "good") if kind in kinds)
+    return worst, [sentence for _, sentence in found]
+
+
+# ---- the page -----------------------------------------------------------------------------------
+def learning_curve(path):
+    """Return [(iteration, loss), …] of losses.csv; [] if it is not as it should be: an ornament."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+        curve = [(int(row["iteration"]), float(row["val_loss"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return []
+    fine = all(0 <= place < 10**9 and 0 <= loss < 10**3 for place, loss in curve)
+    return curve if fine and len(curve) > 1 and curve[-1][0] else []
+
+
+def excerpt(context):
+    """Return the end of a chat: how many lines stood before it, its last ones, the instruction."""
+    chat, found, instruction = context.rpartition("\n\n")
+    if not found:
+        chat, instruction = context, ""
+    lines = chat.split("\n")
+    last = [visible(line, 200) for line in lines[-4:]]
+    return {"earlier": len(lines) - len(last), "lines": last, "ask": visible(instruction, 200)}
+
+
+def cards(asked, said, judged, seed):
+    """Return what the page shows of each row: its chat, all replies, and two as a blind pair."""
+    coin = np.random.default_rng(seed)
+    made = []
+    for row in asked:
+        texts = {who: visible(said[who][row.line], 500) for who in said if row.line in said[who]}
+        pair = [texts["reference"], texts.get(judged, "")]
+        if texts.get("adapter") == texts.get("fused"):
+            texts.pop("adapter", None)  # the same twice
+        turned = int(coin.integers(2))
+        card = excerpt(row.context)
+        card |= {"texts": texts, "pair": pair[::-1] if turned else pair, "real": "AB"[turned]}
+        made.append(card | {"blind": pair[1] not in ("", pair[0])})
+    return made
+
+
+def report(facts, table, asked, said, adapter, args):
+    """Return the page. The text of the chat is escaped by jinja2."""
+    judged = next((who for who in ("fused", "adapter", "base") if who in said), None)
+    made = cards(asked, said, judged, args.seed) if judged else []
+    blind = [card for card in made if card["blind"]][: args.show]
+    others = [card for card in made if card not in blind][: args.show]
+    lengths = {who: [len(text) for text in texts.values()] for who, texts in said.items()}
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return page.from_string(PAGE).render(
+        facts,
+        cells=cells(table),
+        far={who: far_figures(table, who) for who in said if who != "reference"},
+        told=table["told apart"],
+        judged=judged,
+        models=[who for who in ("base", judged or "adapter") if who in table["loss"]],
+        blind=blind,
+        others=others,
+        sure=math.ceil(len(blind) / 2 + math.sqrt(len(blind))),  # two standard errors over half
+        curve=learning_curve(adapter / "losses.csv"),
+        lengths={who: list(np.percentile(n, [10, 50, 90])) for who, n in lengths.items()},
+    )
+
+
+# ---- written whole or not at all ----------------------------------------------------------------
+def beside(final, kind):
+    """Return data/results/.v1_M.partial, and the like, a name that no VERSION gives."""
+    return final.with_name(f".{final.name}.{kind}")
+
+
+@contextmanager
+def held(final):
+    """Hold the folder of the results for this run alone; the kernel lets go of it at the end."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        fail(f"{final} is not a folder", f"mv {final} {final}.mine")
+    for folder in final.parent, final:
+        if folder.exists() and not os.access(folder, os.W_OK):
+            fail(f"{folder} cannot be written to", f"chmod u+w {folder}")
+    with beside(final, "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is writing {final}", "wait until it is done, or end it")
+        partial, old = beside(final, "partial"), beside(final, "old")
+        if old.exists() and not final.exists():  # killed between the two renames of write()
+            (partial if partial.exists() else old).rename(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        yield
+
+
+def write(final, page, facts, asked, said):
     """Write the three files beside the final folder, then put them in its place."""
-    partial, old = clean_up(final)
-    partial.mkdir(parents=True)
+    partial, old = beside(final, "partial"), beside(final, "old")
+    partial.mkdir()
     (partial / "report.html").write_text(page, encoding="utf-8")
-    cells = texts.fillna("").map(defuse)
-    cells.to_csv(partial / "generations.csv", index_label="line", quoting=1, encoding="utf-8-sig")  # a mark for Excel
-    (partial / "metrics.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    (partial / "metrics.json").write_text(text, encoding="utf-8")
+    with (partial / "generations.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file, quoting=csv.QUOTE_ALL)  # -sig is a mark for Excel
+        table.writerow(["line", "prompt", *said])
+        for row in asked:
+            texts = [texts.get(row.line, "") for texts in said.values()]
+            table.writerow([row.line, *map(defuse, [row.context, *texts])])
     if final.exists():
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def main():
-    args = settings()
-    name, valid = f"{args.version}_{args.model}", ROOT / f"data/for_train/{args.version}/valid.jsonl"
-    final = ROOT / "data/results" / name
-    if not valid.exists():
-        fail(f"{valid.relative_to(ROOT)} is not there", f"VERSION={args.version} python build_train.py")
-    models, warnings = find_models(args, valid)
-    rows = read_rows(valid, next(iter(models.values()))[1])
-    asked = rows.sample(min(args.replies, len(rows)), random_state=args.seed).index
-    clean_up(final)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"testing {', '.join(models)} on {len(rows)} rows of {valid.relative_to(ROOT)}", flush=True)
-    losses, replies, code = {}, {}, 0
+# ---- the run ------------------------------------------------------------------------------------
+def measure(models, rows, asked, args):
+    """Return nats and replies, see test_models(), and whether Ctrl-C cut them short."""
+    nats, replies = {}, {}
+    quit_at_once = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        test_models(models, rows, asked, args, losses, replies)
+        test_models(models, rows, asked, args, nats, replies)
     except KeyboardInterrupt:
-        if not losses:
+        if not nats:
             raise
-        warnings, code = [*warnings, "stopped with Ctrl-C: this is what was done so far"], 130
-        print(f"\nwarning: {warnings[-1]}", file=sys.stderr)
-    texts = pd.DataFrame(dict(rows[["prompt", "reference"]]) | replies).loc[asked].map(visible, na_action="ignore")
-    counts = (rows["tokens"].map(len) - rows["ask"].map(len)).to_numpy()
-    table = figures(texts, losses, counts)
-    if any("another adapter" in warning for warning in warnings):
-        table = table.drop(columns="kept", errors="ignore")  # the fuse is not to blame for the difference
-    facts = dict(zip(("kind", "verdict"), verdict(table), strict=True)) | {"warnings": warnings, "settings": vars(args)}
-    facts |= {"rows": len(rows), "tokens": int(counts.sum())} | json.loads(table.to_json())
-    facts["versions"] = {"python": sys.version.split()[0], "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
-    write(final, report(facts, table, texts, ROOT / f"models/adapters/adapter-{name}"), texts, facts)
-    print(f"\n{facts['verdict']}\n\n{readable(table).to_string()}\n")
-    print("\n".join(f"data/results/{name}/{file}" for file in ("report.html", "generations.csv", "metrics.json")))
-    return code
+        return nats, replies, True
+    except (MemoryError, RuntimeError, ValueError) as e:
+        fix = f"if memory ran out: {ME} --batch-tokens 512 --reply-batch 1"
+        fail(f"a model cannot be computed: {visible(str(e), 200)}", fix)
+    finally:
+        signal.signal(signal.SIGINT, quit_at_once)
+    return nats, replies, False
 
 
-# ---- the page, a template of jinja2 ----------------------------------------------------------------------------------
+def test(args, valid, final):
+    """Test the models and write the results; return the exit code."""
+    base = Path("models/base", args.model)
+    adapter = Path("models/adapters", f"adapter-{final.name}")
+    fused = Path("models/fused", f"fused-{final.name}")
+    owner = {"version": args.version, "model": args.model}
+    check_owner(args, final / "metrics.json", owner, "settings")
+    models = find_models(args, base, adapter, fused)
+    rows = read_rows(args, valid, base, next(iter(models.values()))[1])
+    warnings = find_warnings(args, models, adapter, fused, valid)
+    set_sampling(args, base)
+    drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
+    asked = [rows[place] for place in drawn]
+    for warning in warnings:
+        say(f"warning: {warning}", sys.stderr)
+    say(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
+
+    nats, replies, stopped = measure(models, rows, asked, args)
+    if stopped:
+        warnings.append("stopped with Ctrl-C: this is what was done so far")
+        say(f"\nwarning: {warnings[-1]}", sys.stderr)
+    table, said = figures(rows, asked, nats, replies, args)
+    if is_stale(adapter, fused):
+        table["kept"].clear()  # the fuse is not to blame for the difference
+        table["kept error"].clear()
+    bits = read_json(fused / "fused_from.json", "bits")
+    kind, sentences = verdict(table, len(rows), str(bits))
+    say("\n".join(["", *sentences, "", as_text(table), ""]))
+    facts = {"kind": kind, "verdict": " ".join(sentences), "warnings": warnings}
+    facts |= {"settings": vars(args), "rows": len(rows)}
+    facts["tokens"] = sum(row.length() for row in rows)
+    facts["versions"] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    page = report(facts | {"sentences": sentences}, table, asked, said, adapter, args)
+    known = {name: values for name, values in table.items() if values}
+    known = json.loads(json.dumps(known), parse_constant=lambda _: None)  # JSON knows no NaN
+    write(final, page, facts | known, asked, said)
+    for name in "report.html", "generations.csv", "metrics.json":
+        say(final / name)
+    return 130 if stopped else 0
+
+
+def main():
+    os.chdir(ROOT)
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
+    args = check(settings())
+    valid = Path(f"data/for_train/{args.version}/valid.jsonl")
+    if not valid.exists():
+        others = [path.parent for path in Path("data/for_train").glob("*/valid.jsonl")]
+        build = f"VERSION={args.version} python build_train.py"
+        missing("VERSION", args.version, valid, others, build)
+    final = Path("data/results", f"{args.version}_{args.model}")
+    with held(final):
+        return test(args, valid, final)
+
+
+# ---- the page, a template of jinja2 -------------------------------------------------------------
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -409,39 +864,262 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ settings.version }} · {{ settings.model }}</title>
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#fbfaf8, #191a1c); --line: light-dark(#e4e1dc, #36383c);
-  --ink: light-dark(#2a2926, #e6e4e0); --reference: light-dark(#7d786f, #a8a49c); --base: light-dark(#a3562f, #e0925f);
-  --adapter: light-dark(#2f6db0, #7fb2ea); --fused: light-dark(#237353, #6fc7a0); --good: var(--fused);
-  --mixed: light-dark(#a87a12, #e0b550); --bad: light-dark(#b3382c, #ee8072) }
-body { margin: 0 auto; padding: 2rem 1rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-h1 { padding-left: 1rem; border-left: .3rem solid var(--{{ kind }}); font: 500 1.8rem/1.25 ui-serif, Georgia, serif }
-.note { color: var(--reference); font-size: .875rem }
-.warning { padding: .5rem .75rem; border: 1px solid var(--mixed); border-radius: .4rem }
-section, dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 2rem }
-svg { width: 100%; max-width: 32rem; height: auto; fill: currentColor }
-table { display: block; overflow-x: auto; overflow-wrap: normal; border-collapse: collapse; font-size: min(3vw, 1rem) }
-th, td { padding: .4em .5em; border: solid var(--line); border-width: 0 0 1px; text-align: right; font-weight: 400 }
-section table { grid-row: span 2 } tbody th { padding-left: 0; text-align: left } p, dd, td { unicode-bidi: isolate }
-dl { grid-template-columns: repeat(auto-fit, minmax(min(12rem, 100%), 1fr)); overflow: hidden; padding: 1rem;
-  border: 1px solid var(--line); border-radius: .5rem }
-dt { font-weight: 600; font-size: .875rem } dd { margin: 0; white-space: pre-wrap } .prompt { grid-column: 1 / -1 }
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#faf9f7, #161719);
+  --card: light-dark(#ffffff, #1e1f22);
+  --line: light-dark(#e5e1db, #34363b);
+  --ink: light-dark(#2b2926, #e8e6e2);
+  --soft: light-dark(#68625a, #a9a59d);
+  --reference: light-dark(#68625a, #b5b0a7);
+  --base: light-dark(#9a4a22, #e59a6c);
+  --adapter: light-dark(#27619f, #85b5ec);
+  --fused: light-dark(#1d6a4b, #74c9a3);
+  --good: var(--fused);
+  --mixed: light-dark(#86600a, #e2b755);
+  --bad: light-dark(#b0352a, #f08a7c);
+}
+* { box-sizing: border-box }
+body {
+  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 66rem;
+  background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere;
+}
+h1, h2, .big { font-family: ui-serif, Georgia, "Times New Roman", serif; font-weight: 500 }
+h1 { margin: .2rem 0 .6rem; font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.2 }
+h2 { margin: 0; font-size: 1.2rem }
+p { margin: .4rem 0 }
+header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
+header p { max-width: 46rem }
+.soft, figcaption { color: var(--soft); font-size: .875rem }
+.warning { padding: .5rem .8rem; border: 1px solid var(--mixed); border-radius: .5rem }
+.two, .pair { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
+.panel { margin: 1.25rem 0 0; padding: 1.1rem 1.25rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
+.two > .panel { margin-top: 0 } .two { margin-top: 1.75rem }
+.big { margin: .3rem 0; font-size: 2rem; line-height: 1.2 }
+.big small { font-size: 1rem; color: var(--soft) }
+svg { display: block; width: 100%; height: auto; fill: currentColor }
+svg text { font-family: system-ui, sans-serif !important }
+.plot { margin-top: 1rem; fill: none; stroke: var(--adapter); stroke-width: 2; overflow: visible }
+.plot text { fill: var(--soft); stroke: none; font-size: 12px }
+.plot circle { fill: var(--adapter) } .plot path { stroke: var(--line); stroke-width: 1 }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: .35rem .8rem; margin-top: 1rem;
+  align-items: center; font-size: .875rem }
+.bars span { position: relative; height: .5rem; border-radius: 1rem; background: var(--line) }
+.bars i { position: absolute; top: 0; height: 100%; border-radius: 1rem; background: currentColor;
+  opacity: .45 }
+.bars i + i { top: -.15rem; width: .8rem; height: .8rem; margin-left: -.4rem; opacity: 1 }
+.scale { position: relative; height: .4rem; margin: 1.4rem .5rem .4rem; border-radius: 1rem;
+  background: linear-gradient(to right, var(--good), var(--line)) }
+.scale i { position: absolute; top: -.3rem; width: 1rem; height: 1rem; margin-left: -.5rem;
+  border: 2px solid var(--card); border-radius: 50% }
+.ends { display: flex; justify-content: space-between }
+.wide { overflow-x: auto; overflow-wrap: normal }
+table { width: 100%; border-collapse: collapse }
+th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+  font-weight: 400; vertical-align: top }
+tr > :first-child { padding-left: 0; text-align: left; color: var(--soft) }
+tr > :last-child { padding-right: 0 }
+thead th { font-weight: 600; vertical-align: bottom }
+tbody tr:last-child > * { border-bottom: 0 }
+.far { color: var(--mixed); font-weight: 600 }
+td { white-space: nowrap } .error { color: var(--soft) }
+.words td { white-space: normal; font-size: .875rem; overflow-wrap: anywhere; max-width: 9rem }
+.chat { padding-bottom: .6rem; margin-bottom: .8rem; border-bottom: 1px solid var(--line) }
+.chat p, .said p { margin: .15rem 0; white-space: pre-wrap; unicode-bidi: isolate }
+.said b { font-size: .8125rem; font-weight: 600; letter-spacing: .02em }
+.pair { gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)) }
+.pair .said { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .5rem }
+summary { cursor: pointer; color: var(--soft) }
+summary h2 { display: inline; color: var(--ink) }
+.card > details { margin-top: .8rem } .card details .pair { margin-top: .6rem }
+.reference { color: var(--reference) } .base { color: var(--base) }
+.adapter { color: var(--adapter) } .fused { color: var(--fused) }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.25rem; margin: .8rem 0 0 }
+dt { font-weight: 600 } dd { margin: 0 }
+@media (max-width: 40rem) {
+  body { padding: 1.5rem .9rem 3rem }
+  .panel { padding: .9rem }
+  table { font-size: .8125rem } .error { display: none } th, td { padding: .35rem .3rem }
+  dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .6rem }
+}
 </style>
-<p class="note">{{ settings.version }} · {{ settings.model }} · temperature {{ settings.temperature }}</p>
-<h1>{{ verdict }}</h1>
+{% macro chat(card) %}
+<div class="chat">
+{% if card.earlier %}<p class="soft">… {{ card.earlier }} earlier lines</p>{% endif %}
+{% for line in card.lines %}<p dir="auto">{{ line }}</p>{% endfor %}
+{% if card.ask %}<p class="soft" dir="auto">{{ card.ask }}</p>{% endif %}
+</div>
+{% endmacro %}
+{% macro said(label, text, class="") %}
+<div class="said"><b class="{{ class }}">{{ label }}</b>
+<p dir="auto">{{ text or "(nothing)" }}</p></div>
+{% endmacro %}
+{% macro replies(card, known=[]) %}
+<div class="pair">
+{% for who, text in card.texts.items() if who not in known %}
+{{ said({"reference": "reference, what was really said"}.get(who, who), text, who) }}
+{% endfor %}
+</div>
+{% endmacro %}
+{% macro plot() %}
+{% set last = curve[-1][0] %}
+{% set kept = (curve[1:] | min(attribute=1))[0] %}
+{% set top = curve | map(attribute=1) | max %}
+{% set low = curve | map(attribute=1) | min %}
+<svg class="plot" viewBox="-6 -22 412 152" role="img" aria-label="loss by iteration">
+<path d="M0 106H400"/>
+<polyline points="{% for n, loss in curve %}
+{{ 400 * n / last }},{{ 100 * (top - loss) / (top - low or 1) }} {% endfor %}"/>
+{% for n, loss in curve %}
+<circle cx="{{ 400 * n / last }}" cy="{{ 100 * (top - loss) / (top - low or 1) }}"
+  r="{{ 5 if n == kept else 2.5 }}"/>
+{% endfor %}
+<text x="0" y="124">0: the base, {{ "%.2f" % curve[0][1] }}</text>
+<text x="400" y="124" text-anchor="end">iteration {{ last }}</text>
+</svg>
+<p class="soft">The loss while it was trained. Kept: iteration {{ kept }},
+{{ "%.2f" % low }}.</p>
+{% endmacro %}
+{% macro bars() %}
+{% set most = lengths.values() | map(attribute=2) | max %}
+<div class="bars">
+{% for who, (low, middle, high) in lengths.items() %}
+<b class="{{ who }}">{{ who }}</b>
+<span class="{{ who }}">
+<i style="left: {{ 100 * low / most }}%; width: {{ 100 * (high - low) / most }}%"></i>
+<i style="left: {{ 100 * middle / most }}%"></i></span>
+{% endfor %}
+</div>
+<p class="soft">How long replies are: the middle one, and 8 of 10, up to {{ most | int }}
+characters.</p>
+{% endmacro %}
+{% macro blind_card(card) %}
+<article class="panel card">
+{{ chat(card) }}
+<div class="pair">{{ said("A", card.pair[0]) }}{{ said("B", card.pair[1]) }}</div>
+<details><summary>Which one is real?</summary>
+<p><strong>{{ card.real }}</strong> was really said;
+{{ "A" if card.real == "B" else "B" }} is of the {{ judged }} model.</p>
+{{ replies(card, ["reference", judged]) }}
+</details>
+</article>
+{% endmacro %}
+
+<header>
+<p class="soft">{{ settings.version }} · {{ settings.model }}</p>
+<h1>{{ sentences[0] }}</h1>
+{% for sentence in sentences[1:] %}<p>{{ sentence }}</p>{% endfor %}
+</header>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
-<section>{{ table | safe }}{% for plot in plots %}{{ plot | safe }}{% endfor %}</section>
-<p class="note">Loss in nats per completion token, lower is better. Gain: over the base. Error: standard error of the
-gain. Kept: how much of the gain the fused model has. Perplexity: among how many equally likely words the model would
-have to guess. Length in characters. Questions, distinct, looping (the same piece four times in a row), copied (word for
-word from the context): shares of all replies.</p>
-{% for card in cards %}
-<dl>
-{% for name, text in card.items() %}
-<div class="{{ name }}"><dt style="color: var(--{{ name }})">{{ name }}</dt><dd>{{ text }}</dd></div>
+
+<div class="two">
+<section class="panel">
+<h2>Did it learn?</h2>
+<p class="big">{% for who in models %}
+<span class="{{ who }}">{{ cells.loss[who] }}</span>
+{{- "" if loop.last else " → " }}
+{% endfor %}</p>
+<p class="soft">Loss of the {{ models | join(" and of the ") }} model: how surprising it finds
+what was really said, in {{ rows }} replies that it was not trained on. Lower is better.</p>
+{% if curve %}{{ plot() }}{% endif %}
+</section>
+<section class="panel">
+<h2>Does it sound like them?</h2>
+{% if judged in told %}
+<p class="big">{{ cells["told apart"][judged] }} <small>told apart</small></p>
+<div class="scale">
+{% for who, share in told.items() %}
+<i title="{{ who }}"
+  style="left: {{ [0, 200 * share - 100] | max }}%; background: var(--{{ who }})"></i>
 {% endfor %}
-</dl>
+</div>
+<div class="ends soft"><span>50%: nobody could tell</span><span>100%: always told</span></div>
+<p class="soft">A classifier sees a real reply and one of the {{ judged }} model, and picks the real
+one so often{% if cells["told apart"].base and judged != "base" %}; with the base model
+{{ cells["told apart"].base }}{% endif %}.</p>
+{% endif %}
+{% if lengths %}{{ bars() }}{% endif %}
+</section>
+</div>
+
+{% if blind %}
+<section class="panel">
+<h2>Can you tell?</h2>
+<p>Two replies to the same chat: one was really said, the other is of the {{ judged }} model. Note
+on paper which one you take for real, then open the answer.
+{% if sure <= blind | length %}Of {{ blind | length }}, half is guessing;
+{{ sure }} or more right means that you can tell.{% endif %}</p>
+</section>
+{% for card in blind[:4] %}{{ blind_card(card) }}{% endfor %}
+{% if blind[4:] %}
+<details class="panel"><summary>{{ blind[4:] | length }} more</summary>
+{% for card in blind[4:] %}{{ blind_card(card) }}{% endfor %}
+</details>
+{% endif %}
+{% endif %}
+
+<section class="panel">
+<h2>The figures</h2>
+<div class="wide"><table>
+<thead><tr><th></th>
+{% for who in (cells.values() | first).keys() %}
+<th class="{{ who }}">{{ who }}
+{% if who == "reference" %}<br><span class="soft">really said</span>{% endif %}</th>
+{% endfor %}</tr></thead>
+<tbody>
+{% for name, row in cells.items() %}
+<tr{% if name == "missing words" %} class="words"{% endif %}><td>{{ name }}</td>
+{% for who, text in row.items() %}
+{% set value, found, error = text.partition(" ± ") %}
+<td{% if name in far[who] %} class="far"{% endif %}>{{ "≠ " if name in far[who] }}{{ value }}
+{%- if found %}<span class="error"> ± {{ error }}</span>{% endif %}</td>
+{% endfor %}</tr>
 {% endfor %}
+</tbody></table></div>
+{% if far.values() | sum(start=[]) %}
+<p class="soft"><span class="far">≠</span> far from the reference, by more than chance.</p>
+{% endif %}
+<details><summary>What the figures mean</summary><dl>
+<dt>loss</dt><dd>nats per token of the real replies, the end of the turn included; ± is the standard
+error</dd>
+<dt>gain</dt><dd>by how much the loss is below the base's</dd>
+<dt>kept</dt><dd>how much of the adapter's gain the fused model has; a little over 100% is
+chance</dd>
+<dt>perplexity</dt><dd>among how many equally likely tokens the model would have to guess</dd>
+<dt>told apart</dt><dd>how often a classifier that looks at letters picks the real one of two
+replies; it sees few rows, so compare it at the same number of replies only</dd>
+<dt>length</dt><dd>characters of a reply</dd>
+<dt>question … several lines</dt><dd>shares of the replies: with a question mark, an emoji or
+smiley, a capital letter first, a full stop last, more than one line</dd>
+<dt>looping</dt><dd>with the same piece four times in a row</dd>
+<dt>copied</dt><dd>equal to a line of the chat before them</dd>
+<dt>distinct</dt><dd>different from all others</dd>
+<dt>most repeated, its share</dt><dd>the most frequent reply, and how many are it</dd>
+<dt>unfinished</dt><dd>cut off at {{ settings.max_tokens }} tokens; of the reference, as long as
+that</dd>
+<dt>favourite words, missing words</dt><dd>how many of the words that people use most here come up
+at all, and which do not</dd>
+</dl></details>
+</section>
+
+{% if others %}
+<details class="panel"><summary><h2>{{ others | length }} other rows, side by side</h2></summary>
+{% if "adapter" in lengths and "fused" in lengths %}
+<p class="soft">The reply of the adapter is shown where it is not that of the fused model.</p>
+{% endif %}
+{% for card in others %}
+<article class="panel card">{{ chat(card) }}{{ replies(card) }}</article>
+{% endfor %}
+</details>
+{% endif %}
+
+<p class="soft">Replies at temperature {{ settings.temperature }}, top-p {{ settings.top_p }},
+top-k {{ settings.top_k }}, at most {{ settings.max_tokens }} tokens, seed {{ settings.seed }}.
+mlx {{ versions.mlx }}, mlx-lm {{ versions.mlx_lm }}.</p>
 """
 
 
@@ -449,6 +1127,9 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)
     except OSError as e:
-        fail(f"{e.filename}: {e.strerror}", "make room, or mend the permissions of the folder")
+        place = visible(str(e.filename or "the output"))
+        fail(
+            f"{place}: {e.strerror}", f"make room (df -h .) or mend permissions (ls -ld '{place}')"
+        )

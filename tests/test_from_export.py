@@ -57,6 +57,7 @@ def said(entries):
         ("24.11.26, 10:44 - {}", "2026-11-24T10:44:00"),
         ("24. 11. 2026, 10:44 - {}", "2026-11-24T10:44:00"),
         ("24.11.2026 klo 10.44 - {}", "2026-11-24T10:44:00"),
+        ("24.11.26 10.44 - {}", "2026-11-24T10:44:00"),
         ("24/11/2026 à 10:44 - {}", "2026-11-24T10:44:00"),
         ("24.11.2026 г., 10:44 ч. - {}", "2026-11-24T10:44:00"),
         ("24/11/26 10:44 p. m. - {}", "2026-11-24T22:44:00"),
@@ -84,7 +85,7 @@ def said(entries):
         ("[2026/11/24 下午1:44:25] {}", "2026-11-24T13:44:25"),
         ("[2026. 11. 24. 오후 1:44:25] {}", "2026-11-24T13:44:25"),
         ("[24. 11. 2026 10:44:25] {}", "2026-11-24T10:44:25"),
-        ("[24.11.2026, 10.44.25] {}", "2026-11-24T10:44:25"),
+        ("[24.11.26 10.44.25] {}", "2026-11-24T10:44:25"),
         ("[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] {}", "2026-11-24T22:44:25"),
         ("\u200e[24/11/2026, 10:44:25] {}", "2026-11-24T10:44:25"),
         ("\u200f[24/11/2026, 10:44:25] {}", "2026-11-24T10:44:25"),
@@ -112,9 +113,8 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
     chat = "\n".join(f"{day}, 10:44 - {'AB'[i % 2]}: hi" for i, day in enumerate(dates))
     entries, _ = convert({"chat.txt": chat})
     assert entries[0]["time"][:10] == first
-    assert [note.partition(" (")[0] for note in from_export.notes] == assumed * [
-        "dates are taken as dmy"
-    ]
+    note = "export: dates are read as dmy, for nothing decides: else --dates mdy"
+    assert from_export.notes == assumed * [note]
     entries, _ = convert({"chat.txt": "1/2/26, 10:44 - A: a\n1/2/26, 10:44 - B: b"}, dates="mdy")
     assert entries[0]["time"][:10] == "2026-01-02"
 
@@ -641,6 +641,8 @@ def test_a_list_of_messages_under_the_keys_of_other_programs(convert, author, te
         ("Tue, 24 Nov 2026 10:44:25 +0100", "2026-11-24T09:44:25"),
         ("24.11.2026", "2026-11-24T00:00:00"),
         ("no time", None),
+        (float("inf"), None),
+        (float("nan"), None),
         ("99.99.2026, 10:44", None),
         ("24.11.2026, 10:99", None),
     ],
@@ -801,9 +803,10 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
         "left out 1 written by the app itself (app): Messages and calls are end-to-end encryp",
         "left out 1 media without words (media): <Media omitted>",
         "",
-        "wrote my project/data/raw/messages_sample.json: 3 entries; take out what it must not learn",
-        "next VERSION=sample python build_train.py --only-author 'Ann Lee' # answers as this one",
-        "VERSION=sample python build_train.py # answers as everybody",
+        "wrote my project/data/raw/messages_sample.json: 3 entries; delete what it must not learn",
+        "next VERSION=sample python build_train.py --only-author 'Ann Lee' # to answer as one of"
+        " them",
+        "VERSION=sample python build_train.py # to answer as anybody",
     ]
 
 

@@ -37,6 +37,7 @@ import itertools
 import json
 import re
 import shlex
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -49,6 +50,8 @@ try:
     from tqdm import tqdm
 except ImportError as e:
     sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
+
+warnings.filterwarnings("ignore", category=date_parser.UnknownTimezoneWarning)
 
 # ---- settings: what is left out, unless --keep names it -----------------------------------------
 KINDS = {
@@ -131,10 +134,10 @@ def files_in(path):
             fail(
                 f"{path} is neither a file nor a folder", f"cat {shlex.quote(str(path))} > chat.txt"
             )
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, names, n=1)
-        fix = command(path.parent / close[0]) if close else "drag the file into this window"
-        fail(f"{path} is not there", fix)
+        near = {p.stem: p for p in path.parent.iterdir()} if path.parent.is_dir() else {}
+        close = difflib.get_close_matches(path.stem, near, n=1, cutoff=0.4)
+        drag = f"type {command()}, a space, and drag the file into this window"
+        fail(f"{path} is not there", command(near[close[0]]) if close else drag)
     elif zipfile.is_zipfile(path):
         try:
             yield from files_in_zip(path)
@@ -276,8 +279,8 @@ def since_1970(number):
     """Return the time of so many seconds, or milli-, micro- or nanoseconds; None if it is none."""
     try:
         seconds = float(number)
-        while abs(seconds) > 1e11:
-            seconds /= 1000
+        for _ in range(3):
+            seconds /= 1000 if abs(seconds) > 1e11 else 1
         return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
     except (TypeError, ValueError, OverflowError, OSError):
         return None
@@ -521,12 +524,13 @@ def read_texts(data, title):
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
 DAY = rf"(\d{{1,4}}){MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?(\d{{1,4}})"
 CLOCK = r"(\d\d?)[:.](\d\d)(?:[:.](\d\d))?"
-WHEN = re.compile(rf"(?:{CLOCK}\D{{1,3}})?{DAY}(?:(\D{{1,20}}?){CLOCK})?(\D{{0,24}})")
+WHEN = re.compile(rf"{DAY}(?:(\D{{1,20}}?){CLOCK}(\D{{0,24}}))?")
+TIME_FIRST = re.compile(rf"(\d\d?:\d\d(?::\d\d)?)\D{{1,3}}({DAY})")
 # "[24/11/26, 10:44:25] Ann: hi" on an iPhone, "24/11/26, 10:44 - Ann: hi" on Android,
 # "24/11/26, 10:44:25 PM: Ann: hi" on old iPhones
 ENTRY = re.compile(
     rf"{MARK}{{0,3}}(\[)?{MARK}?"
-    rf"(?P<when>{DAY}\D{{1,20}}?{CLOCK}[^\d\]]{{0,24}}?|{CLOCK}\D{{1,3}}{DAY})"
+    rf"(?P<when>{DAY}\D{{1,20}}?{CLOCK}[^\d\]]{{0,24}}?|{TIME_FIRST.pattern})"
     r"(?(1)\]|(?:\s[-–]|:))(?:\s|$)"
 )
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
@@ -712,11 +716,10 @@ def stamp_of(text):
         return utc(datetime.fromisoformat(text))
     except ValueError:
         pass
-    if found := WHEN.search(text):
-        early, days, late = found.groups()[:3], found.groups()[3:6], found.groups()[7:10]
-        hour, minute, second = (int(number or 0) for number in (late if late[0] else early))
-        hour = hour_of_day(hour, (found[7] or "") + found[11])
-        return (*map(int, days), hour, minute, second)
+    if found := WHEN.search(TIME_FIRST.sub(r"\2 \1", text)):
+        *day, before, hour, minute, second, after = found.groups("")
+        hour = hour_of_day(int(hour or 0), before + after)
+        return (*map(int, day), hour, int(minute or 0), int(second or 0))
     try:
         return utc(date_parser.parse(text[:60]))
     except (ValueError, OverflowError):
@@ -737,10 +740,33 @@ def hour_of_day(hour, words):
     return 0 if hour == 12 and (at_night or words.endswith(MORNING)) else hour
 
 
-MORNING = "am a.m 午前 上午 早上 凌晨 오전 ص πμ morning mañana madrugada manhã mattina morgens sáng"
-AFTERNOON = "pm 午後 下午 中午 오후 م μμ afternoon evening noon mittags nachmittags abends tarde"
-NIGHT = "atnight noche noite 晚上 nachts tối"  # 9 at night is 21, and 3 at night is 3
-MORNING, AFTERNOON, NIGHT = map(tuple, map(str.split, (MORNING, AFTERNOON, NIGHT)))
+MORNING = (
+    "am",
+    "午前",
+    "上午",
+    "早上",
+    "凌晨",
+    "오전",
+    "ص",
+    "πμ",
+    "morning",
+    "mañana",
+    "madrugada",
+)
+AFTERNOON = (
+    "pm",
+    "午後",
+    "下午",
+    "中午",
+    "오후",
+    "م",
+    "μμ",
+    "afternoon",
+    "evening",
+    "noon",
+    "tarde",
+)
+NIGHT = ("atnight", "noche", "noite", "晚上")  # 9 at night is 21, and 3 at night is 3
 
 
 def date_order(dates):
@@ -878,7 +904,7 @@ def write(target, entries, replace):
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
     if target.exists() and not replace and target.read_bytes() != content:
-        what = f"{target} has other content: another export, or edited by hand"
+        what = f"{os.path.relpath(target)} has other content: another export, or edited by hand"
         fail(what, "add --replace to write over it, or --version NAME to write beside it")
     partial = target.with_name(f".{target.name}.partial")
     partial.write_bytes(content)
@@ -930,8 +956,8 @@ def next_steps(entries, version):
     pairs = {(entry.get("author"), entry["conversation"]) for entry in entries}
     places = Counter(author for author, _ in pairs)
     author = max(messages, key=lambda author: (places[author], messages[author]))
-    print(f"next  {build} --only-author {shown(shlex.quote(author))}  # answers as this one")
-    print(f"      {build}  # answers as everybody")
+    print(f"next  {build} --only-author {shown(shlex.quote(author))}  # to answer as one of them")
+    print(f"      {build}  # to answer as anybody")
 
 
 # ---- all of it ----------------------------------------------------------------------------------
@@ -951,7 +977,9 @@ def read_files(paths, dates):
             if messages and isinstance(messages[0], Message):
                 messages, assumed = read_times(messages, dates)
                 if assumed:
-                    notes.append(f"dates are taken as {assumed} (--dates changes it) in {name}")
+                    other = "mdy" if assumed == "dmy" else "dmy"
+                    told = f"dates are read as {assumed}, for nothing decides: else --dates {other}"
+                    notes.append(f"{title_of(name)}: {told}")
             files.append((name, app, messages))
     wrong = [name for name in not_read if name in paths or not files]
     if wrong or not files:
@@ -978,7 +1006,7 @@ def main():
     if not entries:
         fail("nothing is left that people said to each other", "--keep KIND, of those above")
     where = os.path.relpath(target)
-    print(f"\nwrote {where}: {len(entries):,} entries; take out what it must not learn")
+    print(f"\nwrote {where}: {len(entries):,} entries; delete what it must not learn")
     next_steps(entries, s.version)
 
 

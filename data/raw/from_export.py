@@ -81,14 +81,12 @@ RAW = Path(__file__).resolve().parent
 
 
 def settings():
-    parser = argparse.ArgumentParser(
-        description="Make data/raw/messages_VERSION.json of what an app exported.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    what = "Make data/raw/messages_VERSION.json of what an app exported."
+    parser = argparse.ArgumentParser(description=what)
     add, version = parser.add_argument, os.environ.get("VERSION") or "v1"
     add("paths", nargs="*", metavar="PATH", help="file, folder or .zip that an app exported")
-    add("--version", default=version, help="name of the data: data/raw/messages_VERSION.json")
-    add("--keep", default="", help=f"kinds that stay, with commas, of {', '.join(KINDS)}")
+    add("--version", default=version, help="name of the data; $VERSION, or else v1")
+    add("--keep", default="", help=f"kinds not to leave out, with commas: {','.join(KINDS)}")
     add("--dates", choices=list(ORDERS), help="order of day, month, year; else found by itself")
     add("--replace", action="store_true", help="write over the messages of another export")
     s = parser.parse_args()

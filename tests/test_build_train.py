@@ -1,9 +1,7 @@
 """What build_train.py promises about training data."""
 # ruff: noqa: RUF001 (chat in many scripts)
 
-import ast
-import gc
-import hashlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -17,26 +15,46 @@ import sys
 import time
 import unicodedata
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY, last_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).resolve().parent.parent / "build_train.py"
-RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+SCRIPT = REPOSITORY / "build_train.py"
+RELAXED = settings(
+    deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
+)
 ALL_UNICODE = st.text(st.characters())  # control characters and lone surrogates too
+ERROR = re.compile(r"error: [^\n]+\. FIX: [^\n]+")
 
 
-def load(path=SCRIPT):
-    spec = importlib.util.spec_from_file_location("build_train", path)
+# ---- helpers -------------------------------------------------------------------------------------
+def load():
+    spec = importlib.util.spec_from_file_location("build_train", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["build_train"] = module  # where dataclass looks names up
+    handler = signal.getsignal(signal.SIGINT)
     spec.loader.exec_module(module)
+    signal.signal(signal.SIGINT, handler)
     return module
 
 
 build_train = load()
+
+
+def made(entries, *flags):
+    """Return ({entry: row of the data}, {entry: rule that dropped it}, settings): all but the split."""
+    s = build_train.settings([*map(str, flags)])
+    tidy, name = build_train.cleaners(s, [])
+    items = [e if isinstance(e, dict) else {"message": e} for e in entries]
+    conversations = {"": [build_train.parse(i, e, tidy, name) for i, e in enumerate(items)]}
+    s.only_author = name(s.only_author)
+    dropped = []
+    rows = build_train.choose(build_train.lay_out(conversations, s, dropped), s, dropped)
+    build_train.settle_names(rows, s)
+    data = {row.entry: build_train.training_row(row, s) for row in rows}
+    return data, {row.entry: rule for row, rule in dropped}, s
 
 
 class Project:
@@ -46,7 +64,6 @@ class Project:
         self.root, self.out = root, root / "data/for_train/v1"
         (root / "data/raw").mkdir(parents=True)
         self.script = shutil.copy(SCRIPT, root)
-        self.module = load(self.script)
 
     def raw(self, content, name="messages_v1.json"):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -55,33 +72,40 @@ class Project:
     def build(self, *flags):
         """Run main(); return None if it went well, the error message if not."""
         folder, arguments = os.getcwd(), sys.argv
+        build_train.__file__ = str(self.script)  # says where the project is
         sys.argv = ["build_train.py", "--version", "v1", "--model", "none", *map(str, flags)]
         try:
-            self.module.main()
-        except SystemExit as e:
-            return e.code
+            build_train.main()
+        except SystemExit as stop:
+            return stop.code
         finally:
             os.chdir(folder)
             sys.argv = arguments
-            gc.enable()
 
-    def start(self, *flags, **kwargs):
+    def start(self, *flags, python=(), **kwargs):
         """Start the script as a person does."""
-        command = [sys.executable, self.script, "--version", "v1", "--model", "none", *map(str, flags)]
+        command = [sys.executable, *python, self.script, "--version", "v1", "--model", "none"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        return subprocess.Popen(command, **pipes | kwargs)
+        return subprocess.Popen([*command, *map(str, flags)], **pipes | kwargs)
 
     def lines(self, name):
-        return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text("utf-8").split("\n")[:-1]]
+        text = (self.out / name).read_text("utf-8")
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
-    def pairs(self):
-        return self.lines("train") + self.lines("valid")
+    def sides(self):
+        return self.lines("train.jsonl"), self.lines("valid.jsonl")
+
+    def rows(self):
+        return [row for side in self.sides() for row in side]
 
     def rules(self):
-        return {line["entry"]: line["rule"] for line in self.lines("dropped")}
+        return {line["entry"]: line["rule"] for line in self.lines("dropped.jsonl")}
 
     def content(self):
         return {path.name: path.read_bytes() for path in self.out.iterdir()}
+
+    def folders(self):
+        return sorted(path.name for path in self.out.parent.iterdir())
 
 
 @pytest.fixture
@@ -89,189 +113,327 @@ def chat(tmp_path):
     return Project(tmp_path / "my project")
 
 
+@pytest.fixture
+def built(chat):
+    """A project that was built once, from 59 windows."""
+    chat.raw(windows(talk(60)))
+    assert chat.build() is None
+    return chat
+
+
 def windows(log, size=10):
-    """The guide's entries of a log."""
-    return [{"previous_messages": log[max(0, i - size) : i], "message": log[i]} for i in range(1, len(log))]
-
-
-def alone(count):
-    """Entries that have nothing in common."""
-    return [{"previous_messages": [f"how {i}", f"what {i}"], "message": f"thus {i}"} for i in range(count)]
-
-
-def talk(count, seed=0, stock=0.0):
-    """A log of messages that are all different, but for a share of stock replies."""
-    draw = random.Random(seed)
-    words = ["sugo", "gatto", "sedia", "brodo", "nonna", "rigore"]
+    """Return the guide's entries of a log."""
+    starts = [max(0, i - size) for i in range(len(log))]
     return [
-        draw.choice(["LULW", "gg", "ahaha"]) if draw.random() < stock else f"{' '.join(draw.sample(words, 3))} no{i}x"
-        for i in range(count)
+        {"previous_messages": log[starts[i] : i], "message": log[i]} for i in range(1, len(log))
     ]
 
 
-# ---- input -----------------------------------------------------------------------------------------------------------
-GREETING = {"prompt": "hi all\nhi!\n\nWrite the next message of this chat.", "completion": "we are ready"}
+def talk(count, seed=0, stock=0.0):
+    """Return a log of messages that are all different, but for a share of stock replies."""
+    draw = random.Random(seed)
+    words = ["sugo", "gatto", "sedia", "brodo", "nonna", "rigore"]
+    texts = (f"{' '.join(draw.sample(words, 3))} no{i}x" for i in range(count))
+    return [
+        draw.choice(["LULW", "gg", "ahaha"]) if draw.random() < stock else text for text in texts
+    ]
 
 
-def test_a_reply_with_what_came_before_becomes_a_pair(chat):
-    chat.raw([{"previous_messages": ["hi all", "hi!"], "message": "we are ready", "mood": 7}, *windows(talk(60))])
-    assert chat.build() is None
-    assert GREETING in chat.pairs()
+def by(names, texts):
+    """Return a log in which these one-letter authors speak by turns."""
+    return [{"author": names[i % len(names)], "message": text} for i, text in enumerate(texts)]
+
+
+def at(*messages):
+    """Return a log of (minute, author, text)."""
+    return [
+        {"time": 60 * minute, "author": author, "message": text}
+        for minute, author, text in messages
+    ]
+
+
+def turns(*texts):
+    roles = ["user", "assistant"] * len(texts)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+
+# ---- input ---------------------------------------------------------------------------------------
+GREETING = {
+    "prompt": "hi all\nhi!\n\nWrite the next message of this chat.",
+    "completion": "we are ready",
+}
+LOG = ["hi all", "hi!", "we are ready", "so?"]
 
 
 @pytest.mark.parametrize(
-    "entry", ["{!r}", "{{'message': {!r}}}", "{{'message': {!r}, 'author': 'ann', 'conversation': 7, 'id': []}}"]
+    "entries", [windows(LOG), LOG, [{"text": text, "mood": 7} for text in LOG]]
 )
-def test_a_log_in_the_order_of_time_becomes_windows(chat, entry):
-    chat.raw([ast.literal_eval(entry.format(message)) for message in ["hi all", "hi!", "we are ready", *talk(60)]])
-    assert chat.build("--window", 2) is None
-    assert GREETING in chat.pairs()
-    assert chat.rules()[0] == "no context"
+def test_a_reply_with_what_came_before_becomes_a_pair(entries):
+    assert GREETING in made(entries)[0].values()
 
 
-def test_windows_of_a_log_stay_in_their_conversation(chat):
-    log = [{"message": message, "conversation": i % 2} for i, message in enumerate(talk(200))]
-    chat.raw(log)
+def test_a_context_has_as_many_messages_as_the_window(chat):
+    assert made(talk(9), "--window", 2, "--prompt", "{context}")[0][8]["prompt"] == "\n".join(
+        talk(9)[6:8]
+    )
+
+
+def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
+    log = talk(99)
+    entries = [*windows(log[:50], 4), *windows(log[50:], 30)]
+    data = made(entries, "--window", 7, "--prompt", "{context}")[0]
+    for i, entry in enumerate(entries):
+        assert data[i]["prompt"] == "\n".join(entry["previous_messages"])
+    assert "--window has no effect" in capsys.readouterr().out
+
+
+def test_conversations_are_told_apart(chat):
+    chat.raw([{"message": text, "conversation": i % 2} for i, text in enumerate(talk(200))])
     assert chat.build("--window", 3) is None
-    for pair in chat.pairs():
-        numbers = {int(number) % 2 for number in re.findall(r"no(\d+)x", str(pair))}
-        assert len(numbers) == 1
+    for row in chat.rows():
+        assert len({int(number) % 2 for number in re.findall(r"no(\d+)x", str(row))}) == 1
 
 
-def test_ready_pairs_keep_their_prompts_and_line_breaks(chat):
-    chat.raw([{"prompt": f" {text}  now\nplease ", "completion": f"{text}\n  yes"} for text in talk(60)])
-    assert chat.build() is None
-    assert {"prompt": f"{talk(60)[0]} now\nplease", "completion": f"{talk(60)[0]}\nyes"} in chat.pairs()
-
-
-def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(chat):
-    entries = windows(talk(60))
-    chat.raw(entries)
-    assert chat.build() is None
-    expected = chat.lines("train"), chat.lines("valid")
-    chat.raw(b"\xef\xbb\xbf" + json.dumps(entries).encode())
-    assert chat.build() is None
-    assert (chat.lines("train"), chat.lines("valid")) == expected
-    chat.raw(json.dumps(entries).encode("utf-16"))
-    assert chat.build() is None
-    assert (chat.lines("train"), chat.lines("valid")) == expected
-    (chat.root / "data/raw/messages_v1.json").unlink()
-    chat.raw("\n\n".join(map(json.dumps, entries)).encode(), "messages_v1.jsonl")
-    assert chat.build() is None
-    assert (chat.lines("train"), chat.lines("valid")) == expected
-
-
-def test_who_speaks_is_not_shown(chat):
-    chat.raw([{"message": message, "author": "ann"} for message in talk(60)])
-    assert chat.build() is None
-    assert "ann" not in str(chat.pairs())
-
-
-# ---- filter ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("reply", "rule"),
+    ("gap", "hours", "rule"),
+    [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")],
+)
+def test_a_long_silence_ends_a_talk(gap, hours, rule):
+    assert (
+        made(at((0, "ann", "hi all"), (60 * hours, "bob", "hi!")), "--gap", gap)[1].get(1) == rule
+    )
+
+
+@pytest.mark.parametrize(
+    "way", ["newest first", "shuffled", "a clock that tells no a.m. from p.m."]
+)
+def test_times_prove_the_order(way):
+    log = [{"message": text, "time": 1e9 + 60 * i} for i, text in enumerate(talk(200))]
+    expected = set(map(str, made(log, "--gap", 0)[0].values()))
+    if way == "newest first":
+        log.reverse()
+    elif way == "shuffled":
+        random.Random(0).shuffle(log)
+    else:
+        log[100:] = [entry | {"time": entry["time"] - 12 * 3600} for entry in log[100:]]
+    assert set(map(str, made(log, "--gap", 0)[0].values())) == expected
+
+
+@pytest.mark.parametrize(
+    "time",
     [
-        ("\u200b \u2800\u3164", "empty"),
-        ("!discord", "bot command"),
-        ("!so mirtilla_wav", "bot command"),
-        ("/msg ann hello", "bot command"),
-        ("guarda https://example.com/a", "link"),
-        ("WWW.EXAMPLE.COM", "link"),
-        ("clips.twitch.tv/Abc", "link"),
-        ("W", "too short"),
-        ("bla " * 251, "too long"),
-        ("noooooooooooooooooo", "same character"),
-        ("LULW LULW lulw LULW LULW LULW", "same words"),
-        ("compra ora compra ora compra ora", "same words"),
-        ("⣿⣿⣷⡁⢆⠈⠕⢕⢂⢕⢂⢕⢂⢔⢂⢕⢄⠂⣂⠂⠆⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕", "no letters"),
-        ("scrivi a anna.rossi+x@example.co.uk", "personal data"),
-        ("chiama +39 333 123 4567", "personal data"),
-        ("chiama il 3331234567!", "personal data"),
-        ("call (555) 123-4567", "personal data"),
-        ("IBAN IT60 X054 2811 1010 0000 0123 456", "personal data"),
-        ("it60x0542811101000000123456", "personal data"),
-        ("carta 4111 1111 1111 1111", "personal data"),
-        ("carta 4111111111111111", "personal data"),
-        ("amex 378282246310005", "personal data"),
+        "2024-05-31T18:04:00Z",
+        "2024-05-31 18:04",
+        "2024-05-31T20:04+02:00",
+        "1717178640",
+        1717178640,
+        1717178640000,
     ],
 )
-def test_a_bad_reply_is_rejected_by_its_rule(chat, reply, rule):
-    chat.raw([{"previous_messages": ["hi all", "hi!"], "message": reply}, *windows(talk(40))])
+def test_a_time_may_be_written_in_many_ways(time):
+    assert build_train.seconds(time) == 1717178640
+
+
+def test_ready_pairs_keep_their_prompts_and_line_breaks():
+    pair = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
+    assert made([pair])[0][0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
+
+
+def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(built):
+    expected, text = built.sides(), json.dumps(windows(talk(60)))
+    for content in b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"):
+        built.raw(content)
+        assert built.build() is None and built.sides() == expected
+    (built.root / "data/raw/messages_v1.json").unlink()
+    built.raw("\n\n".join(map(json.dumps, json.loads(text))).encode(), "messages_v1.jsonl")
+    assert built.build() is None and built.sides() == expected
+
+
+@pytest.mark.parametrize("author", ["author", "sender", "username", "user", "from", "name"])
+@pytest.mark.parametrize("text", ["message", "text", "content"])
+@pytest.mark.parametrize("time", ["time", "date", "timestamp"])
+def test_other_names_of_the_keys_are_understood(author, text, time):
+    log = [{author: "ann", text: "hi all", time: 0}, {author: "bob", text: "hi!", time: 60}]
+    assert made(log)[0][1]["prompt"].startswith("ann: hi all\n")
+    assert made([log[0], log[1] | {time: 9e4}])[0] == {}
+
+
+def test_keys_that_are_not_understood_are_said(chat, capsys):
+    chat.raw([{"message": text, "mood\x1b": 7} for text in talk(60)])
     assert chat.build() is None
-    assert chat.rules()[0] == rule
-    if rule != "empty":
-        assert chat.build("--off", rule) is None
-        assert chat.rules().get(0) != rule
+    assert r'not used   these keys of entries: "mood\u001b" (60)' in capsys.readouterr().out
 
 
-GOOD = (
-    """
-perché no?|今日は寒いね|مرحبا بكم|क्या हाल है|да ладно|ไม่เป็นไรนะ|ok|ahahahahahah|😂😂
-+1|NOOOOOOO|gg gg gg|!|<3|e/o|si.no.boh|/etc/fstab non va|kernel 2.6.8.1-3|192.168.100.200
-alle 19:30 del 12/05/2024|sono 14.500 euro|che bello!! 10/10|@giada_ohm ciao|2004-12-25 10:30|l'ho pagato 1.234.567 lire
-""".strip()
-    .replace("\n", "|")
-    .split("|")
+# ---- who speaks ----------------------------------------------------------------------------------
+def test_the_model_sees_who_says_what_and_who_is_to_reply():
+    data = made(by("abc", LOG))[0]
+    assert data[2]["prompt"] == "a: hi all\nb: hi!\n\nWrite the next message of this chat, as c."
+    assert data[3]["prompt"].endswith(
+        "c: we are ready\n\nAsk the next question in this chat, as a."
+    )
+    assert made(by("abc", LOG), "--names", 0)[0][2] == GREETING
+    assert (
+        made(by("abc", LOG), "--prompt", "{author} after {context}")[0][1]["prompt"]
+        == "b after a: hi all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("authors", "named"), [(["ann", "ann", None], True), (["ann", None, None], False)]
+)
+def test_names_are_shown_where_most_are_known(authors, named):
+    prompt = made(by(authors, talk(60)))[0][59]["prompt"]
+    assert ("someone: " in prompt, "ann: " in prompt, ", as " in prompt) == (named,) * 3
+
+
+def test_an_author_who_is_a_phone_number_is_shown_as_a_person():
+    authors = ["\u202a+39\u00a0333\u00a0123\u00a04567\u202c", "+39 333 765 4321", "bob"]
+    for name in authors[0], "+39 333 123 4567", "Person 1":
+        data, rules, s = made(by(authors, talk(9)), "--only-author", name)
+        assert (
+            [*data] == [3, 6]
+            and "\nPerson 2: " in data[6]["prompt"]
+            and s.only_author == "Person 1"
+        )
+        assert "+39" not in str((data, rules, s))
+
+
+BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"), (5, "bob", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "context"),
+    [
+        (0, "hi|are you there?|or not"),
+        (1.5, "hi\nare you there?|or not"),
+        (5, "hi\nare you there?\nor not"),
+    ],
+)
+def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, context):
+    data = made(BURST, "--burst", minutes, "--prompt", "{context}")[0]
+    assert data[3]["prompt"] == "ann: " + context.replace("|", "\nann: ")
+
+
+def test_a_stride_makes_rows_of_every_so_many_th_reply():
+    assert [*made(talk(20), "--stride", 3)[0]] == [3, 6, 9, 12, 15, 18]
+
+
+def test_only_one_author_gives_replies_and_bots_give_none():
+    log = by(["ann", "NightBot", "bob"], talk(90))
+    assert [*made(log, "--only-author", "bob")[0]] == [*range(2, 90, 3)]
+    assert {made(log)[1].get(i) for i in range(1, 90, 3)} == {"bot"}
+
+
+TALK = at(
+    (0, "ann", "me first"),
+    (1, "bob", "hi"),
+    (2, "cy", "you"),
+    (3, "ann", "what"),
+    (4, "ann", "is it"),
+    (5, "bob", "no"),
+    (9, "ann", "fine"),
 )
 
 
-def test_good_replies_in_all_scripts_are_kept(chat):
-    chat.raw([{"previous_messages": [f"how {i}"], "message": reply} for i, reply in enumerate(GOOD)])
-    assert chat.build("--min-chars", 1, "--valid-size", 0.2) is None
-    assert chat.rules() == {}
-    assert sorted(pair["completion"] for pair in chat.pairs()) == sorted(GOOD)
+@pytest.mark.parametrize(
+    ("log", "flags", "expected"),
+    [
+        (TALK, [], ["bob: hi\ncy: you", "what\nis it", "bob: no", "fine"]),
+        (TALK, ["--names", 0], ["hi\nyou", "what\nis it", "no", "fine"]),
+        ([m for m in TALK if m["author"] != "cy"], [], ["hi", "what\nis it", "no", "fine"]),
+        (TALK, ["--window", 2], ["bob: no", "fine"]),
+    ],
+)
+def test_turns_are_a_talk_of_the_author_with_the_others(log, flags, expected):
+    data, _, s = made(log, "--only-author", "ann", "--shape", "turns", *flags)
+    assert data[[*data][-1]] == turns(*expected)
+    assert s.names == ("bob: no" in expected)
 
 
-def test_a_context_of_numbers_is_rejected_from_four_fifths_on(chat):
-    votes = {"previous_messages": ["1", "2,5", "-3", "4", "ok"], "message": "vince il due"}
-    fewer = {"previous_messages": ["1", "2", "3", "vai", "ok"], "message": "vince il tre"}
-    chat.raw([votes, fewer, *alone(40)])
-    assert chat.build() is None
-    assert chat.rules() == {0: "numbers"}
+def test_settings_json_says_how_the_rows_were_made(chat):
+    chat.raw(by("abbccc", talk(400)))
+    assert chat.build("--window", 3, "--gap", 2) is None
+    s = json.loads((chat.out / "settings.json").read_text("utf-8"))
+    expected = {
+        "version": "v1",
+        "shape": "prompt",
+        "names": True,
+        "authors": ["c", "b", "a"],
+        "window": 3,
+        "gap": 2.0,
+    }
+    assert expected.items() <= s.items()
+    assert s["prompt"] == "{context}\n\nWrite the next message of this chat, as {author}."
+    assert s["question_prompt"] == "{context}\n\nAsk the next question in this chat, as {author}."
+    assert set(s) == {"authors"} | set(vars(build_train.parser.parse_args([])))
 
 
-def test_bots_and_other_authors_give_no_replies(chat):
-    authors = ["ann", "NightBot", "bob"]
-    chat.raw([{"message": message, "author": authors[i % 3]} for i, message in enumerate(talk(90))])
-    assert chat.build("--only-author", "ann") is None
-    rules = chat.rules()
-    assert {rules[i] for i in range(1, 90, 3)} == {"other author"} == {rules[i] for i in range(2, 90, 3)}
-    assert chat.build() is None
-    assert {chat.rules()[i] for i in range(1, 90, 3)} == {"bot"}
+# ---- filter --------------------------------------------------------------------------------------
+BAD_REPLIES = [
+    ("\u200b \u2800\u3164", "empty"),
+    ("!discord", "bot command"),
+    ("!so mirtilla_wav", "bot command"),
+    ("/msg ann hello", "bot command"),
+    ("guarda https://example.com/a", "link"),
+    ("WWW.EXAMPLE.COM", "link"),
+    ("clips.twitch.tv/Abc", "link"),
+    ("W", "too short"),
+    ("bla " * 251, "too long"),
+    ("noooooooooooooooooo", "same character"),
+    ("LULW LULW lulw LULW LULW LULW", "same words"),
+    ("compra ora compra ora compra ora", "same words"),
+    ("⣿⣿⣷⡁⢆⠈⠕⢕⢂⢕⢂⢕⢂⢔⢂⢕⢄⠂⣂⠂⠆⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕⢂⢕", "no letters"),
+    ("chiama +39 333 123 4567", "personal data"),
+]
 
 
-def test_an_author_may_be_a_phone_number(chat):
-    authors = ["\u202a+39\u00a0333\u00a0123\u00a04567\u202c", "+39 333 765 4321"]  # as WhatsApp writes it
-    chat.raw([{"message": message, "author": authors[i % 2]} for i, message in enumerate(talk(90))])
-    for name in authors[0], "+39 333 123 4567":
-        assert chat.build("--only-author", name) is None
-        assert {chat.rules()[i] for i in range(1, 90, 2)} == {"other author"}
-    assert "+39" not in "".join(path.read_text("utf-8") for path in chat.out.iterdir())
+@pytest.mark.parametrize(("reply", "rule"), BAD_REPLIES)
+def test_a_bad_reply_is_dropped_by_its_rule(reply, rule):
+    entries = [{"previous_messages": ["hi all", "hi!"], "message": reply}]
+    assert made(entries)[1] == {0: rule}
+    assert made(entries, "--off", rule)[1].get(0) != rule
 
 
-def test_the_same_reply_to_the_same_context_is_kept_once(chat):
-    context = ["ciao, come va?", "Bene!"]
-    same = [{"previous_messages": ["CIAO come va", " bene"], "message": "anche io..."}]
-    other = [{"previous_messages": ["ciao, come va?", "male"], "message": "Anche io"}]
-    chat.raw([{"previous_messages": context, "message": "Anche io!"}, *same, *other, *alone(40)])
-    assert chat.build("--off", "stock reply") is None
-    assert chat.rules() == {1: "duplicate"}
+GOOD = """
+perché no?|今日は寒いね|مرحبا بكم|क्या हाल है|да ладно|ไม่เป็นไรนะ|ok|ahahahahahah|😂😂|+1|NOOOOOOO|gg gg gg|!|<3|e/o
+si.no.boh|/etc/fstab non va|kernel 2.6.8.1-3|192.168.100.200|alle 19:30 del 12/05/2024|sono 14.500 euro
+che bello!! 10/10|@giada_ohm ciao|2004-12-25 10:30|l'ho pagato 1.234.567 lire|uso std::vector<int>, </h1>
+"""
 
 
-def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share(chat):
-    wall = "Buonasera, sono la tua sedia, ti reggo da sette anni senza ferie e senza un grazie, oggi parlo io."
+@pytest.mark.parametrize("reply", GOOD.strip().replace("\n", "|").split("|"))
+def test_a_good_reply_is_kept_as_it_is(reply):
+    entry = {"previous_messages": ["how"], "message": reply}
+    assert made([entry], "--min-chars", 1)[0][0]["completion"] == reply
+
+
+@pytest.mark.parametrize(
+    ("context", "rule"), [("1 2,5 -3 4 ok", "numbers"), ("1 2 3 vai ok", None)]
+)
+def test_a_context_of_numbers_is_rejected_from_four_fifths_on(context, rule):
+    assert made([{"previous_messages": context.split(), "message": "vince"}])[1].get(0) == rule
+
+
+def test_the_same_reply_to_the_same_context_is_kept_once():
+    contexts = ["ciao, come va?", "Bene!"], ["CIAO come va", " bene"], ["ciao, come va?", "male"]
+    replies = "Anche io!", "anche io...", "Anche io"
+    entries = [
+        {"previous_messages": a, "message": b} for a, b in zip(contexts, replies, strict=True)
+    ]
+    assert made(entries)[1] == {1: "duplicate"}
+
+
+def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share():
     log = talk(400)
-    log[100] = log[200] = log[300] = wall
-    for i in range(10, 390, 4):
+    laughs = [i for i in range(10, 390, 4) if i % 100]
+    for i in laughs:
         log[i] = "LULW"
-    chat.raw(windows(log))
-    assert chat.build("--stock-share", 0.05) is None
-    rules = chat.rules()
-    assert [rules.get(i - 1) for i in (200, 300)] == ["pasted again"] * 2
-    laughs = [i for i in range(10, 390, 4) if log[i] == "LULW"]
-    kept = [i for i in laughs if rules.get(i - 1) != "stock reply"]
-    rest = 399 - 2 - len(laughs)  # 302 rows and 5 % of all: 15 of 317
-    assert len(kept) == 15 and len(kept) / (rest + len(kept)) <= 0.05
+    for i in 100, 200, 300:
+        log[i] = f"Buonasera, sono la tua sedia, {'e oggi parlo io, ' * 4}ecco."
+    data, rules, _ = made(log, "--stock-share", 0.05)
+    assert [i for i in rules if rules[i] == "pasted again"] == [200, 300]
+    kept = [i for i in laughs if i in data]
+    assert len(kept) == 15 and len(kept) / len(data) <= 0.05
     assert kept[0] < 50 and kept[-1] > 350  # spread over time
 
 
@@ -280,37 +442,93 @@ def test_every_entry_is_in_exactly_one_file(chat):
     log[50:60] = ["!uptime"] * 10
     chat.raw(windows(log))
     assert chat.build("--valid-rows", 30, "--max-seq-length", 120) is None
-    dropped = chat.lines("dropped")
-    assert len({line["entry"] for line in dropped}) == len(dropped) == 599 - len(chat.pairs())
+    dropped = chat.lines("dropped.jsonl")
+    assert len(chat.rules()) == len(dropped) == 599 - len(chat.rows())
     assert dropped == sorted(dropped, key=lambda line: line["entry"])
-    for line in dropped:
-        assert line["message"] == log[line["entry"] + 1]
+    assert all(line["message"] == log[line["entry"] + 1] for line in dropped)
 
 
-# ---- cleaning --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("dirty", "expected"),
-    [
-        ("  Perche\u0301\u200b   no?\n\t", "Perché no?"),
-        ("a\x00b\x1b[31mc\x7f", "ab[31mc"),
-        ("\u202egnirts\u202c \u2066x\u2069", "gnirts x"),
-        ("a\ud83db\udc00", "ab"),
-        ("Kappa \U000e0000", "Kappa"),
-        ("co\u00adop\ufeff", "coop"),
-        ("a\u200db", "ab"),
-        ("👩\u200d💻 ok", "👩\u200d💻 ok"),
-        ("می\u200cخواهم", "می\u200cخواهم"),
-        ("क्\u200dष", "क्\u200dष"),
-        ("ĀČčŁł ñ ß Ж 한국어 日本 עברית", "ĀČčŁł ñ ß Ж 한국어 日本 עברית"),
-    ],
-)
+# ---- personal data -------------------------------------------------------------------------------
+PERSONAL = """
+anna.rossi+x@example.co.uk|+39 333 123 4567|3331234567!|(555) 123-4567|+4366412345678|@436641234567
+wa.me/4366412345678|tel:0664123456|98765 43210|(11) 98765-4321|8 912 345-67-89|612 34 56 78
++1 (555) 123‑4567|06 12 34 56 78|06.12.34.56.78|0664/1234567|0171-1234567|02 1234 5678|138 1234 5678
+010-1234-5678|9123 4567|20 12 34 56|555-1234|+43/664/1234567|00 43 664 1234567|0044 7400 123456
+٠٥٠١٢٣٤٥٦٧|whatsapp://send?phone=39333123456|IT60 X054 2811 1010 0000 0123 456|it60x0542811101000000123456
+DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654 32|4111 1111 1111 1111|4111111111111111
+378282246310005|3782 822463 10005
+"""
+NOT_PERSONAL = """
+TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 31/12/2024 alle 10
+2024-05-31 18:04|2013-03-26-205909|kernel 2.6.15-27-686|v10.0.1.218|192.168.100.200|10.0.0.0/24
+91.189.88.31:80|costa 1.234.567,89|2 000 000|14.500 euro|1234567|1 2 3 4 5 6 7 8 9 10|@anna7
+[17180697.916000]|0x00060329|9582879ff7f8570a87554c|bugs.net/1234567|3.14159265358979|user@host
+"""
+
+
+@pytest.mark.parametrize("text", PERSONAL.strip().replace("\n", "|").split("|"))
+def test_personal_data_of_all_countries_is_hidden(text):
+    shown = build_train.hide_personal(f"ecco {text} ciao")
+    assert "[…]" in shown and not re.search(r"\d", shown)
+
+
+@pytest.mark.parametrize("text", NOT_PERSONAL.strip().replace("\n", "|").split("|"))
+def test_other_numbers_are_not_hidden(text):
+    assert build_train.hide_personal(f"ecco {text} ciao") == f"ecco {text} ciao"
+
+
+def test_personal_data_is_hidden_in_contexts_unless_its_rule_is_off():
+    log = ["scrivi a ann@example.com ora", "va bene"]
+    assert made(log)[0][1]["prompt"].startswith("scrivi a […] ora\n")
+    assert made(log, "--off", "personal data")[0][1]["prompt"].startswith(log[0])
+
+
+def test_ones_own_words_are_hidden_everywhere_but_not_within_words(tmp_path):
+    (tmp_path / "words").write_text("\ufeffAnna\nvia  Roma 12\nC++\n张伟\n\n", encoding="utf-8")
+    texts = [
+        "ANNA, ciao",
+        "Susanna e annata",
+        "in Via Roma 12!",
+        "via Roma 123",
+        "uso c++",
+        "我是张伟啊",
+        "bene",
+    ]
+    data, rules, _ = made(
+        by(["Anna Bo"], texts), "--block", tmp_path / "words", "--prompt", "{context}"
+    )
+    shown = ["[…], ciao", texts[1], "in […]!", texts[3], "uso […]", "我是[…]啊"]
+    assert data[6]["prompt"].split("\n") == [f"Person 1: {text}" for text in shown]
+    assert rules[4] == "personal data"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b"\n \n"])
+def test_a_block_list_that_cannot_be_used_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "words").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"error: .*/words' .*\. FIX: .*"):
+        made([], "--block", tmp_path / "words")
+
+
+# ---- cleaning ------------------------------------------------------------------------------------
+DIRTY = [
+    ("  Perche\u0301\u200b   no?\n\t", "Perché no?"),
+    ("a\x00b\x1b[31mc\x7f", "ab[31mc"),
+    ("\u202egnirts\u202c \u2066x\u2069", "gnirts x"),
+    ("a\ud83db\udc00", "ab"),
+    ("Kappa \U000e0000", "Kappa"),
+    ("co\u00adop\ufeff", "coop"),
+    ("a\u200db", "ab"),
+    ("👩\u200d💻 ok", "👩\u200d💻 ok"),
+    ("می\u200cخواهم", "می\u200cخواهم"),
+    ("क्\u200dष", "क्\u200dष"),
+    ("ĀČčŁł ñ ß Ж 한국어 日本 עברית", "ĀČčŁł ñ ß Ж 한국어 日本 עברית"),
+]
+
+
+@pytest.mark.parametrize(("dirty", "expected"), DIRTY)
 def test_cleaning_keeps_what_can_be_read_and_nothing_else(dirty, expected):
     assert build_train.clean(dirty) == expected
-
-
-def test_emoji_go_only_if_the_setting_says_so():
-    assert build_train.clean("ciao 😂 a tutti ❤️") == "ciao 😂 a tutti ❤️"
-    assert build_train.clean("ciao 😂 a tutti ❤️👩\u200d💻 क्\u200dष", remove_emoji=True) == "ciao a tutti क्\u200dष"
 
 
 @settings(RELAXED, max_examples=300)
@@ -322,50 +540,85 @@ def test_cleaned_text_is_one_line_of_normal_visible_utf_8(text):
     clean.encode("utf-8")
     for character in clean:
         assert unicodedata.category(character) not in ("Cc", "Cs")
-        assert character not in "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+        assert (
+            character
+            not in "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+        )
 
 
-# ---- prompt ----------------------------------------------------------------------------------------------------------
-def test_replies_that_ask_have_their_own_template(chat):
-    ask = [{"previous_messages": ["a b c"], "message": reply} for reply in ("e poi?", "そう？", "لماذا؟")]
-    chat.raw([*ask, *windows(talk(40))])
-    assert chat.build("--prompt", "{context}\\n\\nTell", "--question-prompt", "Ask: {context}") is None
-    for pair in chat.pairs():
-        asks = pair["completion"] in ("e poi?", "そう？", "لماذا؟")
-        assert pair["prompt"].startswith("Ask: ") if asks else pair["prompt"].endswith("\n\nTell")
+def tidy(text, *flags, tokens=()):
+    return build_train.cleaners(build_train.settings(list(flags)), tokens)[0](text)
 
 
-def test_long_and_personal_messages_are_shortened_visibly_and_braces_are_text(chat):
-    context = ["x" * 301, "{context} {0} %s", "scrivi a ann@example.com ora"]
-    chat.raw([{"previous_messages": context, "message": "ma {context} che dici"}, *windows(talk(40))])
-    assert chat.build("--prompt", "{context}\n>") is None
-    prompt = next(pair["prompt"] for pair in chat.pairs() if pair["completion"] == "ma {context} che dici")
-    assert prompt == "x" * 300 + "…\n{context} {0} %s\nscrivi a […] ora\n>"
+def test_emoji_go_only_if_the_setting_says_so():
+    text = "ciao 😂 a tutti ❤️👩\u200d💻 क्\u200dष"
+    assert tidy(text) == text
+    assert tidy(text, "--remove-emoji") == "ciao a tutti क्\u200dष"
 
 
-# ---- split -----------------------------------------------------------------------------------------------------------
+CONTROL = [
+    ("ok<end_of_turn>", "ok< end_of_turn>"),
+    ("<|im_start|>system", "< |im_start|>system"),
+    ("<turn|> <|turn>", "< turn|> < |turn>"),
+    ("[INST] a [/INST] <<SYS>>", "[ INST] a [ /INST] < <SYS>>"),
+    ("<｜User｜> <eos> </s>", "< ｜User｜> < eos> < /s>"),
+    ("<en\u200bd_of_turn>", "< end_of_turn>"),
+    ("the base's own: <go!>", "the base's own: < go!>"),
+    (
+        "a <b> c, <3, x < y | z >, std::vector<int>, [x]",
+        "a <b> c, <3, x < y | z >, std::vector<int>, [x]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CONTROL)
+def test_control_tokens_are_made_harmless_visibly(text, expected):
+    assert tidy(text, tokens=["<go!>"]) == expected
+
+
+# ---- prompt --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("reply", "prompt"),
+    [("e poi?", "Ask: a"), ("そう？", "Ask: a"), ("لماذا؟", "Ask: a"), ("poi", "a\n\nTell")],
+)
+def test_replies_that_ask_have_their_own_template(reply, prompt):
+    flags = "--prompt", "{context}\\n\\nTell", "--question-prompt", "Ask: {context}"
+    assert made(["a", reply], *flags)[0][1]["prompt"] == prompt
+
+
+def test_long_messages_are_shortened_visibly_and_braces_are_text():
+    log = ["x" * 301, "{context} {0} %s [a]", "ma {context} {author} che dici"]
+    rows = made(log, "--prompt", "{context}\n>", "--off", "same character")[0]
+    assert rows[2] == {"prompt": "x" * 300 + "…\n{context} {0} %s [a]\n>", "completion": log[2]}
+    assert made(by("ab", ["x" * 301, "che?"]))[0][1]["prompt"].startswith(f"a: {'x' * 300}…\n")
+
+
+# ---- split ---------------------------------------------------------------------------------------
+def texts_of(chat):
+    """Return [[context…, reply], …] of train and of valid, built with AS_TEXT."""
+    prompts = [
+        [(row["prompt"].split("\n"), row["completion"]) for row in side] for side in chat.sides()
+    ]
+    assert all(lines[-1] == "!" for side in prompts for lines, _ in side)
+    return [[[*lines[:-1], reply] for lines, reply in side] for side in prompts]
+
+
 def true_leaks(chat, log, cut):
-    """Rows of train that hold a place of the log that rows of valid hold. `cut`: for each entry, its places."""
-    text = {}
-    for i, places in enumerate(cut):
-        text.setdefault((tuple(log[p] for p in places[:-1]), log[places[-1]]), i)
-    assert len(text) == len(cut), "entries have to differ for this check"
+    """Return rows of train that hold a place of the log that rows of valid hold.
 
-    def held(name):
-        rows = []
-        for pair in chat.lines(name):
-            *context, instruction = pair["prompt"].split("\n")
-            assert instruction == "!"
-            rows.append(set(cut[text[tuple(context), pair["completion"]]]))
-        return rows
+    `cut`: for each entry, its places.
+    """
+    entry = {(*(log[p] for p in places),): i for i, places in enumerate(cut)}
+    assert len(entry) == len(cut), "entries have to differ for this check"
 
-    taken = set().union(*held("valid"))
+    train, valid = ([set(cut[entry[(*text,)]]) for text in texts] for texts in texts_of(chat))
+    taken = set().union(*valid)
     assert taken
-    return [places for places in held("train") if places & taken]
+    return [places for places in train if places & taken]
 
 
 def cuts(name, count, size, draw):
-    """The places of the windows that an export of `count` messages holds."""
+    """Return the places of the windows that an export of `count` messages holds."""
     every = [[*range(max(0, i - size), i + 1)] for i in range(1, count)]
     if name == "every fifth":
         return every[4::5]
@@ -375,213 +628,257 @@ def cuts(name, count, size, draw):
         return [places for places in every if draw.random() < 0.33]
     if name == "replies of one, context of the others":
         own = {i for i in range(count) if draw.random() < 0.3}
-        heard = [([p for p in range(max(0, i - 3 * size), i) if p not in own][-size:], i) for i in sorted(own)]
-        return [[*context, i] for context, i in heard if context]
+        heard = [[p for p in range(max(0, i - 3 * size), i) if p not in own] for i in range(count)]
+        return [[*heard[i][-size:], i] for i in sorted(own) if heard[i]]
     if name == "shuffled":
         return draw.sample(every, len(every))
     if name == "shuffled, a third of them":
         return draw.sample(every, len(every) // 3)
     if name == "two chats by turns":
-        half = count // 2
-        first = [places for places in every if places[-1] < half]
-        second = [places for places in every if places[0] >= half]
+        first = [places for places in every if places[-1] < count // 2]
+        second = [places for places in every if places[0] >= count // 2]
         return [places for both in zip(first, second, strict=False) for places in both]
     return every
 
 
 def entries_of(log, cut, shape="windows"):
-    entries = [{"previous_messages": [log[p] for p in places[:-1]], "message": log[places[-1]]} for places in cut]
+    texts = [[log[p] for p in places] for places in cut]
     if shape == "windows":
-        return entries
-    return [{"prompt": "\n".join([*e["previous_messages"], "!"]), "completion": e["message"]} for e in entries]
+        return [{"previous_messages": context, "message": reply} for *context, reply in texts]
+    return [
+        {"prompt": "\n".join([*context, "!"]), "completion": reply} for *context, reply in texts
+    ]
 
 
-OFF = "stock reply,duplicate,same words,same character"
-IN_ORDER = ["all", "every fifth", "windows that just meet", "a third of them", "replies of one, context of the others"]
+AS_TEXT = "--prompt", "{context}\n!", "--off", "stock reply,duplicate,same words,same character"
+IN_ORDER = ["all", "every fifth", "windows that just meet", "a third of them"]
+IN_ORDER += ["replies of one, context of the others"]
 
 
 @pytest.mark.parametrize("size", [3, 10])
 @pytest.mark.parametrize("stock", [0, 0.3, 0.7])
 @pytest.mark.parametrize("shape", ["windows", "pairs"])
 @pytest.mark.parametrize("name", IN_ORDER)
-def test_no_message_of_validation_stands_at_the_same_place_in_training(chat, name, shape, stock, size):
+def test_no_message_of_validation_stands_at_the_same_place_in_training(
+    chat, name, shape, stock, size
+):
     log = talk(900, stock=stock)
-    seen, cut = set(), []
+    cut = {}
     for places in cuts(name, len(log), size, random.Random(1)):
-        text = tuple(log[p] for p in places)
-        if text not in seen:
-            seen.add(text)
-            cut.append(places)
+        cut.setdefault(tuple(log[p] for p in places), places)
+    cut = list(cut.values())
     chat.raw(entries_of(log, cut, shape))
-    assert chat.build("--prompt", "{context}\n!", "--off", OFF) is None
+    assert chat.build(*AS_TEXT) is None
     assert true_leaks(chat, log, cut) == []
+
+
+@pytest.mark.parametrize("flags", ["", "--names 0", "--gap 0.2", "--stride 3", "--burst 9"])
+@pytest.mark.parametrize("shape", ["prompt", "turns"])
+def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
+    """Every message is unlike all others, so a text tells its place."""
+    draw, now, log = random.Random(2), 0, []
+    for text in talk(1500):
+        now += draw.expovariate(1 / 120)
+        log.append({"message": text, "author": draw.choice("aabc"), "time": now})
+    chat.raw(log)
+    assert chat.build("--only-author", "a", "--shape", shape, *flags.split()) is None
+    held = [set(re.findall(r"no\d+x", str(side))) for side in chat.sides()]
+    assert len(held[0]) > 300 and len(held[1]) > 30 and not held[0] & held[1]
 
 
 @pytest.mark.parametrize("size", [3, 10])
 @pytest.mark.parametrize("shape", ["windows", "pairs"])
 @pytest.mark.parametrize("name", ["shuffled", "shuffled, a third of them", "two chats by turns"])
-def test_logs_that_are_out_of_order_are_refused(chat, name, shape, size):
+def test_windows_that_are_out_of_order_are_refused(chat, name, shape, size):
     log = talk(900)
     chat.raw(entries_of(log, cuts(name, len(log), size, random.Random(1)), shape))
-    error = chat.build("--prompt", "{context}\n!")
-    assert re.search(r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation", error)
+    what = r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation"
+    assert re.search(what, chat.build("--prompt", "{context}\n!"))
     assert not chat.out.exists()
 
 
 def test_two_chats_by_turns_are_told_apart_by_their_conversation(chat):
     log = talk(900)
     cut = cuts("two chats by turns", len(log), 10, random.Random(1))
-    chat.raw([{**e, "conversation": cut[i][-1] // 450} for i, e in enumerate(entries_of(log, cut))])
+    entries = zip(entries_of(log, cut), cut, strict=True)
+    chat.raw([entry | {"conversation": places[-1] // 450} for entry, places in entries])
     assert chat.build("--prompt", "{context}\n!") is None
     assert true_leaks(chat, log, cut) == []
-    assert len(chat.lines("train")) > 0.7 * len(cut)
-
-
-@pytest.mark.parametrize("stock", [0, 0.7])
-def test_a_flat_log_does_not_leak(chat, stock):
-    log = talk(900, stock=stock)
-    chat.raw(log)
-    assert chat.build("--prompt", "{context}\n!", "--window", 10, "--off", OFF) is None
-    cut = [[*range(max(0, i - 10), i + 1)] for i in range(1, 900)]
-    assert true_leaks(chat, log, cut) == []
+    assert len(chat.sides()[0]) > 0.7 * len(cut)
 
 
 def test_a_random_split_of_the_same_log_does_leak(chat):
     """The check above can fail: it finds what the usual split does."""
-    log, draw = talk(300), random.Random(0)
+    log = talk(300)
     cut = [[*range(max(0, i - 10), i + 1)] for i in range(1, 300)]
-    pairs = [{"prompt": "\n".join([*(log[p] for p in c[:-1]), "!"]), "completion": log[c[-1]]} for c in cut]
-    draw.shuffle(pairs)
+    pairs = random.Random(0).sample(entries_of(log, cut, "pairs"), 299)
     chat.out.mkdir(parents=True)
     for name, part in ("valid", pairs[:30]), ("train", pairs[30:]):
-        (chat.out / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part))
+        text = "".join(json.dumps(pair) + "\n" for pair in part)
+        (chat.out / f"{name}.jsonl").write_text(text)
     assert len(true_leaks(chat, log, cut)) > 200
 
 
 def test_the_sample_does_not_leak(chat):
-    """Checked by text alone: of three messages on end in validation, not all stand on end in training."""
-    shutil.copy(SCRIPT.parent / "data/raw/messages_v1.json", chat.root / "data/raw")
-    assert chat.build("--prompt", "{context}\n!") is None
-
-    def triples(name):
-        rows = [[*pair["prompt"].split("\n")[:-1], pair["completion"]] for pair in chat.lines(name)]
-        return {tuple(row[i : i + 3]) for row in rows for i in range(len(row) - 2)}
-
-    assert len(chat.lines("train")) >= 300 and len(chat.lines("valid")) >= 30
-    assert not {triple for triple in triples("valid") & triples("train") if len(set(triple)) > 1}
+    """By text alone: of three messages on end in validation, not all stand so in training."""
+    chat.raw((REPOSITORY / "data/raw/messages_sample.json").read_bytes())
+    assert chat.build(*AS_TEXT) is None
+    sides = texts_of(chat)
+    train, valid = (
+        {run for row in side for run in zip(row, row[1:], row[2:], strict=False)} for side in sides
+    )
+    assert len(sides[0]) >= 300 and len(sides[1]) >= 30
+    assert not {run for run in train & valid if len(set(run)) > 1}
 
 
 def test_a_chat_that_was_exported_twice_does_not_leak(chat):
     log = talk(400)
     chat.raw([*log, "and now once more", *log[150:]])
-    assert chat.build("--prompt", "{context}\n!") is None
-    rows = {
-        name: [[*p["prompt"].split("\n")[:-1], p["completion"]] for p in chat.lines(name)]
-        for name in ("train", "valid")
-    }
-    taken = {message for row in rows["valid"] for message in row}
-    shared = [row for row in rows["train"] if len(taken.intersection(row)) >= 3]
-    assert shared == []
+    assert chat.build(*AS_TEXT) is None
+    train, valid = texts_of(chat)
+    taken = {message for row in valid for message in row}
+    assert [row for row in train if len(taken.intersection(row)) >= 3] == []
 
 
 def test_a_conversation_is_on_one_side(chat):
     entries = []
-    for conversation in range(60):
-        for entry in windows([f"{message} of {conversation}" for message in talk(12, seed=conversation)]):
-            entries.append({**entry, "conversation": f"c{conversation}"})
+    for number in range(60):
+        log = [f"{message} of {number}" for message in talk(12, seed=number)]
+        entries += [entry | {"conversation": f"c{number}"} for entry in windows(log)]
     chat.raw(entries)
     assert chat.build() is None
-    sides = [{re.search(r" of (\d+)$", p["completion"])[1] for p in chat.lines(name)} for name in ("train", "valid")]
-    assert len(sides[0]) + len(sides[1]) == 60 and not sides[0] & sides[1] and sides[1]
-    assert {rule for rule in chat.rules().values()} == set()
+    train, valid = (set(re.findall(r" of (\d+)'}", str(side))) for side in chat.sides())
+    assert len(train) + len(valid) == 60 and not train & valid and valid
+    assert chat.rules() == {}
 
 
 def test_one_conversation_can_be_the_whole_file(chat):
     chat.raw([{"message": message, "conversation": "only"} for message in talk(100)])
     assert chat.build() is None
-    assert len(chat.lines("train")) >= 60 and 5 <= len(chat.lines("valid")) <= 20
+    assert len(chat.sides()[0]) >= 60 and 5 <= len(chat.sides()[1]) <= 20
 
 
 @pytest.mark.parametrize("rows", [150, 400])
 def test_validation_has_its_share_or_the_most_rows_allowed(chat, rows):
     chat.raw(windows(talk(3000)))
     assert chat.build("--valid-rows", rows) is None
-    assert 0.7 * min(rows, 300) <= len(chat.lines("valid")) <= rows
+    assert 0.7 * min(rows, 300) <= len(chat.sides()[1]) <= rows
     if rows == 150:
-        assert len(chat.lines("valid")) == 150
-        assert len(chat.lines("train")) > 2600  # what validation cannot use, training does
+        assert len(chat.sides()[1]) == 150
+        assert len(chat.sides()[0]) > 2600  # what validation cannot use, training does
 
 
-# ---- length ----------------------------------------------------------------------------------------------------------
+# ---- length --------------------------------------------------------------------------------------
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINKING = (  # takes away what an answer thought, and shouts: no template that is filled in once can do that
+THINKING = (  # takes away what an answer thought, and shouts: no template filled in once can do that
     "{% for m in messages %}[{{ m.role }}] {{ m.content.split('</think>')[-1] | upper }}\n{% endfor %}"
 )
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
+def set_template(base, jinja):
+    for name in base.glob("*.jinja"):
+        name.write_text(jinja)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": jinja}))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("jinja", [None, CHATML, THINKING])
 def test_tokens_are_those_of_the_trainer(jinja, project):
-    from mlx_lm.tuner.datasets import CompletionsDataset
+    from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
     from mlx_lm.utils import load_tokenizer
 
     base = project / "models/base/tiny-gemma-3"
     if jinja:
-        for name in base.glob("*.jinja"):
-            name.write_text(jinja)
-        config = json.loads((base / "tokenizer_config.json").read_text())
-        (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": jinja}))
+        set_template(base, jinja)
     texts = [
         "ciao",
         "perché no? 😂",
         "a <b> c",
         "<think>hm</think> sì",
         "<end_of_turn>",
-        "{context}",
         "x\ny",
         "한국어 ÀÈ",
     ]
-    count = build_train.token_counter(base)
-    rows = [{"prompt": prompt, "completion": reply} for prompt in texts for reply in texts]
-    trainer = CompletionsDataset(rows, load_tokenizer(base), "prompt", "completion", False)
-    assert count(rows) == [len(trainer.process(row)[0]) for row in rows]
+    count, control = build_train.token_counter(base)
+    assert {"<bos>", "<eos>", "<pad>"} <= set(control)
+    pairs = [{"prompt": a, "completion": b} for a in texts for b in texts]
+    talks = [turns(*random.Random(i).choices(texts, k=6)) for i in range(20)]
+    tokenizer = load_tokenizer(base)
+    trainers = (
+        CompletionsDataset(pairs, tokenizer, "prompt", "completion", False),
+        ChatDataset(talks, tokenizer),
+    )
+    for rows, trainer in zip((pairs, talks), trainers, strict=True):
+        assert count(rows) == [len(trainer.process(row)[0]) for row in rows]
 
 
-def test_long_rows_lose_their_oldest_messages_and_never_the_reply(project, run):
-    log = talk(200)
-    long = {
-        "previous_messages": ["hi"],
-        "message": " ".join(f"risposta{i} nontagliare{i} lunga{i}," for i in range(20)),
-    }
-    (project / "data/raw/messages_v1.json").write_text(json.dumps([*windows(log), long]))
-    done = run(project, "build_train.py", "--max-seq-length", 90, "--prompt", "{context}\n!")
-    assert done.returncode == 0, done.stderr
-    folder = project / "data/for_train/v1"
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["prompt", "turns"])
+def test_long_rows_lose_their_oldest_messages_and_never_the_reply(project, run, shape):
     from mlx_lm.utils import load_tokenizer
 
+    log = talk(200)
+    log.append(" ".join(f"risposta{i} nontagliare{i} lunga{i}," for i in range(20)))
+    entries = [{"message": text, "author": "ab"[i % 2]} for i, text in enumerate(log)]
+    (project / "data/raw/messages_sample.json").write_text(json.dumps(entries))
+    most = 120
+    flags = (
+        "--max-seq-length",
+        most,
+        "--only-author",
+        "a",
+        "--shape",
+        shape,
+        "--prompt",
+        "{context}\n!",
+    )
+    done = run(project, "build_train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = project / "data/for_train/sample"
     tokenizer, longest = load_tokenizer(project / "models/base/tiny-gemma-3"), 0
-    for pair in map(json.loads, [*(folder / "train.jsonl").open(), *(folder / "valid.jsonl").open()]):
-        messages = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["completion"]}]
-        tokens = len(tokenizer.apply_chat_template(messages))
+    for row in map(
+        json.loads, [*(folder / "train.jsonl").open(), *(folder / "valid.jsonl").open()]
+    ):
+        tokens = len(tokenizer.apply_chat_template(build_train.chat_of(row)))
         longest = max(longest, tokens)
-        assert tokens <= 90
-        *context, _ = pair["prompt"].split("\n")
-        at = log.index(pair["completion"])
-        assert context == log[at - len(context) : at]
-        if len(context) < min(10, at):  # one more message would have been too many
-            messages[0]["content"] = "\n".join([log[at - len(context) - 1], pair["prompt"]])
-            assert len(tokenizer.apply_chat_template(messages)) > 90
-    assert longest > 80
+        assert tokens <= most
+        texts = [turn["content"] for turn in build_train.chat_of(row)]
+        if shape == "prompt":
+            texts = [line[3:] for line in texts[0].split("\n")[:-1]] + texts[1:]
+        at = log.index(texts[-1])
+        assert texts == log[at + 1 - len(texts) : at + 1]
+    assert longest > most - 25
     dropped = {d["entry"]: d["rule"] for d in map(json.loads, (folder / "dropped.jsonl").open())}
-    assert dropped[199] == "over --max-seq-length"
+    assert dropped[200] == "over --max-seq-length"
+
+
+def test_as_few_messages_as_possible_are_taken_from_a_row_that_is_too_long():
+    def count(rows):
+        return [len(row["prompt"]) for row in rows]
+
+    s = build_train.parser.parse_args(["--prompt", "{context}", "--max-seq-length", "100"])
+    s.shape = "prompt"
+    s.names = False
+    for length in range(1, 60):
+        window = tuple(map(build_train.Message, ["x" * (i % 7) for i in range(length)] + ["reply"]))
+        row = build_train.Row(0, window)
+        kept = build_train.fit([row], s, count, [])
+        assert kept == [row] and row.window == window[-len(row.window) :]
+        if len(row.window) < len(window):
+            row.window = window[-len(row.window) - 1 :]
+            assert count([build_train.pair(row, s)])[0] > 100
 
 
 def rows_of(lengths):
-    return [build_train.Row(i, ("a", "b"), tokens=tokens) for i, tokens in enumerate(lengths)]
+    return [build_train.Row(i, (), tokens=tokens) for i, tokens in enumerate(lengths)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7, 100, 1000, 1003, 1999])
 def test_order_gives_batches_of_equal_length_in_mlx_lm(count):
     import numpy as np
@@ -591,97 +888,167 @@ def test_order_gives_batches_of_equal_length_in_mlx_lm(count):
     draw = random.Random(0)
     rows = rows_of([int(draw.lognormvariate(5, 0.6)) + 1 for _ in range(count)])
     ordered = build_train.order(rows, 0)
-    assert sorted(row.number for row in ordered) == list(range(count))
+    assert sorted(row.entry for row in ordered) == list(range(count))
 
     class Dataset(list):
         def process(self, row):
             return ([1] * row.tokens, 0)
 
     class Cache(CacheDataset):
-        def itemlen(self, i):  # a Row has no len(); a row of the real dataset always has 2, its keys
+        def itemlen(
+            self, i
+        ):  # a Row has no len(); a row of the real dataset always has 2, its keys
             return 2
 
     def cost(rows, batch):
         """Tokens computed for each token that is in a row."""
         np.random.seed(0)
         batches = list(iterate_batches(Cache(Dataset(rows)), batch, 4096))
-        return sum(b.size for b, _ in batches) / sum(lengths[:, 1].sum().item() for _, lengths in batches)
+        return sum(b.size for b, _ in batches) / sum(n[:, 1].sum().item() for _, n in batches)
 
-    for batch in 4, 16:
-        if count >= 1000:
-            ideal = cost(sorted(rows, key=lambda row: row.tokens), batch)
-            assert cost(ordered, batch) <= 1.03 * ideal
-            assert cost(rows, batch) > 1.2 * ideal
+    for batch in (4, 16) if count >= 1000 else ():
+        ideal = cost(sorted(rows, key=lambda row: row.tokens), batch)
+        assert cost(ordered, batch) <= 1.03 * ideal
+        assert cost(rows, batch) > 1.2 * ideal
 
 
 def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
-    lengths = list(range(1, 1001))
     for batch in range(2, 17):
         left_out = []
         for seed in range(60):
-            rows = build_train.order(rows_of(lengths[: 1000 - batch + 15]), seed)
+            rows = build_train.order(rows_of(range(1, 1001 - batch + 15)), seed)
             left_out += [row.tokens for row in rows[len(rows) - len(rows) % batch :]]
-        if left_out:
-            assert 0.75 < sum(left_out) / len(left_out) / 500 < 1.25
+        assert not left_out or 0.75 < sum(left_out) / len(left_out) / 500 < 1.25
 
 
-def test_without_the_base_model_tokens_are_estimated_and_that_is_said(chat, capsys):
+# ---- the base model ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("there", "flags", "fix"),
+    [
+        ([], ["none"], "hf download mlx-community/none --local-dir models/base/none"),
+        (["tiny"], ["gemma-3-text-27b-it-4bit"], "export MODEL=tiny"),  # it was forgotten
+        (["gemma-3-4b", "tiny"], ["gema-3-4b"], "export MODEL=gemma-3-4b"),
+    ],
+)
+def test_without_the_base_model_tokens_are_estimated_and_that_is_said(
+    chat, capsys, there, flags, fix
+):
+    for name in there:
+        (chat.root / "models/base" / name).mkdir(parents=True)
     chat.raw(windows(talk(60)))
+    assert chat.build("--model", *flags) is None
+    warning = capsys.readouterr().err.strip()
+    assert re.fullmatch(rf"warning: tokens are ESTIMATED, .*\. FIX: {re.escape(fix)}", warning)
+
+
+BASES = {
+    "cut off": ({"tokenizer.json": '{"version": "1.0"'}, "does not work"),
+    "empty": ({}, "does not work"),
+    "no object": ({"config.json": "3", "tokenizer.json": "[]"}, "does not work"),
+    "code of its own": ({"config.json": '{"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}'}, "auto_map"),
+    "a tokenizer with code": ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'},
+                              "auto_map"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_model_that_does_not_work_is_named_and_never_runs_code(chat, name):
+    files, what = BASES[name]
+    base = chat.root / "models/base/none"
+    base.mkdir(parents=True)
+    (base / "evil.py").write_text(f"open({str(chat.root / 'ran')!r}, 'w')")
+    for file, content in files.items():
+        (base / file).write_text(content)
+    chat.raw(windows(talk(60)))
+    _, stderr = chat.start(stdin=subprocess.PIPE).communicate("y\ny\n", timeout=100)
+    error = stderr.strip().split("\n")[-1]
+    assert re.fullmatch(rf"error: .*models/base/none.*{what}.*\. FIX: .*MODEL.*", error)
+    assert not chat.out.exists() and not (chat.root / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_template_without_end_is_refused(project, run):
+    set_template(project / "models/base/tiny-gemma-3", ENDLESS)
+    script = project / "build_train.py"
+    script.write_text(script.read_text().replace("signal.alarm(60)", "signal.alarm(3)"))
+    done = run(project, "build_train.py")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*tiny-gemma-3 does not work: .*minute.*FIX: .*", last_error(done))
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
+    chat.raw(talk(200))
     assert chat.build() is None
     printed = capsys.readouterr().out
-    assert "ESTIMATED" in printed and "hf download mlx-community/none --local-dir models/base/none" in printed
-
-
-# ---- what is printed -------------------------------------------------------------------------------------------------
-def test_the_summary_tells_what_happened_and_what_comes_next(project, run):
-    done = run(project, "build_train.py")
-    assert done.returncode == 0, done.stderr
-    for rule in build_train.rules(None):
-        assert re.search(rf"^{rule} +[\d,]+ ", done.stdout, re.M), rule
-    assert "training rows with one: 0" in done.stdout
-    assert re.search(r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+, padding [\d.]+% more", done.stdout, re.M)
-    assert re.search(r"^one epoch +\d+ iterations at batch size 2", done.stdout, re.M)
-    assert done.stdout.rstrip().endswith("next       ./fine_tune.sh")
-    for name in "train.jsonl", "valid.jsonl", "dropped.jsonl":
-        assert f"data/for_train/v1/{name}" in done.stdout
-        assert (project / "data/for_train/v1" / name).exists()
+    for rule in build_train.ALL_RULES:
+        assert re.search(rf"^{rule} +[\d,]+", printed, re.M), rule
+    for line in [
+        r"^reading +data/raw/messages_v1\.json with version 'v1', .*window 10",
+        r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
+        r"^leaks .*: 0$",
+        r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",
+        r"^one epoch +\d+ iterations at batch size 2; three: ITERS=\d+ \./fine_tune\.sh$",
+        r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json$",
+        r"^next +\./fine_tune\.sh$",
+    ]:
+        assert re.search(line, printed, re.M), line
 
 
 def test_chat_text_cannot_write_to_the_terminal(chat, capsys):
     evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e https://x.example/"
-    chat.raw([{"previous_messages": [evil], "message": evil}, *windows([evil + m for m in talk(60)])])
+    log = [evil + text for text in talk(60)]
+    chat.raw(
+        [{"message": text, "author": evil + "abc"[i % 3], evil: 1} for i, text in enumerate(log)]
+    )
     assert chat.build("--off", "link") is None
-    printed = capsys.readouterr().out
+    printed = chat.build("--only-author", evil)
     chat.raw([{"message": "a"}, {"\x1b[2J": evil}])
     printed += chat.build()
+    printed += "".join(capsys.readouterr())
     assert not [c for c in printed if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"]
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_it_works_without_a_terminal_an_input_or_a_reader(chat, encoding):
+    chat.raw(["perché 😂", *talk(60)])
+    variables = {"PYTHONIOENCODING": encoding, "PYTHONOPTIMIZE": "2", "MPLBACKEND": "bogus"}
+    process = chat.start(stdin=subprocess.DEVNULL, env=os.environ | variables)
+    process.stdout.close()  # as `| head -1` does
+    stderr = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in stderr and "Exception" not in stderr
+    assert chat.rows()
+
+
+# ---- bad input -----------------------------------------------------------------------------------
 BAD = {
     "0 bytes": (b"", r"messages_v1\.json is not there or empty"),
-    "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"messages_v1\.json is not JSON: .*line 3, column 14"),
+    "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"is not JSON: .*line 3, column 14"),
     "cut off": (b'["a", "b', r"is not JSON: .*line 1, column 7"),
-    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n', r"line 2, column 1\. FIX: .*mv .*messages_v1\.jsonl"),
-    "Windows": ('["a",\n"perché"]'.encode("cp1252"), r"is not UTF-8 text, line 2\. FIX: iconv -f WINDOWS-1252"),
-    "an object": (b'{"messages": []}', r"holds \{\"messages\": \[\]\}, not a list"),
+    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n', r"line 2, column 1\. FIX: .*mv .*_v1\.jsonl"),
+    "an app's text": (b"12/05/24, 10:30 - Ann: hi", r"is not JSON: .*FIX: .*from_export\.py data/raw/export_v1"),
+    "Windows": ('["a",\n"perché"]'.encode("cp1252"), r"not UTF-8 text, line 2\. FIX: iconv -f WINDOWS-1252"),
+    "an object": (b'{"messages": []}', r"holds \{\"messages\": \[\]\}, not a list\. FIX: .*from_export\.py"),
     "a text": (b'"hi"', r"holds \"hi\", not a list"),
     "an empty list": (b"[]", r"0 rows are left"),
     "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
     "a null message": (b'["a", {"message": null}]', r'line 1: "message" is null'),
-    "no message": (b'[{"message": "a"}, {"text": "b"}]', r'line 1: there is no "message" in \{"text": "b"\}'),
+    "no message": (b'[{"message": "a"}, {"msg": "b"}]', r'line 1: there is no "message" in \{"msg": "b"\}'),
     "no keys at all": (b"[{}]", r'line 0: there is no "message" in \{\}'),
     "context is a text": (b'[{"previous_messages": "a", "message": "b"}]', r'"previous_messages" is "a"'),
-    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r'line 0: .* is \["a", null\]'),
+    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r'line 0: .*\["a", null\]'),
     "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r'line 0: .* is \[\["a"\]\]'),
     "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]', r'line 1: there is no "completion"'),
-    "an author that is none": (b'[{"message": "a", "author": {}}]', r'line 0: "author" is \{\}'),
-    "a conversation that is none": (b'[{"message": "a", "conversation": []}]', r'line 0: "conversation" is \[\]'),
+    "an author that is none": (b'[{"message": "a", "user": {}}]', r'line 0: "user" is \{\}'),
+    "a conversation that is none": (b'[{"message": "a", "conversation": []}]', r'"conversation" is \[\]'),
+    "a time that is none": (b'[{"message": "a", "date": "noon"}]', r'"time" is "noon", not like "2024-05-31T18:04"'),
+    "an endless time": (b'[{"message": "a", "time": NaN}]', r'"time" is NaN'),
     "too deep": (b"[" * 100_000, r"is not JSON: .*recursion"),
     "a number too long": (b"[" + b"9" * 5000 + b"]", r"is not JSON: .*digits"),
     "nothing left": (b'["!a", "!b"]', r"0 rows are left, too few to split \(it takes about 30\)\. FIX: .*--off"),
     "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -691,23 +1058,58 @@ def test_bad_input_is_answered_with_what_where_and_how_to_mend_it(chat, name):
     assert chat.build() is None
     before = chat.content()
     chat.raw(content)
-    error = chat.build()
-    assert re.fullmatch(rf"error: .*{message}.*", error), error
-    assert ". FIX: " in error and "\n" not in error
-    assert chat.content() == before
-    assert [path.name for path in chat.out.parent.iterdir()] == ["v1"]
-
-
-def test_the_fix_of_a_bad_name_is_a_good_name(chat):
-    assert chat.build("--version", "my chat").endswith("FIX: VERSION=mychat python build_train.py")
-    assert chat.build("--version", "…").endswith("FIX: VERSION=v1 python build_train.py")
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*", error := chat.build()), error
+    assert ". FIX: " in error
+    assert chat.content() == before and chat.folders() == [".v1.lock", "v1"]
 
 
 def test_a_bad_line_of_a_jsonl_file_is_named_by_its_number(chat):
     chat.raw(b'{"message": "a"}\n\n{"message": 3}\n', "messages_v1.jsonl")
     assert 'messages_v1.jsonl, entry or line 3: "message" is 3' in chat.build()
     chat.raw(b'{"message": "a"}\n{"message"}\n', "messages_v1.jsonl")
-    assert "line 2, column 11" in (error := chat.build()) and "mv " not in error
+    assert "line 2, column 11" in chat.build()
+
+
+@pytest.mark.parametrize(
+    ("files", "fix"),
+    [
+        ([], "python data/raw/from_export.py PATH --version v1"),
+        (["messages_v11.json"], "VERSION=v11 python build_train.py"),
+        (["messages_sample.json"], "python data/raw/from_export.py PATH --version v1"),
+        (
+            ["WhatsApp Chat.txt"],
+            "python data/raw/from_export.py 'data/raw/WhatsApp Chat.txt' --version v1",
+        ),
+        (["a.zip"], "python data/raw/from_export.py data/raw/a.zip --version v1"),
+        (["\x1b[2J.txt"], "python data/raw/from_export.py PATH --version v1"),
+    ],
+)
+def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, files, fix):
+    for name in files:
+        chat.raw(["a"], name)
+    error = chat.build()
+    assert error.endswith(f". FIX: {fix}")
+    assert all(name[9:-5] in error for name in files if name.startswith("messages_"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("An", "--only-author Ann"),
+        ("zzz", "--only-author Bob"),
+        ("Eve Li", "--only-author 'Eve Lin'"),
+        (None, "leave --only-author out"),
+    ],
+)
+def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
+    authors = ["Bob", "Bob", "Ann", "Eve Lin"]
+    chat.raw(
+        [
+            {"message": m} | ({"author": authors[i % 4]} if name else {})
+            for i, m in enumerate(talk(60))
+        ]
+    )
+    assert chat.build("--only-author", name or "Ann").endswith(f". FIX: {fix}")
 
 
 def test_all_filtered_out_shows_the_table(chat, capsys):
@@ -716,64 +1118,44 @@ def test_all_filtered_out_shows_the_table(chat, capsys):
     assert re.search(r"^bot command +3 +!discord$", capsys.readouterr().out, re.M)
 
 
-def test_the_process_ends_with_code_1_and_the_error_as_the_last_line(chat):
-    chat.raw(b"[1]")
-    process = chat.start()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert stderr.strip().split("\n")[-1].startswith("error: ") and "Traceback" not in stderr
+USAGE = [
+    (["--valid-size", "1"], 2, "--valid-size is 1.0"),
+    (["--valid-size", "nan"], 2, "--valid-size is nan"),
+    (["--window", "0"], 2, "--window is 0"),
+    (["--gap", "-1"], 2, "--gap is -1"),
+    (["--burst", "nan"], 2, "--burst is nan"),
+    (["--seed", "-1"], 2, "--seed is -1"),
+    (["--seed", "4294967296"], 2, "--seed is 4294967296"),
+    (["--batch-size", "four"], 2, "--batch-size"),
+    (["--prompt", "hello"], 2, "--prompt or --question-prompt does not say where {context} goes"),
+    (["--shape", "round"], 2, "--shape is 'round'"),
+    (["--shape", "turns"], 2, "--shape turns needs --only-author"),
+    (["--off", "lnik"], 2, "--off names 'lnik', and the rules are: empty, "),
+    (["--nonsense"], 2, "--nonsense"),
+    (["--model", "mlx-community/gemma"], 1, "FIX: MODEL=gemma python build_train.py"),
+    (["--model", "../x y"], 1, "FIX: MODEL=xy python build_train.py"),
+    (["--version", "../v1"], 1, "FIX: VERSION=v1 python build_train.py"),
+    (["--version", "my chat"], 1, "FIX: VERSION=mychat python build_train.py"),
+    (["--version", "…"], 1, "FIX: VERSION=v1 python build_train.py"),
+    (["--version", "-v"], 2, "--version"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "code", "message"),
-    [
-        (["--valid-size", "1"], 2, "--valid-size is 1.0"),
-        (["--valid-size", "nan"], 2, "--valid-size is nan"),
-        (["--window", "0"], 2, "--window is 0"),
-        (["--seed", "-1"], 2, "--seed is -1"),
-        (["--seed", "4294967296"], 2, "--seed is 4294967296"),
-        (["--batch-size", "four"], 2, "--batch-size"),
-        (["--prompt", "hello"], 2, "--prompt or --question-prompt does not say where {context} goes"),
-        (["--off", "lnik"], 2, "--off names 'lnik', and the rules are: empty, "),
-        (["--nonsense"], 2, "--nonsense"),
-        (["--model", "mlx-community/gemma"], 1, "MODEL=gemma"),
-        (["--model", "../x y"], 1, "MODEL"),
-        (["--version", "../v1"], 1, "VERSION"),
-        (["--version", "-v"], 2, "--version"),
-        (["--version", "v2"], 1, "data/raw/messages_v2.json is not there"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "code", "message"), USAGE)
 def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, code, message):
     got = chat.build(*flags)
     error = capsys.readouterr().err.strip().split("\n")[-1] if code == 2 else got
     assert (2 if got == 2 else 1) == code
-    assert error.startswith("error: ") and message in error and ". FIX: " in error
+    assert error.startswith("error: ") and message in error and "FIX: " in error
 
 
 def test_a_file_that_cannot_be_read_is_named(chat):
-    raw = chat.root / "data/raw/messages_v1.json"
-    raw.mkdir()
+    (chat.root / "data/raw/messages_v1.json").mkdir()
     process = chat.start()
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert re.search(r"^error: .*messages_v1\.json cannot be read: .*\. FIX: ls -l", stderr.strip().split("\n")[-1])
-    if os.geteuid():  # root reads everything
-        raw.rmdir()
-        chat.raw([])
-        raw.chmod(0)
-        _, stderr = chat.start().communicate(timeout=60)
-        assert re.search(
-            r"^error: .*messages_v1\.json.*Permission denied.*\. FIX: ls -l", stderr.strip().split("\n")[-1]
-        )
-
-
-def test_a_base_model_that_is_cut_off_is_named(chat):
-    base = chat.root / "models/base/none"
-    base.mkdir(parents=True)
-    (base / "tokenizer.json").write_text('{"version": "1.0"')
-    chat.raw(windows(talk(60)))
-    assert re.fullmatch(r"error: models/base/none has no tokenizer .*\. FIX: .*", chat.build())
-    assert not chat.out.exists()
+    assert process.returncode == 1 and "Traceback" not in stderr
+    error = stderr.strip().split("\n")[-1]
+    assert re.fullmatch(r"error: .*messages_v1\.json cannot be read: .*\. FIX: ls -l .*", error)
 
 
 JSON = st.recursive(
@@ -781,11 +1163,13 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ALL_UNICODE, inner, max_size=4),
     max_leaves=12,
 )
-KEYS = st.sampled_from(["previous_messages", "message", "author", "conversation", "prompt", "completion"])
+KEYS = st.sampled_from([key for keys in build_train.KEYS.values() for key in keys])
 
 
 @settings(RELAXED, max_examples=150)
-@given(JSON | st.lists(st.dictionaries(KEYS, ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON)))
+@given(
+    JSON | st.lists(st.dictionaries(KEYS, ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON))
+)
 def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value):
     chat = Project(tmp_path_factory.mktemp("any") / "p")
     chat.raw(value)
@@ -794,51 +1178,86 @@ def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value
 
 
 @settings(RELAXED, max_examples=60)
-@given(st.lists(ALL_UNICODE, min_size=30, max_size=60), st.sampled_from(["windows", "log", "pairs"]))
+@given(
+    st.lists(ALL_UNICODE, min_size=30, max_size=60),
+    st.sampled_from(["windows", "log", "authors", "pairs"]),
+)
 def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log, shape):
     chat = Project(tmp_path_factory.mktemp("any") / "p")
     pairs = [{"prompt": a, "completion": b} for a, b in pairwise(log)]
-    chat.raw({"windows": windows(log), "log": log, "pairs": pairs}[shape])
-    error = chat.build("--window", 2, "--off", "stock reply,too short,same words,same character,no letters")
-    if error is None:
-        for pair in chat.pairs():
-            assert list(pair) == ["prompt", "completion"] and pair["prompt"] and pair["completion"]
-        for name in "train", "valid", "dropped":
-            text = (chat.out / f"{name}.jsonl").read_bytes().decode("utf-8")
-            assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
-    else:
+    authors = [{"author": a, "message": b} for a, b in pairwise(log)]
+    chat.raw({"windows": windows(log), "log": log, "authors": authors, "pairs": pairs}[shape])
+    off = "stock reply,too short,same words,same character,no letters"
+    error = chat.build("--window", 2, "--off", off)
+    if error is not None:
         assert re.fullmatch(r"error: .+\. FIX: .+", error), error
+        return
+    for row in chat.rows():
+        assert list(row) == ["prompt", "completion"] and row["prompt"] and row["completion"]
+    for content in chat.content().values():
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", content.decode("utf-8"))
 
 
-# ---- the output appears whole or not at all --------------------------------------------------------------------------
-def test_killed_while_writing_leaves_the_previous_output(chat):
-    chat.raw(windows(talk(60)))
-    assert chat.build() is None
-    before = chat.content()
-    chat.raw(talk(40_000))
-    process = chat.start()
-    partial = chat.out.with_name("v1.partial")
+# ---- the output appears whole or not at all ------------------------------------------------------
+def test_killed_while_writing_leaves_the_previous_output(built):
+    before = built.content()
+    built.raw(talk(40_000))
+    process = built.start()
+    partial = built.out.with_name(".v1.partial")
     while process.poll() is None and not partial.exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert partial.exists() and chat.content() == before
-    chat.raw(windows(talk(60)))
-    assert chat.build() is None
-    assert chat.content() == before and [path.name for path in chat.out.parent.iterdir()] == ["v1"]
+    assert partial.exists() and built.content() == before
+    built.raw(windows(talk(60)))
+    assert built.build() is None
+    assert built.content() == before and built.folders() == [".v1.lock", "v1"]
 
 
-@pytest.mark.parametrize(("partial", "expected"), [(True, "new"), (False, "previous")])
-def test_killed_in_the_middle_of_the_swap_is_mended_by_the_next_run_even_if_it_fails(chat, partial, expected):
-    for name, there in ("v1.old", True), ("v1.partial", partial):
-        if there:
-            chat.out.with_name(name).mkdir(parents=True)
-            (chat.out.with_name(name) / "train.jsonl").write_text("previous" if name == "v1.old" else "new")
-    chat.raw(b"[")
-    assert "not JSON" in chat.build()
-    assert (chat.out / "train.jsonl").read_text() == expected
-    assert [path.name for path in chat.out.parent.iterdir()] == ["v1"]
+def test_killed_in_the_middle_of_the_swap_is_mended_by_the_next_run_even_if_it_fails(built):
+    before = built.content()
+    built.out.rename(built.out.with_name(".v1.old"))
+    built.out.with_name(".v1.partial").mkdir()
+    built.raw(b"[")
+    assert "not JSON" in built.build()
+    assert built.content() == before and built.folders() == [".v1.lock", "v1"]
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_another_version_is_not(built):
+    before = built.content()
+    with built.out.with_name(".v1.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        what = (
+            "error: another run is writing data/for_train/v1. FIX: wait until it is done, or end it"
+        )
+        assert built.build() == what
+        built.raw(talk(60), "messages_v2.json")
+        assert built.build("--version", "v2") is None
+    assert built.content() == before and built.build() is None
+
+
+def test_folders_of_the_user_are_left_alone(built):
+    for name in "v1.old", "v1.partial":
+        shutil.copytree(built.out, built.out.with_name(name))
+    assert built.build() is None
+    assert built.folders() == [".v1.lock", "v1", "v1.old", "v1.partial"]
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "link", "a parent that is a file"])
+def test_a_target_that_cannot_be_swapped_is_named_before_the_work(chat, kind):
+    chat.raw(b"[")  # would be an error too, if it were read
+    if kind == "a parent that is a file":
+        chat.out.parent.write_text("mine")
+    else:
+        chat.out.parent.mkdir()
+        if kind == "file":
+            chat.out.write_text("mine")
+        else:
+            chat.out.symlink_to(chat.root / ("data" if kind == "link" else "nowhere"))
+    assert re.fullmatch(
+        r"error: data/for_train/v1 (is a link or a file|cannot be written).*FIX: .*", chat.build()
+    )
 
 
 def check_full_disk(chat, **kwargs):
@@ -849,21 +1268,22 @@ def check_full_disk(chat, **kwargs):
     assert process.returncode == 1, stderr
     last = stderr.strip().split("\n")[-1]
     assert re.fullmatch(r"error: data/for_train/v1 cannot be written: .+\. FIX: .*df -h.*", last)
-    assert chat.content() == before and [path.name for path in chat.out.parent.iterdir()] == ["v1"]
+    assert chat.content() == before and chat.folders() == [".v1.lock", "v1"]
 
 
-def test_a_file_that_cannot_grow_leaves_the_previous_output(chat):
-    chat.raw(windows(talk(60)))
-    assert chat.build() is None
+def test_a_file_that_cannot_grow_leaves_the_previous_output(built):
     limit = (100_000, 100_000)
-    check_full_disk(chat, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    check_full_disk(built, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
 
 
 def test_a_full_disk_leaves_the_previous_output(chat):
     disk = chat.root / "data/for_train"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if not sys.platform.startswith("linux") or subprocess.run(mount, capture_output=True).returncode:
+    if (
+        not sys.platform.startswith("linux")
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
         pytest.skip("no right to mount a small disk here")
     try:
         chat.raw(windows(talk(60)))
@@ -873,42 +1293,39 @@ def test_a_full_disk_leaves_the_previous_output(chat):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_ctrl_c_ends_with_130_and_without_a_traceback(chat):
+@pytest.mark.parametrize("moment", [" argparse", " unicodedata", " tqdm", "reading "])
+def test_ctrl_c_ends_with_130_and_without_a_traceback(chat, moment):
     chat.raw(talk(60_000))
-    process = chat.start(stdout=subprocess.PIPE)
-    process.stdout.readline()  # it prints its settings, and then reads
+    process = chat.start(python=["-X", "importtime"], stderr=subprocess.STDOUT)
+    while moment not in process.stdout.readline():
+        pass
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output
 
 
-# ---- the same input gives the same bytes -----------------------------------------------------------------------------
+# ---- the same input gives the same bytes ---------------------------------------------------------
 def test_two_processes_write_the_same_bytes(chat):
-    log = [{"message": m, "author": f"a{i % 7}", "conversation": i % 3} for i, m in enumerate(talk(2000, stock=0.2))]
+    draw = random.Random(0)
+    log = [
+        {"message": m, "author": draw.choice("abc"), "conversation": draw.randrange(3)}
+        for m in talk(2000)
+    ]
     chat.raw(log)
-    outputs = []
-    for seed, language in ("1", "C"), ("2", "it_IT.UTF-8"):
-        process = chat.start(env=os.environ | {"PYTHONHASHSEED": seed, "LC_ALL": language, "LANG": language})
-        assert process.communicate(timeout=60) and process.returncode == 0
-        outputs.append(chat.content())
-    assert outputs[0] == outputs[1]
-
-
-def test_every_machine_writes_the_same_bytes(chat):
-    """The bytes that one machine wrote once, held against the one that runs this."""
-    chat.raw(windows(talk(300, stock=0.2)))
-    assert chat.build() is None
-    digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in chat.content().items()}
-    assert digests == {
-        "train.jsonl": "d009d38d9a10561f",
-        "valid.jsonl": "3d1528f70f842252",
-        "dropped.jsonl": "be8610903e47da5b",
-    }
+    for flags in [], ["--only-author", "a", "--shape", "turns"]:
+        outputs = []
+        for seed, language in ("1", "C"), ("2", "it_IT.UTF-8"):
+            variables = {"PYTHONHASHSEED": seed, "LC_ALL": language, "LANG": language}
+            process = chat.start(*flags, env=os.environ | variables)
+            assert process.communicate(timeout=60) and process.returncode == 0
+            outputs.append(chat.content())
+        assert outputs[0] == outputs[1]
 
 
 def test_another_seed_gives_another_split(chat):
     chat.raw(windows(talk(1000)))
-    assert chat.build("--seed", 1) is None
-    first = chat.content()
-    assert chat.build("--seed", 2) is None
-    assert chat.content()["valid.jsonl"] != first["valid.jsonl"]
+    splits = []
+    for seed in 1, 2:
+        assert chat.build("--seed", seed) is None
+        splits.append(chat.content()["valid.jsonl"])
+    assert splits[0] != splits[1]

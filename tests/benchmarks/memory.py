@@ -1,12 +1,15 @@
-"""Measure what fits: peak memory of training and of fusing, on Gemma 3 shapes with random 4-bit weights.
+"""Measure what fits: peak memory of training and fusing, beside what fine_tune.sh reckons.
 
-    python tests/benchmarks/memory.py 1B 4B 12B 27B                                   training
-    python tests/benchmarks/memory.py 1B 4B --fuse models/base/MODEL --folder /tmp    fusing; tokenizer of MODEL
+    python tests/benchmarks/memory.py 1B 4B 12B 27B             training
+    python tests/benchmarks/memory.py 27B --reckon              what fine_tune.sh reckons, no more
+    python tests/benchmarks/memory.py 1B 4B --fuse models/base/MODEL --folder /tmp    fusing
 
-Writes a line to --out (tab-separated) after each measurement. Weights are drawn and quantised matrix by matrix, so that
-27B needs no more than its 4 bits. Training goes through mlx-lm's own linear_to_lora_layers and train, on rows of random
-tokens that are all as long as said; fusing runs the commands that fuse.sh runs. Set MLX_CUDA_USE_CUDNN_SDPA=0 on an
-NVIDIA GPU: then attention is computed in the same way as in training on a Mac, which has no fused one for gradients.
+The models have the shapes of Gemma 3 and random 4-bit weights, drawn and quantised matrix by
+matrix, so that 27B needs no more than its 4 bits. Training goes through mlx-lm's own
+linear_to_lora_layers and train, on rows of random tokens that are all as long as said. Fusing runs
+the commands of fuse.sh with the tokenizer of MODEL. A line (tab-separated) goes to --out after each
+measurement. Set MLX_CUDA_USE_CUDNN_SDPA=0 on an NVIDIA GPU: attention is then computed in the same
+way as in training on a Mac, which has no fused one for gradients.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,8 +33,17 @@ from mlx_lm.models import gemma3_text
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
-KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "sliding_window", "query_pre_attn_scalar")  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "query_pre_attn_scalar",
+)
 SHAPES = {
     "1B": (26, 1152, 6912, 4, 1, 256, 512, 256),
     "4B": (34, 2560, 10240, 8, 4, 256, 1024, 256),
@@ -41,18 +54,50 @@ NAMES = ("batch", "tokens", "layers", "checkpointing", "rank", "embeddings")  # 
 SETTINGS = [  # the defaults first
     (2, 512, -1, 0, 32, 1), (2, 512, -1, 1, 32, 1), (1, 512, -1, 0, 32, 1), (1, 512, -1, 1, 32, 1),
     (1, 512, -1, 1, 8, 1), (1, 256, -1, 0, 32, 1), (1, 512, 16, 0, 32, 0), (2, 256, -1, 0, 32, 1),
-    (1, 1024, -1, 1, 32, 1), (2, 512, -1, 0, 32, 0), (1, 512, 8, 0, 32, 0), (2, 1024, -1, 1, 32, 1),
-    (4, 512, -1, 1, 32, 1), (4, 512, -1, 0, 32, 1), (2, 1024, -1, 0, 32, 1),
+    (1, 1024, -1, 1, 32, 1), (2, 512, -1, 0, 32, 0), (1, 512, 8, 0, 32, 0),
+    (2, 1024, -1, 1, 32, 1), (4, 512, -1, 1, 32, 1), (4, 512, -1, 0, 32, 1),
+    (2, 1024, -1, 0, 32, 1),
 ]  # fmt: skip
 SCALE = 10.0
-MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-CONFIG = {"model_type": "gemma3_text", "vocab_size": 262144, "sliding_window_pattern": 6, "tie_word_embeddings": True,
-          "quantization": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}  # fmt: skip
+MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"]
+MATRICES += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+CONFIG = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+    "quantization": {"group_size": 64, "bits": 4},
+    "torch_dtype": "bfloat16",
+}
+
+
+def config_of(shape):
+    return CONFIG | dict(zip(KEYS, SHAPES[shape], strict=True))
+
+
+def weights_of(shape):
+    """Return the bytes of all matrices at 4 bits and a scale and a bias for each 64: 4.5 bits."""
+    depth, hidden, inner, heads, key_heads, head, *_ = SHAPES[shape]
+    layer = 2 * hidden * head * (heads + key_heads) + 3 * hidden * inner
+    return int(4.5 / 8 * (depth * layer + 262144 * hidden))
+
+
+def reckon(shape, weights, batch, tokens, layers, checkpointing, rank, embeddings):
+    """Return the bytes that fine_tune.sh reckons, by its own lines."""
+    script = (ROOT / "fine_tune.sh").read_text("utf-8")
+    lines = script[script.index("def trained_numbers") : script.index("def check_memory")]
+    exec(lines, names := {})
+    depth, hidden, inner, heads, key_heads, head, *_ = SHAPES[shape]
+    size = SimpleNamespace(layers=depth, hidden=hidden, inner=inner, weights=weights)
+    size.queries, size.keys, size.vocabulary = heads * head, key_heads * head, 262144
+    s = SimpleNamespace(NUM_LAYERS=layers, GRAD_CHECKPOINT=checkpointing, RANK=rank)
+    s.EMBEDDINGS, s.BATCH_SIZE = embeddings, batch
+    return int(names["memory"](s, size, tokens))
 
 
 def build(shape, bits=4, group_size=64):
-    """Return a gemma3_text model of random weights at `bits`; one matrix at a time is in memory before that."""
-    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(CONFIG | dict(zip(KEYS, SHAPES[shape], strict=True))))
+    """Return a gemma3_text model of random weights at `bits`, made matrix by matrix."""
+    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(config_of(shape)))
     model.sanitize({})  # input and output embeddings are the same matrix
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, group_size=group_size, bits=bits)  # nothing is computed yet
@@ -64,13 +109,13 @@ def build(shape, bits=4, group_size=64):
 
 
 def lora(rank, embeddings):
-    """Return the lora_parameters of fine_tune.sh: all matrices of the layers, and perhaps the embeddings."""
+    """Return the lora_parameters of fine_tune.sh: the layers' matrices, perhaps the embeddings."""
     keys = {"keys": [*MATRICES, "model.embed_tokens"]} if embeddings else {}
     return {"rank": rank, "scale": SCALE, "dropout": 0.0} | keys
 
 
 def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddings, iters=3):
-    """Return the peak memory (bytes) and the seconds of the last of `iters` iterations, or None if out of memory."""
+    """Return the peak (bytes) and the seconds of the last iteration, or None if out of memory."""
     plain = gemma3_text.TransformerBlock.__call__
     rng = np.random.default_rng(0)
     rows = [(rng.integers(0, 262144, tokens).tolist(), 0) for _ in range(batch)]
@@ -92,9 +137,14 @@ def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddin
     try:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             settings = TrainingArgs(
-                batch_size=batch, iters=iters, steps_per_report=1, steps_per_save=iters + 1, max_seq_length=tokens,
-                adapter_file=f"{folder}/adapters.safetensors", grad_checkpoint=bool(checkpointing),
-            )  # fmt: skip
+                batch_size=batch,
+                iters=iters,
+                steps_per_report=1,
+                steps_per_save=iters + 1,
+                max_seq_length=tokens,
+                adapter_file=f"{folder}/adapters.safetensors",
+                grad_checkpoint=bool(checkpointing),
+            )
             adam = optim.Adam(learning_rate=1e-4, bias_correction=True)
             train(model, adam, rows, args=settings, training_callback=Callback())
         return mx.get_peak_memory(), clock[-1]
@@ -119,10 +169,11 @@ def write(out, **line):
 
 def peak_of(command, *arguments):
     """Run an mlx_lm command in a process of its own; return its peak memory (bytes) and seconds."""
-    code = (f"import sys, mlx.core as mx; from mlx_lm.{command} import main; sys.argv[0] = '{command}'; main(); "
-            "print(); print(mx.get_peak_memory())")  # fmt: skip
+    code = f"import mlx.core as mx; from mlx_lm.{command} import main; main(); "
+    code += "print(); print(mx.get_peak_memory())"
     started = time.time()
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1][:100], time.time() - started
     return int(done.stdout.split()[-1]), time.time() - started
@@ -135,7 +186,7 @@ def gigabytes(value):
 
 
 def measure_fusing(shape, tokenizer, folder, out):
-    """Save a base and an adapter of this shape, then fuse them at the base's bits, at 16 and from there to 8."""
+    """Save a base and an adapter of this shape; fuse at the base's bits, at 16, and then to 8."""
     base, adapter = folder / f"{shape}-base", folder / f"{shape}-adapter"
     for path in base, adapter:
         path.mkdir(parents=True)
@@ -144,40 +195,48 @@ def measure_fusing(shape, tokenizer, folder, out):
             shutil.copy(file, base)
     config = json.loads((tokenizer / "config.json").read_text())
     ends = {key: config[key] for key in ("eos_token_id", "bos_token_id") if key in config}
-    config = CONFIG | dict(zip(KEYS, SHAPES[shape], strict=True)) | ends
-    (base / "config.json").write_text(json.dumps(config))
+    (base / "config.json").write_text(json.dumps(config_of(shape) | ends))
     model = build(shape)
-    mx.save_safetensors(str(base / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    settings = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": lora(32, True)}
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
+    settings = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1}
+    settings["lora_parameters"] = lora(32, True)
     linear_to_lora_layers(model, -1, settings["lora_parameters"])
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    mx.save_safetensors(str(adapter / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
-    del model
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
+    del model, weights
     mx.clear_cache()
     made = ["--model", base, "--adapter-path", adapter, "--save-path"]
     plain, exact, eight = (folder / f"{shape}-{name}" for name in ("plain", "16", "8"))
+    convert = ["convert", "-q", "--q-bits", 8, "--hf-path", exact, "--mlx-path"]
     for what, result, spent, *command in (
         ("fuse base", plain, plain, "fuse", *made, plain),
         ("fuse 16", exact, base, "fuse", *made, exact, "--dequantize"),
-        ("16 to 8", eight, exact, "convert", "--hf-path", exact, "--mlx-path", eight, "-q", "--q-bits", 8),
+        ("16 to 8", eight, exact, *convert, eight),
     ):
         peak, seconds = peak_of(*command)
-        line = dict.fromkeys(NAMES, "") | {"peak_gb": gigabytes(peak), "seconds": f"{seconds:.1f}"}
-        write(out, shape=shape, what=what, **line, disk_gb=gigabytes(result))
+        line = dict.fromkeys(NAMES, "") | {"peak_gb": gigabytes(peak), "reckoned_gb": ""}
+        line |= {"seconds": f"{seconds:.1f}", "disk_gb": gigabytes(result)}
+        write(out, shape=shape, what=what, **line)
         shutil.rmtree(spent, ignore_errors=True)  # 27B would fill 100 GB else
     for path in adapter, eight:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="+", choices=SHAPES)
-    parser.add_argument("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this model")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the models that are fused: 4 to 85 GB")
-    parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="numbers of settings")
-    parser.add_argument("--out", type=Path, default=Path("memory.tsv"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("shapes", nargs="+", choices=SHAPES)
+    add("--reckon", action="store_true", help="measure nothing")
+    add("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this")
+    add("--folder", type=Path, default=Path("/tmp"), help="for the fused models: 4 to 85 GB")
+    add("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="their numbers")
+    add("--out", type=Path, default=Path("memory.tsv"))
     s = parser.parse_args()
     print(mx.device_info(), flush=True)
     for shape in s.shapes:
@@ -185,13 +244,16 @@ def main():
             measure_fusing(shape, s.fuse, s.folder, s.out)
             continue
         started = time.time()
-        model = build(shape)
-        weights = mx.get_active_memory()
-        print(f"{shape}: {gigabytes(weights)} GB of weights, made in {time.time() - started:.1f} s", flush=True)
+        model = None if s.reckon else build(shape)
+        weights = weights_of(shape) if s.reckon else mx.get_active_memory()
+        spent = time.time() - started
+        print(f"{shape}: {gigabytes(weights)} GB of weights in {spent:.1f} s", flush=True)
         for setting in (SETTINGS[i] for i in s.settings):
-            peak, seconds = measure_training(model, *setting) or ("does not fit", 0)
-            line = dict(zip(NAMES, setting, strict=True)) | {"peak_gb": gigabytes(peak), "seconds": f"{seconds:.2f}"}
-            write(s.out, shape=shape, what="train", **line, disk_gb="")
+            measured = model and measure_training(model, *setting)
+            peak, seconds = measured or ("", 0)
+            line = dict(zip(NAMES, setting, strict=True)) | {"peak_gb": gigabytes(peak)}
+            line["reckoned_gb"] = gigabytes(reckon(shape, weights, *setting))
+            write(s.out, shape=shape, what="train", **line, seconds=f"{seconds:.2f}", disk_gb="")
         del model
         mx.clear_cache()
 

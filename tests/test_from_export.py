@@ -948,8 +948,7 @@ def test_a_target_that_cannot_be_replaced_is_told_before_the_work(home, export, 
         "link": lambda: target.symlink_to(other),
         "lines": target.with_suffix(".jsonl").touch,
     }[kind]()
-    failed(export("there is no such file"))
-    assert "no such file" not in failed(export("there is no such file"))
+    assert "is not there" not in failed(export("there is no such file"))
     assert other.read_text() == "[]"
 
 
@@ -1040,8 +1039,7 @@ def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, export):
     "env",
     [
         {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
-        {"PYTHONOPTIMIZE": "2"},
-        {"PYTHONHASHSEED": "7"},
+        {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "7"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "1"},
     ],
@@ -1087,7 +1085,7 @@ def test_without_the_environment_it_says_so(home):
 
 def test_a_pipe_is_not_waited_for(home, export):
     os.mkfifo(home / "pipe.txt")
-    assert "pipe.txt is neither a file nor a folder" in failed(export("pipe.txt", timeout=20))
+    assert "pipe.txt is not there, or no file" in failed(export("pipe.txt", timeout=20))
     assert "holds no such file" in failed(export("my project", timeout=20))
 
 
@@ -1114,11 +1112,11 @@ def test_a_pipe_is_not_waited_for(home, export):
     "head", ["24/11/26, 10:44 - Ann: ", "[10:44:25] <ann> ", "", "from,text\na,"]
 )
 def test_no_text_takes_long(head, text):
-    content = (head + text * (200_000 // len(text))).encode()
+    content = (head + text * (50_000 // len(text))).encode()
     start = time.monotonic()
     try:
         _, messages = from_export.read("a.txt", content)
         from_export.sort_out([("a.txt", "", from_export.read_times(messages, None)[0])], set())
     except from_export.UnknownFileError:
         pass
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 2

@@ -128,14 +128,7 @@ def files_in(path):
             if child.is_dir() or child.suffix.lower() in READABLE | {".zip"}:
                 yield from files_in(child)
     elif not path.is_file():
-        if path.exists():
-            fail(
-                f"{path} is neither a file nor a folder", f"cat {shlex.quote(str(path))} > chat.txt"
-            )
-        near = {p.stem: p for p in path.parent.iterdir()} if path.parent.is_dir() else {}
-        close = difflib.get_close_matches(path.stem, near, n=1, cutoff=0.4)
-        drag = f"type {command()}, a space, and drag the file into this window"
-        fail(f"{path} is not there", command(near[close[0]]) if close else drag)
+        fail(f"{path} is not there, or no file", instead_of(path))
     elif zipfile.is_zipfile(path):
         try:
             yield from files_in_zip(path)
@@ -143,6 +136,15 @@ def files_in(path):
             fail(f"{path} cannot be unpacked: {e}", "unzip it yourself, and name the folder")
     else:
         yield str(path), path.read_bytes()
+
+
+def instead_of(path):
+    """Return the command with the file that was perhaps meant."""
+    beside = {file.stem: file for file in path.parent.iterdir()} if path.parent.is_dir() else {}
+    close = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.4)
+    if close and beside[close[0]].is_file():
+        return command(beside[close[0]])
+    return f"type {command()}, a space, and drag the file into this window"
 
 
 def files_in_zip(path):
@@ -818,35 +820,36 @@ def tidy_name(name):
     return " ".join(name.split()).removeprefix("~").strip()
 
 
+def tidy_message(m, title):
+    place = tidy_name(m.conversation or title)
+    return Message(m.time, tidy_name(m.author), tidy(m.text), m.kind, place)
+
+
 def sort_out(files, keep):
     """Return ({conversation: messages in the order of time}, {kind: texts that are left out})."""
     conversations, left_out = defaultdict(list), defaultdict(list)
-    seen = Counter()
+    before = Counter()  # message → how often it stood in one of the files before
     for name, _, messages in files:
-        here, new = Counter(), defaultdict(list)
+        here, talks = Counter(), defaultdict(list)
         for m in messages:
-            place = tidy_name(m.conversation or title_of(name))
-            m = Message(m.time, tidy_name(m.author), tidy(m.text), m.kind, place)
+            m = tidy_message(m, title_of(name))
             here[m] += 1
-            kind = m.kind or first(
-                bot=m.author.casefold() in BOTS,
-                media=not m.text,
-                copy=here[m] <= seen[m],  # two equal messages in one file are no copies
-            )
+            bot = m.author.casefold() in BOTS
+            kind = m.kind or first(bot=bot, media=not m.text, copy=here[m] <= before[m])
             if m.text and kind in keep | {""}:
-                new[place].append(m)
+                talks[m.conversation].append(m)
             else:
                 left_out[kind].append(m.text)
-        seen |= here
-        for place, messages_of_it in new.items():
-            conversations[place] += oldest_first(messages_of_it)
+        before |= here
+        for place, talk in talks.items():
+            conversations[place] += oldest_first(talk)
 
-    for place, messages in list(conversations.items()):
-        authors = {m.author for m in messages}
+    for place, talk in list(conversations.items()):
+        authors = {m.author for m in talk}
         if len(authors) == 1 and "" not in authors and "alone" not in keep:
             left_out["alone"] += [m.text for m in conversations.pop(place)]
         else:
-            conversations[place] = oldest_first(messages)
+            conversations[place] = oldest_first(talk)
     return conversations, left_out
 
 

@@ -174,8 +174,9 @@ def speakers(args, settings):
         usual = learned[0]
     author = tidy(args.author)[:60] or usual
     if has_one_voice and author != usual:
-        what = f"--as {author!a}, but this model replies as {visible(usual)} alone"
-        fail(what, "leave --as out")
+        fail(
+            f"--as {author!a}, but this model was not taught to be one of several", "leave --as out"
+        )
     if author not in learned and args.author:
         known = visible(", ".join(learned[:5]))
         note(f"warning: nothing of {visible(author)} was learned, but of {known}")
@@ -191,7 +192,7 @@ CONTROL = (  # what the chat templates of models are made of
 
 
 def control_of(tokenizer):
-    """Return the pattern of what this model takes for the end of a message and the like."""
+    """Return the pattern of what this model takes for the end of a message, and its like."""
     special = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     tokens = {token.content for token in special if token.special}
     tokens = {token for token in tokens if token in str(tokenizer.chat_template)}
@@ -275,7 +276,8 @@ def load(parts, chat):
         if whole[: len(start)] != start:
             raise ValueError("its chat template begins a reply otherwise than it writes one")
     except Exception as e:  # whatever is wrong with the files
-        fail(f"{folder} does not load: {visible(' '.join(str(e).split()))[:200]}", fix)
+        reason = visible(" ".join(str(e).split()))[:200].rstrip(".")
+        fail(f"{folder} does not load: {reason}", fix)
     signal.alarm(0)
     return model, tokenizer
 
@@ -334,7 +336,7 @@ def show(parts, indent):
         if part.finish_reason == "length":
             print(" …", end="")
     except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        if not sys.stdin.isatty():  # there is nobody to talk on with
             raise
     print(flush=True)
     return text
@@ -399,6 +401,6 @@ if __name__ == "__main__":
         os._exit(130)
     except BrokenPipeError:  # as of | head -1
         os._exit(0)
-    except OSError as e:
-        note(f"error: {e}. FIX: make room on the disk, or mend the permissions")
+    except (OSError, RuntimeError) as e:
+        note(f"error: {visible(str(e))}. FIX: make room on the disk or in memory")
         os._exit(1)

@@ -17,12 +17,12 @@
 # sh, zsh and, because of the 02, Python too stop here and show this line.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fine_tune.sh" && exit 02; }
 
+set +o posix # as `sh` on a Mac is
 trap 'exit 130' INT
-set +o posix
 misread=""
 trap 'misread=${misread:-$BASH_COMMAND}' ERR # a setting that bash cannot read: ITERS = 100
 given=$(export -p)                           # ITERS=60 ./fine_tune.sh wins over the line below
-set -a
+set -a                                       # Python sees them too
 
 # ---- settings: NAME=value, no spaces around the = ----------------------------------------------
 VERSION=v1                     # which data: data/for_train/VERSION
@@ -122,7 +122,7 @@ check_arguments() {
         exit
         ;;
       --report-to* | --project-name*) ;;
-      -*) fail "$argument is not an argument of fine_tune.sh" "ITERS=60 ./fine_tune.sh sets" 2 ;;
+      -*) fail "$argument is not known" "for a setting: ITERS=60 ./fine_tune.sh" 2 ;;
       [A-Z]*=*) fail "$argument stands behind the command" "$argument ./fine_tune.sh" 2 ;;
     esac
   done
@@ -133,16 +133,21 @@ check_names() {
     value=${!name}
     last=${value%/}
     last=${last##*/}
-    last=${last//[^A-Za-z0-9._-]/_}
-    fix="$name=${last:-v1} ./fine_tune.sh"
+    last=${last//[!A-Za-z0-9._-]/_}
+    fix="$name=${last#[.-]} ./fine_tune.sh"
     case $value in
-      /* | ./* | ../* | models/* | */ | */*/*) fail "$name=$last is given as a path" "$fix" ;;
-      */*) fail "MODEL is a repository, not a folder in models/base" \
-        "hf download $value --local-dir models/base/$last; $fix" ;;
-      "" | [.-]* | *[!A-Za-z0-9._-]*)
-        fail "$name is not a name of letters, digits, '.', '_' and '-'" "${fix/=[.-]/=}"
+      "") what="is empty" fix="unset $name" ;;
+      *[!A-Za-z0-9._/-]*) what="has other signs than letters, digits, '.', '_' and '-'" ;;
+      [!./]*/?*)
+        what="is a path or a repository, not a name"
+        [ "$name" = VERSION ] || fix="hf download $value --local-dir models/base/$last; $fix"
         ;;
+      */*) what="is a path, not a name" ;;
+      [.-]*) what="begins with a '.' or '-'" ;;
+      *) continue ;;
     esac
+    case $value in models/* | data/*) fix="$name=$last ./fine_tune.sh" ;; esac
+    fail "$name=${value//[!A-Za-z0-9._\/-]/?} $what" "$fix"
   done
 }
 
@@ -205,7 +210,8 @@ put_in_place() {
   trap '' INT
   if [ -d "$ADAPTER" ]; then mv "$ADAPTER" "$OLD"; fi
   mv "$WORK" "$ADAPTER" 2>/dev/null ||
-    fail "the new adapter, $WORK, cannot take the place of $ADAPTER" "mv '$ADAPTER' '$ADAPTER.mine'; ./fine_tune.sh"
+    fail "$WORK, which is complete, cannot take the place of $ADAPTER" \
+      "mv '$ADAPTER' '$ADAPTER.mine'; ./fine_tune.sh"
   rm -rf "$OLD"
   trap interrupted INT
 }
@@ -327,19 +333,21 @@ def read_base():
     """Return the sizes in config.json and the bytes of the weights; refuse what is not whole."""
     with readable(f"{BASE}/config.json", DOWNLOAD):
         config = json.loads((BASE / "config.json").read_bytes())
-        if "model_file" in config:
-            raise ValueError("it brings code of its own, which is never run")
         text = config.get("text_config", config)
-        heads, hidden = text["num_attention_heads"], text["hidden_size"]
-        head = text.get("head_dim", hidden // heads)
+        # Some leave out what is as their kind of model has it; then it is as in Gemma 3.
+        hidden, heads = text["hidden_size"], text.get("num_attention_heads") or 8
+        head = text.get("head_dim") or hidden // heads
+        inner = text.get("intermediate_size") or 4 * hidden
         size = SimpleNamespace(hidden=hidden, layers=text["num_hidden_layers"])
-        size.inner = text.get("intermediate_size", 4 * hidden)
+        size.inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
         size.queries = heads * head
-        size.keys = head * text.get("num_key_value_heads", heads)
-        size.vocabulary = text["vocab_size"]
+        size.keys = head * (text.get("num_key_value_heads") or heads)
+        size.vocabulary = text.get("vocab_size") or 262208
         for name, value in vars(size).items():
             if type(value) is not int or not 0 < value < (1000 if name == "layers" else 10**7):
                 raise ValueError(f"{name}: {value}")
+    if "model_file" in config:
+        fail(f"{MODEL} brings code of its own, which is never run", "another base model")
     with readable(f"the base model in {BASE}", DOWNLOAD):
         shards = {path.name for path in BASE.glob("model*.safetensors")} or {"model.safetensors"}
         index = BASE / "model.safetensors.index.json"
@@ -386,7 +394,7 @@ def longest_row(rows):
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     most = 0
-    with readable(f"the tokenizer of {BASE}", DOWNLOAD):
+    with readable(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or another base model"):
         from mlx_lm.utils import load_tokenizer
 
         tokens_of = load_tokenizer(BASE, {"trust_remote_code": False}).apply_chat_template

@@ -473,13 +473,15 @@ def assert_error(project, result, what, fix):
         ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3 (there: "
          "tiny-gemma-3, tiny-gemma-3-4bit)", "MODEL=tiny-gemma-3 ./fine_tune.sh"),
         ("MODEL", "Qwen", "there is no base", "hf download mlx-community/Qwen --local-dir models/"),
-        ("MODEL", "me/gemma", "MODEL is a repository, not a folder in models/base",
+        ("MODEL", "me/gemma", "MODEL=me/gemma is a path or a repository, not a name",
          "hf download me/gemma --local-dir models/base/gemma; MODEL=gemma ./fine_tune.sh"),
-        ("MODEL", "./models/base/gemma/", "MODEL=gemma is given as a path", "MODEL=gemma ./fine"),
-        ("MODEL", "", "MODEL is not a name of letters", "MODEL="),
-        ("VERSION", "../v2", "VERSION=v2 is given as a path", "VERSION=v2 ./fine_tune.sh"),
-        ("VERSION", "my chat", "VERSION is not a name of letters", "VERSION=my_chat ./fine_tune"),
-        ("VERSION", ".v2", "VERSION is not a name of letters", "VERSION=v2 ./fine_tune.sh"),
+        ("MODEL", "./models/base/gemma/", "MODEL=./models/base/gemma/ is a path", "MODEL=gemma "),
+        ("MODEL", "models/base/gemma", "MODEL=models/base/gemma is a path", "MODEL=gemma ./fine"),
+        ("MODEL", "\x1b[31m/a", "MODEL=??31m/a has other signs than letters", "MODEL=a ./fine"),
+        ("MODEL", "", "MODEL= is empty", "unset MODEL"),
+        ("VERSION", "../v2", "VERSION=../v2 is a path, not a name", "VERSION=v2 ./fine_tune.sh"),
+        ("VERSION", "my chat", "VERSION=my?chat has other signs", "VERSION=my_chat ./fine_tune"),
+        ("VERSION", ".v2", "VERSION=.v2 begins with a '.'", "VERSION=v2 ./fine_tune.sh"),
         ("VERSION", "v2", "data/for_train/v2/train.jsonl is missing or empty (there: sample)",
          "VERSION=v2 MODEL=tiny-gemma-3 python build_train.py"),
         ("BATCH_SIZE", "9", "train.jsonl has 8 rows, fewer than BATCH_SIZE=9", "BATCH_SIZE=8 ./"),
@@ -514,7 +516,6 @@ THINKS = (
         ("config.json", "[" * 100_000, "RecursionError"),
         ("config.json", {"num_hidden_layers": 10**9}, "ValueError: layers: 1000000000"),
         ("config.json", {"vocab_size": "\x1b[31m"}, "ValueError: vocabulary: \\x1b[31m"),
-        ("config.json", {"model_file": "evil.py"}, "ValueError: it brings code of its own"),
         ("config.json", {"text_config": None}, ""),
         ("model.safetensors", "cut off", "SafetensorError"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
@@ -576,6 +577,13 @@ def test_another_base_whose_adapter_has_the_same_name(project, train):
     assert_error(project, train(), what, "a VERSION other than sample")
 
 
+def test_code_that_a_base_brings_is_never_run(project, train):
+    change_config(model_file="evil.py")(project)
+    (project / BASE / "evil.py").write_text("print('evil')")
+    what = "tiny-gemma-3 brings code of its own, which is never run"
+    assert_error(project, train(), what, "another base model")
+
+
 def test_more_logits_in_a_batch_than_cuda_can_count_are_refused(project, train):
     change_config(vocab_size=9_999_999)(project)
     what = "MLX computes no more than 5 rows of 39 tokens rightly"
@@ -602,8 +610,8 @@ def test_without_the_virtual_environment(project, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--iters", "error: --iters is not an argument of fine_tune.sh. FIX: ITERS=60 "),
-        ("--trust-remote-code", "error: --trust-remote-code is not an argument of fine_tune.sh. "),
+        ("--iters", "error: --iters is not known. FIX: for a setting: ITERS=60 "),
+        ("--trust-remote-code", "error: --trust-remote-code is not known. "),
         ("ITERS=7", "error: ITERS=7 stands behind the command. FIX: ITERS=7 ./fine_tune.sh"),
     ],
 )

@@ -17,10 +17,14 @@ Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
-# ruff: noqa: E402, RUF001 (Ctrl-C is to be quiet during imports; chat is in many scripts)
+# ruff: noqa: E402, RUF001 (imports need preparations; chat is in many scripts)
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # a json.py that lies beside this script is not Python's
+
 import os
 import signal
-import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
@@ -110,6 +114,7 @@ def settings(arguments=None):
         parser.error(f"--shape is {s.shape!a}, not prompt or turns")
     if s.shape == "turns" and not s.only_author:
         parser.error("--shape turns needs --only-author, the one whom the model learns to be")
+    s.block = s.block and os.path.abspath(s.block)
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
     if unknown := set(s.off) - set(ALL_RULES):
         parser.error(f"--off names {min(unknown)!a}, and the rules are: {', '.join(ALL_RULES)}")
@@ -119,6 +124,7 @@ def settings(arguments=None):
 # ---- filter: a reply is dropped by the first rule that is true; remove a line, change it, add one
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot"}
 COMMAND = re.compile(r"[!/][^\W\d_]\w*(\s|$)")  # not "/etc/fstab"
+is_number = cache(re.compile(r"[\s.,:+%-]*\d[\d\s.,:+%-]*").fullmatch)
 LINK = re.compile(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/")
 # fmt: off
 RULES = {
@@ -133,8 +139,8 @@ RULES = {
     "personal data":  lambda row, s: "[…]" in row.reply,
     "same character": lambda row, s: re.search(r"(.)\1{14}", row.reply),
     "same words":     lambda row, s: repetition(row.reply) >= 3,
-    "no letters":     lambda row, s: len(row.reply) >= 40 and share_of_letters(row.reply) < 0.3,
-    "numbers":        lambda row, s: share_of_numbers(row.window[:-1]) >= 0.8,  # a crowd votes
+    "no letters":     lambda row, s: len(row.reply) >= 40 and share(str.isalpha, row.reply) < 0.3,
+    "numbers":        lambda row, s: share(is_number, row.texts[:-1]) >= 0.8,  # a crowd votes
 }
 # fmt: on
 ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply", "stride"]  # the last: in choose()
@@ -147,17 +153,8 @@ def repetition(text):
     return words / max(2, len(set(text.casefold().split()))) if words >= 6 else 0
 
 
-def share_of_letters(text):
-    return sum(map(str.isalpha, text)) / len(text)
-
-
-def share_of_numbers(messages):
-    return sum(is_number(message.text) for message in messages) / max(1, len(messages))
-
-
-@cache
-def is_number(text):
-    return re.fullmatch(r"[\s.,:+%-]*\d[\d\s.,:+%-]*", text) is not None
+def share(test, items):
+    return sum(map(bool, map(test, items))) / max(1, len(items))
 
 
 @cache
@@ -175,7 +172,7 @@ def choose(rows, s, dropped):
         broken = next((name for name, rule in rules if rule(row, s)), None)
         if not broken:
             reply = folded(row.reply)
-            exchange = (reply, *[folded(message.text) for message in row.window[:-1]])
+            exchange = tuple(map(folded, row.texts))
             repeats = {
                 "duplicate": exchange in exchanges,
                 "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
@@ -329,6 +326,7 @@ class Row:
     start: int = 0  # place of the oldest message in the log
     end: int = 0  # place of the reply
     tokens: int = 0
+    texts = property(lambda row: [message.text for message in row.window])
     reply = property(lambda row: row.window[-1].text)
     author = property(lambda row: row.window[-1].author)
 
@@ -350,10 +348,10 @@ def fail(what, fix):
 
 
 def say(*words):
-    """Print to whoever still reads: after `| head -1` nobody does, and the work goes on."""
+    """Print, or go on without: after `| head -1` nobody reads."""
     try:
         print(*words)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -422,20 +420,14 @@ def seconds(value):
     try:
         number = float(value)
     except ValueError:
-        try:
-            time = datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError(f'"time" is {shown(value)}, not like "2024-05-31T18:04"') from None
+        time = datetime.fromisoformat(value)
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     if not abs(number) < 1e15:
-        raise ValueError(f'"time" is {shown(value)}')
+        raise ValueError(f"{number} is no time")
     return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
 
 
-@cache
-def bare(text):
-    """Return the message without an author; equal ones are one object in memory."""
-    return Message(text)
+bare = cache(Message)  # without an author; equal ones are one object in memory
 
 
 def parse(number, entry, tidy, name):
@@ -561,7 +553,7 @@ def frame(pairs):
     """Return how many lines (0 or 1) at either end of the prompts are no chat: all have them."""
     ignored = []
     for edge in 0, -2:
-        lines = Counter(row.window[edge].text for row in pairs if len(row.window) > 1)
+        lines = Counter(row.texts[edge] for row in pairs if len(row.window) > 1)
         count = sum(count for _, count in lines.most_common(2))
         ignored.append(int(count >= max(3, 0.95 * len(pairs))))
     return ignored
@@ -576,7 +568,7 @@ def line_up(rows, number, place, has_name):
     far = 2 * max((len(row.window) for row in rows), default=0)
     before = []
     for row in rows:
-        window = [message.text for message in row.window if message.text]
+        window = [text for text in row.texts if text]
         if row.prompt:
             window = [*window[first : len(window) - 1 - last], row.reply]
         with_replies = overlap(before, window)
@@ -634,8 +626,7 @@ def split(rows, s, dropped):
 
 def runs(row, size):
     """Return what stands on end in its window, `size` messages each: a b c d, 3 → {abc, bcd}."""
-    texts = [message.text for message in row.window]
-    return set(zip(*(texts[i:] for i in range(size)), strict=False))
+    return set(zip(*(row.texts[i:] for i in range(size)), strict=False))
 
 
 def drop_copies(train, valid, dropped):
@@ -755,8 +746,7 @@ def token_counter(folder):
     """Return (function [row of the data] → [its tokens, as the trainer counts], control tokens)."""
 
     def estimate(rows):
-        texts = ["".join(turn["content"] for turn in chat_of(row)) for row in rows]
-        return [12 + len(text.encode()) // 3 for text in texts]
+        return [len(json.dumps(row, ensure_ascii=False).encode()) // 3 for row in rows]
 
     def count(rows):
         with untrusted(folder):

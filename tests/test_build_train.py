@@ -44,7 +44,7 @@ build_train = load()
 
 
 def made(entries, *flags):
-    """Return ({entry: row of the data}, {entry: rule that dropped it}, settings): all but the split."""
+    """Return ({entry: row of the data}, {entry: rule that dropped it}, settings); no split."""
     s = build_train.settings([*map(str, flags)])
     tidy, name = build_train.cleaners(s, [])
     items = [e if isinstance(e, dict) else {"message": e} for e in entries]
@@ -395,9 +395,11 @@ def test_a_bad_reply_is_dropped_by_its_rule(reply, rule):
 
 
 GOOD = """
-perché no?|今日は寒いね|مرحبا بكم|क्या हाल है|да ладно|ไม่เป็นไรนะ|ok|ahahahahahah|😂😂|+1|NOOOOOOO|gg gg gg|!|<3|e/o
-si.no.boh|/etc/fstab non va|kernel 2.6.8.1-3|192.168.100.200|alle 19:30 del 12/05/2024|sono 14.500 euro
-che bello!! 10/10|@giada_ohm ciao|2004-12-25 10:30|l'ho pagato 1.234.567 lire|uso std::vector<int>, </h1>
+perché no?|今日は寒いね|مرحبا بكم|क्या हाल है|да ладно|ไม่เป็นไรนะ|ok|ahahahahahah|😂😂
++1|NOOOOOOO|gg gg gg|!|<3
+e/o|si.no.boh|/etc/fstab non va|kernel 2.6.8.1-3|192.168.100.200|alle 19:30 del 12/05/2024
+sono 14.500 euro|che bello!! 10/10|@giada_ohm ciao|2004-12-25 10:30|l'ho pagato 1.234.567 lire
+uso std::vector<int>, </h1>
 """
 
 
@@ -454,9 +456,9 @@ anna.rossi+x@example.co.uk|+39 333 123 4567|3331234567!|(555) 123-4567|+43664123
 wa.me/4366412345678|tel:0664123456|98765 43210|(11) 98765-4321|8 912 345-67-89|612 34 56 78
 +1 (555) 123‑4567|06 12 34 56 78|06.12.34.56.78|0664/1234567|0171-1234567|02 1234 5678|138 1234 5678
 010-1234-5678|9123 4567|20 12 34 56|555-1234|+43/664/1234567|00 43 664 1234567|0044 7400 123456
-٠٥٠١٢٣٤٥٦٧|whatsapp://send?phone=39333123456|IT60 X054 2811 1010 0000 0123 456|it60x0542811101000000123456
-DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654 32|4111 1111 1111 1111|4111111111111111
-378282246310005|3782 822463 10005
+٠٥٠١٢٣٤٥٦٧|whatsapp://send?phone=39333123456|IT60 X054 2811 1010 0000 0123 456
+it60x0542811101000000123456|DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654 32
+4111 1111 1111 1111|4111111111111111|378282246310005|3782 822463 10005
 """
 NOT_PERSONAL = """
 TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 31/12/2024 alle 10
@@ -650,7 +652,8 @@ def entries_of(log, cut, shape="windows"):
     ]
 
 
-AS_TEXT = "--prompt", "{context}\n!", "--off", "stock reply,duplicate,same words,same character"
+AS_TEXT = ["--prompt", "{context}\n!", "--question-prompt", "{context}\n!"]
+UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
 IN_ORDER = ["all", "every fifth", "windows that just meet", "a third of them"]
 IN_ORDER += ["replies of one, context of the others"]
 
@@ -668,7 +671,7 @@ def test_no_message_of_validation_stands_at_the_same_place_in_training(
         cut.setdefault(tuple(log[p] for p in places), places)
     cut = list(cut.values())
     chat.raw(entries_of(log, cut, shape))
-    assert chat.build(*AS_TEXT) is None
+    assert chat.build(*AS_TEXT, *UNFILTERED) is None
     assert true_leaks(chat, log, cut) == []
 
 
@@ -773,8 +776,9 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINKING = (  # takes away what an answer thought, and shouts: no template filled in once can do that
-    "{% for m in messages %}[{{ m.role }}] {{ m.content.split('</think>')[-1] | upper }}\n{% endfor %}"
+THINKING = (  # takes thoughts away, and shouts: no template that is filled in once can do that
+    "{% for m in messages %}"
+    "[{{ m.role }}] {{ m.content.split('</think>')[-1] | upper }}\n{% endfor %}"
 )
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -941,14 +945,15 @@ def test_without_the_base_model_tokens_are_estimated_and_that_is_said(
     assert re.fullmatch(rf"warning: tokens are ESTIMATED, .*\. FIX: {re.escape(fix)}", warning)
 
 
+CODE = {"config.json": '{"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}'}
+CODE_OF_TOKENIZER = {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'}
 BASES = {
     "cut off": ({"tokenizer.json": '{"version": "1.0"'}, "does not work"),
     "empty": ({}, "does not work"),
     "no object": ({"config.json": "3", "tokenizer.json": "[]"}, "does not work"),
-    "code of its own": ({"config.json": '{"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}'}, "auto_map"),
-    "a tokenizer with code": ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'},
-                              "auto_map"),
-}  # fmt: skip
+    "code of its own": (CODE, "auto_map"),
+    "a tokenizer with code": (CODE_OF_TOKENIZER, "auto_map"),
+}
 
 
 @pytest.mark.slow
@@ -990,7 +995,7 @@ def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
         r"^leaks .*: 0$",
         r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",
         r"^one epoch +\d+ iterations at batch size 2; three: ITERS=\d+ \./fine_tune\.sh$",
-        r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json$",
+        r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
         r"^next +\./fine_tune\.sh$",
     ]:
         assert re.search(line, printed, re.M), line
@@ -1026,27 +1031,39 @@ BAD = {
     "0 bytes": (b"", r"messages_v1\.json is not there or empty"),
     "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"is not JSON: .*line 3, column 14"),
     "cut off": (b'["a", "b', r"is not JSON: .*line 1, column 7"),
-    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n', r"line 2, column 1\. FIX: .*mv .*_v1\.jsonl"),
-    "an app's text": (b"12/05/24, 10:30 - Ann: hi", r"is not JSON: .*FIX: .*from_export\.py data/raw/export_v1"),
-    "Windows": ('["a",\n"perché"]'.encode("cp1252"), r"not UTF-8 text, line 2\. FIX: iconv -f WINDOWS-1252"),
-    "an object": (b'{"messages": []}', r"holds \{\"messages\": \[\]\}, not a list\. FIX: .*from_export\.py"),
+    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n',
+        r"line 2, column 1\. FIX: .*mv .*_v1\.jsonl"),
+    "an app's text": (b"12/05/24, 10:30 - Ann: hi",
+        r"is not JSON: .*FIX: .*from_export\.py data/raw/export_v1"),
+    "Windows": ('["a",\n"perché"]'.encode("cp1252"),
+        r"not UTF-8 text, line 2\. FIX: iconv -f WINDOWS-1252"),
+    "an object": (b'{"messages": []}',
+        r"holds \{\"messages\": \[\]\}, not a list\. FIX: .*from_export\.py"),
     "a text": (b'"hi"', r"holds \"hi\", not a list"),
     "an empty list": (b"[]", r"0 rows are left"),
     "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
     "a null message": (b'["a", {"message": null}]', r'line 1: "message" is null'),
-    "no message": (b'[{"message": "a"}, {"msg": "b"}]', r'line 1: there is no "message" in \{"msg": "b"\}'),
+    "no message": (b'[{"message": "a"}, {"msg": "b"}]',
+        r'line 1: there is no "message" in \{"msg": "b"\}'),
     "no keys at all": (b"[{}]", r'line 0: there is no "message" in \{\}'),
-    "context is a text": (b'[{"previous_messages": "a", "message": "b"}]', r'"previous_messages" is "a"'),
-    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r'line 0: .*\["a", null\]'),
-    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r'line 0: .* is \[\["a"\]\]'),
-    "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]', r'line 1: there is no "completion"'),
+    "context is a text": (b'[{"previous_messages": "a", "message": "b"}]',
+        r'"previous_messages" is "a"'),
+    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]',
+        r'line 0: .*\["a", null\]'),
+    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]',
+        r'line 0: .* is \[\["a"\]\]'),
+    "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]',
+        r'line 1: there is no "completion"'),
     "an author that is none": (b'[{"message": "a", "user": {}}]', r'line 0: "user" is \{\}'),
-    "a conversation that is none": (b'[{"message": "a", "conversation": []}]', r'"conversation" is \[\]'),
-    "a time that is none": (b'[{"message": "a", "date": "noon"}]', r'"time" is "noon", not like "2024-05-31T18:04"'),
-    "an endless time": (b'[{"message": "a", "time": NaN}]', r'"time" is NaN'),
+    "a conversation that is none": (b'[{"message": "a", "conversation": []}]',
+        r'"conversation" is \[\]'),
+    "a time that is none": (b'[{"message": "a", "date": "noon"}]',
+        r"line 0: Invalid isoformat string: 'noon'"),
+    "an endless time": (b'[{"message": "a", "time": NaN}]', r"line 0: nan is no time"),
     "too deep": (b"[" * 100_000, r"is not JSON: .*recursion"),
     "a number too long": (b"[" + b"9" * 5000 + b"]", r"is not JSON: .*digits"),
-    "nothing left": (b'["!a", "!b"]', r"0 rows are left, too few to split \(it takes about 30\)\. FIX: .*--off"),
+    "nothing left": (b'["!a", "!b"]',
+        r"0 rows are left, too few to split \(it takes about 30\)\. FIX: .*--off"),
     "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
 }  # fmt: skip
 

@@ -545,7 +545,7 @@ def places(error):
 
 
 def shown(table, name, who):
-    """Return a figure as text: "3.07", "0.88 ± 0.07", "84% ± 4%", "34%", of few replies "2 of 7"."""
+    """Return a figure as text: "3.07", "0.88 ± 0.07", "84% ± 4%", "34%", of a few "2 of 7"."""
     value = table[name].get(who, "")
     error = table.get(f"{name} error", {}).get(who)
     count = table["replies"].get(who, FEW)

@@ -1,5 +1,6 @@
-"""test_on_validation.py: true numbers, a true verdict, and chat text that can do nothing but be read."""
+"""test_on_validation.py: true figures, a true verdict, and chat that can do nothing but be read."""
 
+import argparse
 import ast
 import csv
 import fcntl
@@ -18,30 +19,441 @@ import subprocess
 import sys
 import termios
 import threading
+import types
 import unicodedata
+from collections import defaultdict
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import pandas as pd
 import pytest
-from mlx_lm import load
+from conftest import REPOSITORY, contents
+from mlx.utils import tree_unflatten
+from mlx_lm import load, lora
+from mlx_lm.utils import save
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BASE, ADAPTER = "models/base/tiny-gemma-3", "models/adapters/adapter-v1_tiny-gemma-3"
-FUSED, RESULTS = "models/fused/fused-v1_tiny-gemma-3", "data/results/v1_tiny-gemma-3"
+NAME = "sample_tiny-gemma-3"
+BASE, ADAPTER = "models/base/tiny-gemma-3", f"models/adapters/adapter-{NAME}"
+FUSED, RESULTS = f"models/fused/fused-{NAME}", f"data/results/{NAME}"
+VALID = "data/for_train/sample/valid.jsonl"
+NAN = float("nan")
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+def load_script(path):
+    spec = importlib.util.spec_from_file_location("stage_4", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(REPOSITORY / "test_on_validation.py")
+
+
+@pytest.fixture(scope="module")
+def trained(template, tmp_path_factory):
+    """A project with 10 validation rows, an adapter that learned a little, and a fused model."""
+    root = shutil.copytree(template, tmp_path_factory.mktemp("trained") / "my project")
+    data = root / "data/for_train/sample"
+    data.mkdir(parents=True)
+    entries = json.loads((root / "data/raw/messages_sample.json").read_bytes())
+    chats = [("\n".join(e["previous_messages"]) + "\n\nGo on.", e["message"]) for e in entries]
+    rows = [json.dumps(pair(*chat)) + "\n" for chat in chats if chat[1]]
+    (data / "valid.jsonl").write_text("".join(rows[:10]))
+    (data / "train.jsonl").write_text("".join(rows[10:90]))
+    (data / "settings.json").write_text(json.dumps({"max_seq_length": 1024}))
+    base, adapter = str(root / BASE), str(root / ADAPTER)
+    how = {"model": base, "data": str(data), "adapter_path": adapter, "train": True, "iters": 12}
+    how |= {"batch_size": 2, "num_layers": -1, "learning_rate": 1e-2}
+    lora.run(types.SimpleNamespace(**lora.CONFIG_DEFAULTS | how))
+    model, tokenizer, config = load(base, adapter_path=adapter, return_config=True)
+    layers = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(layers))
+    save(root / FUSED, base, model, tokenizer, config, donate_model=False)
+    losses = (
+        "iteration,train_loss,val_loss,tokens_per_second\n0,,7.7,\n4,6.9,7.1,90\n8,6.5,6.6,90\n"
+    )
+    (root / ADAPTER / "losses.csv").write_text(losses)
+    checksum = subprocess.check_output("cksum", stdin=(root / VALID).open())
+    (root / ADAPTER / "lora_config.yaml").write_bytes(b"# valid.jsonl: " + checksum)
+    return root
+
+
+@pytest.fixture
+def project(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / trained.name))
+
+
+@pytest.fixture
+def stage_4(monkeypatch, capsys):
+    """Run the script of a project in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("VERSION", "sample")
+    monkeypatch.setenv("MODEL", "tiny-gemma-3")
+    monkeypatch.chdir(".")  # back again afterwards: the script goes to its own folder
+
+    def call(project, *args, patch=lambda module: None):
+        module = load_script(project / "test_on_validation.py")
+        patch(module)
+        monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *args])
+        try:
+            code = module.main()
+        except SystemExit as e:
+            code = e.code
+        except KeyboardInterrupt:
+            code = 130
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def write_rows(project, *rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (project / VALID).write_text(text, encoding="utf-8")
+
+
+def turns(*texts):
+    """A row of messages: user, assistant, user, …"""
+    roles = ["user", "assistant"] * (len(texts) // 2)
+    messages = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
+    return {"messages": messages}
+
+
+def pair(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+def metrics(project):
+    return json.loads((project / RESULTS / "metrics.json").read_bytes())
+
+
+def page(project):
+    return (project / RESULTS / "report.html").read_text(encoding="utf-8")
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+def true_loss(project, folder, adapter=None):
+    """The definition, row by row: the mean of -log p over the tokens that follow the prompt."""
+    model, tokenizer = load(str(project / folder), adapter_path=adapter and str(project / adapter))
+    losses = []
+    for line in (project / VALID).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        user = {"role": "user", "content": row["prompt"]}
+        chat = [user, {"role": "assistant", "content": row["completion"]}]
+        tokens = tokenizer.apply_chat_template(chat)
+        start = len(tokenizer.apply_chat_template([user], add_generation_prompt=True))
+        logits = model(mx.array([tokens[:-1]]))[0, start - 1 :].astype(mx.float32)
+        logits = np.array(logits, dtype=np.float64)
+        top = logits.max(-1)
+        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+        losses += list(log_sum - logits[np.arange(len(logits)), tokens[start:]])
+    return np.mean(losses), len(losses)
+
+
+@pytest.mark.slow
+def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_them(project, run):
+    args = ["--replies", "6", "--max-tokens", "8", "--batch-tokens", "700"]
+    done = run(project, "test_on_validation.py", *args)
+    assert done.returncode == 0, done.stderr
+    found = metrics(project)
+    for name, model in {"base": [BASE], "adapter": [BASE, ADAPTER], "fused": [FUSED]}.items():
+        loss, tokens = true_loss(project, *model)
+        assert found["loss"][name] == pytest.approx(loss, abs=5e-5)
+        assert found["perplexity"][name] == pytest.approx(np.exp(loss), rel=1e-4)
+        assert found["tokens"] == tokens
+    base, adapter, fused = (found["loss"][name] for name in ("base", "adapter", "fused"))
+    assert found["gain"]["adapter"] == pytest.approx(base - adapter)
+    assert found["kept"]["fused"] == pytest.approx((base - fused) / (base - adapter))
+    assert found["verdict"].startswith("Better than the base") and "10 rows are" in found["verdict"]
+    for sentence in re.split(r"(?<=\.) ", found["verdict"]):
+        assert sentence in done.stdout and sentence in page(project)
+    assert "Kept: iteration 8,\n6.60." in page(project)  # the learning curve
+    assert re.search(r"^base +loss \d+/\d+, \d+ s left$", done.stderr, re.MULTILINE)
+    assert sorted(contents(project / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
+    visible = [p.name for p in (project / "data/results").iterdir() if p.name[0] != "."]
+    assert visible == [NAME]
+
+
+@pytest.mark.slow
+def test_of_messages_the_last_one_is_scored_and_answered(project, stage_4):
+    def tested(*rows):
+        write_rows(project, *rows)
+        assert stage_4(project, "--models", "base", "--replies", "2", "--max-tokens", "4")[0] == 0
+        return metrics(project)
+
+    prompts = tested(pair("ciao\ncome va?", "bene"), pair("ciao", "ehi"))
+    assert tested(turns("ciao\ncome va?", "bene"), turns("ciao", "ehi")) == prompts
+    settings = {"max_seq_length": 1024, "authors": ["ann"]}
+    (project / VALID).with_name("settings.json").write_text(json.dumps(settings))
+    assert tested(turns("ciao", "ehi", "come va?", "bene"))["tokens"] < prompts["tokens"]
+    with (project / RESULTS / "generations.csv").open(encoding="utf-8-sig") as file:
+        row = next(csv.DictReader(file))
+    assert (row["prompt"], row["reference"]) == ("ciao\nann: ehi\ncome va?", "bene")
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run):
+    shutil.rmtree(project / ADAPTER)
+    done = run(project, "fine_tune.sh", env={"ITERS": "8", "EVAL_EVERY": "4"})
+    assert done.returncode == 0, done.stderr
+    args = ["--models", "base,adapter", "--replies", "0"]
+    assert run(project, "test_on_validation.py", *args).returncode == 0
+    with (project / ADAPTER / "losses.csv").open() as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    found = metrics(project)
+    assert found["loss"]["base"] == pytest.approx(losses[0], abs=0.01)
+    assert found["loss"]["adapter"] == pytest.approx(min(losses), abs=0.01)
+    assert found["warnings"] == []
+
+
+@pytest.mark.slow
+def test_same_seed_same_replies_other_seed_others(project, stage_4):
+    write_rows(project, *(pair(text, text) for text in ["ciao", "che si dice?", "perché?", "?"]))
+
+    def replies(*args):
+        done = stage_4(project, "--models", "base", "--replies", "4", "--max-tokens", "6", *args)
+        assert done[0] == 0
+        return (project / RESULTS / "generations.csv").read_bytes(), metrics(project)["unfinished"]
+
+    alone, together = ["--reply-batch", "1"], ["--reply-batch", "3"]
+    first, batched = replies(*alone), replies(*together)
+    assert replies(*alone) == first and replies(*together) == batched
+    assert replies(*alone, "--seed", "1") != first
+    likeliest = ["--temperature", "0"]
+    assert replies(*alone, *likeliest) == replies(*together, *likeliest)
+
+
+@pytest.mark.slow
+def test_one_model_in_memory_at_a_time(project, script, monkeypatch):
+    """Less than half of one is there when each of three models is taken, and in the end."""
+
+    class Watched(dict):
+        def pop(self, name):
+            held.append(mx.get_active_memory())
+            return super().pop(name)
+
+    held = []
+    monkeypatch.chdir(project)
+    args = argparse.Namespace(version="sample", model="tiny-gemma-3", models="base,adapter,fused")
+    args.temperature, args.top_p, args.top_k, args.seed = 0.8, 1.0, 0, 0
+    args.max_tokens, args.reply_batch, args.batch_tokens = 2, 1, 2048
+    models = Watched(script.find_models(args, Path(BASE), Path(ADAPTER), Path(FUSED)))
+    rows = script.read_rows(args, Path(VALID), Path(BASE), models["base"][1])[:4]
+    script.test_models(models, rows, rows[:2], args, {}, {})
+    held.append(mx.get_active_memory())
+    assert len(held) == 4
+    assert max(held) - held[0] < (project / BASE / "model.safetensors").stat().st_size / 2
+
+
+# ---- figures -------------------------------------------------------------------------------------
+def figures_of(script, prompts, reference, replies, nats=None, ended=True):
+    """figures() for rows of two tokens each, and the replies of each model, None where missing."""
+    rows = [
+        script.Row(line, prompt, real, [0], [0, 1, 2])
+        for line, (prompt, real) in enumerate(zip(prompts, reference, strict=True), 1)
+    ]
+    done = {
+        who: {line: (text, ended) for line, text in enumerate(texts, 1) if text is not None}
+        for who, texts in replies.items()
+    }
+    nats = nats or {who: np.full(len(rows), 2.0) for who in replies}
+    nats = {who: np.array(sums, dtype=float) for who, sums in nats.items()}
+    return script.figures(rows, rows, nats, done, argparse.Namespace(max_tokens=60))[0]
+
+
+def test_figures_of_style(script):
+    prompts = ["hi\nann: OK", "hi", "hi\nwhy", "so?"]
+    table = figures_of(script, prompts, ["ok"] * 4, {"base": ["ok", "Ok.", "why?\n:)", "ja"]})
+    assert {name: values["base"] for name, values in table.items() if "base" in values} == {
+        "loss": 1.0,
+        "loss error": 0.0,
+        "perplexity": pytest.approx(2.71828, abs=1e-5),
+        "perplexity error": 0.0,
+        "length": 3.5,
+        "length error": pytest.approx(1.03, abs=0.01),
+        "question": 0.25,
+        "emoji": 0.25,
+        "capital first": 0.25,
+        "full stop last": 0.25,
+        "several lines": 0.25,
+        "looping": 0.0,
+        "copied": 0.25,
+        "distinct": 1.0,
+        "replies": 4,
+        "unfinished": 0.0,
+    }
+    assert (table["most repeated"], table["its share"]) == ({"reference": "ok"}, {"reference": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "yes", "no"),
+    [
+        ("looping", ["sa sa sa sa", "boh\nboh\nboh\nboh"], ["no no no", "hahahaha", "ok"]),
+        ("emoji", ["ok 🙏🏽", ":-)", "va bene ;D"], ["12:30", "a:b", "C:(x)", "=)x"]),
+        ("full stop last", ["Ok.", "好。"], ["ok...", "ok", "a.b"]),
+        ("question", ["perché?", "لماذا؟"], ["perché"]),
+        ("capital first", ["Ok", "È vero"], ["ok", "è", "🙏 Ok", ""]),
+    ],
+)
+def test_a_figure_of_style_finds(script, name, yes, no):
+    found = {text: bool(script.STYLE[name](text)) for text in yes + no}
+    assert found == dict.fromkeys(yes, True) | dict.fromkeys(no, False)
+
+
+def test_replies_that_never_ended_or_never_came(script):
+    some = figures_of(script, [""] * 2, ["ok"] * 2, {"base": ["a", None]}, ended=False)
+    assert (some["replies"]["base"], some["unfinished"]["base"]) == (1, 1.0)
+    none = figures_of(script, [""] * 2, ["ok"] * 2, {"base": [None, None]})
+    assert "base" not in none["replies"] and none["loss"]["base"] == 1.0
+    empty = figures_of(script, [""] * 2, ["ok"] * 2, {"base": ["", ""]})
+    assert (empty["most repeated"]["base"], empty["its share"]["base"]) == ("(nothing)", 1.0)
+
+
+def test_gain_error_and_what_the_fused_model_keeps(script):
+    nats = {"base": [10, 6], "adapter": [4, 4], "fused": [6, 4]}
+    table = figures_of(script, [""] * 2, ["x"] * 2, dict.fromkeys(nats, ["x"] * 2), nats)
+    assert table["gain"] == {"adapter": 2.0, "fused": 1.5}
+    assert table["gain error"]["adapter"] == pytest.approx(np.sqrt(2**2 + 2**2) / 4)
+    assert table["kept"]["fused"] == 0.75
+
+
+def test_the_classifier_tells_what_can_be_told_and_no_more(script):
+    rng = np.random.default_rng(0)
+    words = ["boh", "ciao", "dai", "ma", "no", "però", "sedia", "sì", "vai", "certo"]
+    real, same = ([" ".join(rng.choice(words, 4)) for _ in range(100)] for _ in range(2))
+    loud = [text.capitalize() + "!" for text in same]
+    assert script.told_apart(real, real) == (0.5, pytest.approx(0.05, abs=0.001))
+    share, error = script.told_apart(real, same)
+    assert abs(share - 0.5) < 3 * error and error == pytest.approx(0.05, abs=0.001)
+    assert script.told_apart(real, same) == (share, error)
+    share, error = script.told_apart(real, loud)
+    assert share == 1.0 and 0 < error < 0.02
+    assert script.told_apart([""] * 20, [""] * 20)[0] == 0.5
+
+
+def test_favourite_words_that_are_missing(script):
+    real = ["boh certo", "boh", "Boh!", "boh ma", "boh", "ma", "ciao"]
+    table = figures_of(script, [""] * 7, real, {"base": ["ma certo"] * 7, "adapter": ["BOH"] * 7})
+    assert table["favourite words"] == {"reference": 1.0, "base": 0.0, "adapter": 1.0}
+    assert table["missing words"] == {"reference": "", "base": "boh", "adapter": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "replies", "text"),
+    [
+        ("loss", 3.0655, 0.05, 100, "3.07"),
+        ("loss", 3.0655, 0.4, 3, "3.1"),
+        ("gain", 0.8833, 0.07, 100, "0.88 ± 0.07"),
+        ("perplexity", 1234.5, 61.0, 100, "1,234"),
+        ("length", 33.3, 4.2, 100, "33 ± 4"),
+        ("kept", 0.99812, 0.0004, 100, "99.81% ± 0.04%"),
+        ("told apart", 0.7123, 0.041, 100, "71% ± 4%"),
+        ("emoji", 0.3333, None, 30, "33%"),
+        ("emoji", 2 / 7, None, 7, "2 of 7"),
+        ("most repeated", "lol", None, 7, "lol"),
+        ("replies", 7, None, 7, "7"),
+        ("loss", NAN, NAN, 7, "nan"),
+    ],
+)
+def test_a_figure_has_no_more_digits_than_its_error_allows(
+    script, name, value, error, replies, text
+):
+    table = {"replies": {"base": replies}, "gain error": {}, name: {"base": value}}
+    table |= {f"{name} error": {"base": error}} if error is not None else {}
+    assert script.shown(table, name, "base") == text
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+def table_of(loss, kept=None, **style):
+    """A table as figures() makes it, for these losses, every gain having an error of 0.04."""
+    table = defaultdict(dict, {"loss": loss})
+    if "base" in loss:
+        table["gain"] = {who: loss["base"] - loss[who] for who in loss if who != "base"}
+        table["gain error"] = dict.fromkeys(table["gain"], 0.04)
+    if kept:
+        table["kept"] = {"fused": kept}
+    for who in ["reference", *loss]:
+        figures = {"question": 0.1, "emoji": 0.2, "capital first": 0.3, "full stop last": 0.1}
+        figures |= {"several lines": 0.0, "looping": 0.0, "unfinished": 0.0, "length": 30.0}
+        figures |= {"its share": 0.05, "most repeated": "no", "replies": 100}
+        figures |= style.get(who, {})
+        for name, value in figures.items():
+            table[name][who] = value
+    return table
+
+
+STUCK = {"most repeated": "lol", "its share": 0.75}
+TOLD, ALWAYS = ({"told apart": share, "told apart error": 0.04} for share in (0.7, 1.0))
+OTHER = {"full stop last": 0.8, "unfinished": 0.3, "length": 90.0, "favourite words": 0.5}
+LOSSES = {"base": 9.0, "adapter": 3.0}
+BETTER = "Better than the base: loss 3.00 instead of 9.00."
+LOST = {"base": 9.0, "adapter": 3.0, "fused": 7.85}
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "sentences"),
+    [
+        (table_of({"base": 9.0, "fused": 3.0}), "good", [BETTER]),
+        (table_of(LOSSES | {"fused": 3.01}, 0.998), "good",
+         [BETTER, "The fused model keeps 100% of that."]),
+        (table_of(LOST, 0.275), "bad",
+         [BETTER, "The fused model keeps 28% of that. Fuse again: FUSED_BITS=16 ./fuse.sh."]),
+        (table_of({"base": 3.0, "adapter": 3.5}), "bad",
+         ["Worse than the base: loss 3.50 instead of 3.00. "
+          "Train with a lower LEARNING_RATE, or on more data."]),
+        (table_of({"base": 3.0, "adapter": 2.95}), "mixed",
+         ["No better than the base: loss 2.95 instead of 3.00, which may be chance. "
+          "Train longer, or on more data."]),
+        (table_of(LOSSES, adapter=STUCK), "bad",
+         [BETTER, "It repeats itself: 75% of its replies are “lol”."]),
+        (table_of(LOSSES, adapter={"looping": 0.4}), "bad",
+         [BETTER, "It repeats itself: 40% of its replies say the same piece over and over."]),
+        # What the chat itself repeats is no collapse.
+        (table_of(LOSSES, adapter=STUCK, reference=STUCK), "good", [BETTER]),
+        (table_of(LOSSES, base=ALWAYS, adapter=TOLD), "good",
+         [BETTER, "A classifier tells its replies from the real ones in 70% ± 4% of the pairs "
+          "(the base's in 100% ± 4%); 50% would be perfect."]),
+        (table_of(LOSSES, adapter=OTHER | {"missing words": "boh, lol"}), "mixed",
+         [BETTER, "It does not write like them yet: unfinished 30% instead of 0%; full stop last "
+          "80% instead of 10%; length 90 instead of 30; it never says boh, lol."]),
+        # Few replies differ much by chance.
+        (table_of(LOSSES, adapter={"replies": 5, "emoji": 0.6}), "good", [BETTER]),
+        (table_of({"base": 9.0, "adapter": NAN}), "bad",
+         ["Broken: a loss is not a number. Train again with a lower LEARNING_RATE."]),
+        (table_of({"base": 9.0}), "mixed",
+         ["Nothing to compare: test the base model and the adapter together."]),
+    ],
+)  # fmt: skip
+def test_the_verdict(script, table, kind, sentences):
+    table["length error"] = dict.fromkeys(table["length"], 3.0)
+    assert script.verdict(table, 400, "8") == (kind, sentences)
+
+
+def test_the_verdict_of_few_rows_says_how_little_they_are(script):
+    table = table_of(LOSSES)
+    few = BETTER[:-1] + ", but {} too few to be sure (30 would do)."
+    assert script.verdict(table, 7, "8") == ("mixed", [few.format("7 rows are")])
+    assert script.verdict(table, 1, "8") == ("mixed", [few.format("1 row is")])
+    assert script.verdict(table, 30, "8")[0] == "good"
+
+
+def test_a_fuse_that_kept_too_little_is_advised_more_bits(script):
+    for bits, setting in ("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", ""):
+        sentence = script.verdict(table_of(LOST, 0.5), 400, bits)[1][1]
+        assert sentence == f"The fused model keeps 50% of that. Fuse again: {setting}./fuse.sh."
+
+
+# ---- the page ------------------------------------------------------------------------------------
+OWNED = "document.title='owned'"
 HOSTILE = [
-    "<script>document.title='owned'</script>",
-    "</textarea></title></style><img src=x onerror=\"document.title='owned'\"><svg onload=\"document.title='owned'\">",
-    "<iframe srcdoc=\"<script>parent.document.title='owned'</script>\"></iframe><meta http-equiv=refresh content=0>",
+    f"<script>{OWNED}</script>",
+    f'</textarea></title></style><img src=x onerror="{OWNED}"><svg onload="{OWNED}">',
+    f'<iframe srcdoc="<script>parent.{OWNED}</script>"></iframe>',
+    "<meta http-equiv=refresh content=0>",
     "{{ 7 * 191 }}{% raw %} ]]> --> &lt;b&gt; $x^2$ \\frac",
-    '=HYPERLINK("http://127.0.0.1";"x")',
-    "+1+cmd|' /C calc'!A0",
-    "-1+1",
-    "@SUM(1+1)",
-    "\t=1+1",
-    "\r=1+1",
-    "ciao; =1+1",
-    "ciao\n=1+1",
+    *('=HYPERLINK("http://127.0.0.1";"x")', "+1+cmd|' /C calc'!A0", "-1+1", "@SUM(1+1)"),
+    *("\t=1+1", "\r=1+1", "ciao; =1+1", "ciao\n=1+1"),
     "\x1b[31mred\x1b]0;owned\x07\x1b[2J\x9b1m",
     "\u202eright to left\u2066 and \u200f over",
     "nul \x00 backspace \x08\x08\x08 delete \x7f",
@@ -52,370 +464,173 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained(template, tmp_path_factory):
-    """A project in which the first three stages have run on the sample, in small: 24 validation rows."""
-    root = shutil.copytree(template, tmp_path_factory.mktemp("trained") / "my project")
-    env = os.environ | {"VERSION": "v1", "MODEL": "tiny-gemma-3", "ITERS": "8", "EVAL_EVERY": "8", "WARMUP": "0"}
-    env |= {"LEARNING_RATE": "1e-2", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    for command in (
-        [sys.executable, "build_train.py", "--valid-rows", "24"],
-        ["bash", "fine_tune.sh"],
-        ["bash", "fuse.sh"],
-    ):
-        subprocess.run(command, cwd=root, env=env, check=True, capture_output=True)
-    return root
+def write_made_up(script, folder, texts, models=("base", "adapter"), **replies):
+    """Write the three files for chats and references that no tiny model would give.
+
+    Replies are the references, in the form of `replies`: fused="{}!".
+    """
+    rows = [
+        script.Row(line, f"{text}\n{text}\n\nGo on.", text, [0], [0, 1, 2])
+        for line, text in enumerate(texts, 1)
+    ]
+    args = argparse.Namespace(version="v1", model="m", show=50, seed=0, max_tokens=60)
+    nats = {who: np.full(len(texts), 18.0 - 2 * i) for i, who in enumerate(models)}
+    done = defaultdict(dict)
+    for who in models:
+        for row in rows:
+            text = replies.get(who, "{}").format(script.visible(row.reference))
+            done[who][row.line] = text, True
+    table, said = script.figures(rows, rows, nats, done, args)
+    kind, sentences = script.verdict(table, len(rows), "8")
+    facts = {"kind": kind, "sentences": sentences, "warnings": ["a warning"], "rows": len(rows)}
+    facts |= {"settings": vars(args), "versions": {"mlx": "0", "mlx_lm": "0"}}
+    text = script.report(facts, table, rows, said, folder / "adapter", args)
+    (folder / "data").mkdir()
+    script.write(folder / "data/results", text, facts, rows, said)
+    return text, "\n".join([*sentences, script.as_text(table)])
 
 
-@pytest.fixture
-def project(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / trained.name)
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(os.path.join(REPOSITORY, "test_on_validation.py"))
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location("stage_4", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def stage_4(project, monkeypatch, capsys):
-    """Run the script of the project in this process, which saves the imports: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("VERSION", "v1")
-    monkeypatch.setenv("MODEL", "tiny-gemma-3")
-    module = load_script(project / "test_on_validation.py")
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *args])
-        try:
-            code, message = module.main(), ""
-        except SystemExit as e:
-            code, message = (e.code, "") if isinstance(e.code, int) else (1, e.code)
-        out, err = capsys.readouterr()
-        return code, out, err + message
-
-    return call
-
-
-def write_rows(project, rows):
-    text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows)
-    (project / "data/for_train/v1/valid.jsonl").write_text(text, encoding="utf-8")
-
-
-def metrics(project):
-    return json.loads((project / RESULTS / "metrics.json").read_text(encoding="utf-8"))
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else None
-
-
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-def true_loss(project, folder, adapter):
-    """The definition, without batches: mean of -log p over the tokens after the prompt, end of turn included."""
-    model, tokenizer = load(str(project / folder), adapter_path=adapter and str(project / adapter))
-    losses = []
-    for line in (project / "data/for_train/v1/valid.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        tokens = tokenizer.apply_chat_template(chat)
-        start = len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True))
-        logits = np.array(model(mx.array([tokens[:-1]]))[0].astype(mx.float32), dtype=np.float64)[start - 1 :]
-        top = logits.max(-1)
-        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-        losses += list(log_sum - logits[np.arange(len(logits)), tokens[start:]])
-    return np.mean(losses), len(losses)
-
-
-def test_the_losses_of_all_models_are_the_true_ones_to_four_digits_and_the_rest_follows_from_them(project, run):
-    done = run(project, "test_on_validation.py", "--replies", "6", "--max-tokens", "8", "--batch-tokens", "700")
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
-    found = metrics(project)
-    for name, model in {"base": (BASE, None), "adapter": (BASE, ADAPTER), "fused": (FUSED, None)}.items():
-        loss, tokens = true_loss(project, *model)
-        assert found["loss"][name] == pytest.approx(loss, abs=5e-5)
-        assert found["perplexity"][name] == pytest.approx(np.exp(loss), rel=1e-4)
-        assert found["tokens"] == tokens
-        shown = f"{found['loss'][name]:.5g}"
-        assert shown in done.stdout and shown in (project / RESULTS / "report.html").read_text()
-    base, adapter, fused = (found["loss"][m] for m in ("base", "adapter", "fused"))
-    assert found["kept"]["fused"] == pytest.approx((base - fused) / (base - adapter))
-    assert done.stdout.splitlines()[2] == found["verdict"]
-    # The page has the verdict, both plots in the colours of the page, and the mark of the kept checkpoint.
-    page = (project / RESULTS / "report.html").read_text(encoding="utf-8")
-    assert found["verdict"] in page and page.count("<svg") == 2 and "var(--adapter)" in page
-    assert re.search(r"kept: iteration 8<", page)
-    # A pipe gets plain lines with the time left.
-    assert re.search(r"^base +loss \d+/\d+, \d+ s left$", done.stderr, re.MULTILINE)
-    # All that is said to be written is there, and nothing else.
-    assert sorted(contents(project / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
-    assert [p.name for p in (project / "data/results").iterdir() if p.is_dir()] == ["v1_tiny-gemma-3"]
-
-
-def figures_of(script, replies, prompts, losses):
-    """figures() for replies of a model to prompts, with the reference "ok"; every row has two tokens."""
-    texts = pd.DataFrame({"prompt": prompts, "reference": "ok", **{m: replies for m in losses}}, dtype=object)
-    sums = {m: np.array(x, dtype=float) for m, x in losses.items()}
-    return script.figures(texts, sums, np.full(len(prompts), 2))
-
-
-def test_figures_of_style(script):
-    prompts = ["hi\nOK", "hi", "hi\nwhy", "so?"]
-    table = figures_of(script, ["ok", "Ok", "why?", "ja"], prompts, {"base": [2, 2, 2, 2]})
-    assert table.loc["base"].to_dict() == {
-        "loss": 1.0,
-        "perplexity": pytest.approx(2.71828, abs=1e-5),
-        "length": 2.5,
-        "questions": 0.25,
-        "distinct": 0.75,
-        "looping": 0.0,
-        "copied": 0.25,
-        "most repeated": "ok",
-        "its share": 0.5,
-        "replies": 4,
-    }
-    looping = figures_of(
-        script, ["sa sa sa sa", "no no no hahahaha", "boh\nboh\nboh\nboh", None], prompts, {"base": [2] * 4}
-    )
-    assert looping["looping"]["base"] == pytest.approx(2 / 3) and looping["looping"]["reference"] == 0
-    varied = figures_of(script, ["a", "b"], ["", ""], {"base": [2, 2]})
-    assert varied["most repeated"]["reference"] == "ok" and pd.isna(varied["most repeated"]["base"])
-    stuck = figures_of(script, ["", ""], ["", ""], {"base": [2, 2]})
-    assert stuck["most repeated"]["base"] == "(nothing)" and stuck["its share"]["base"] == 1
-    texts = pd.DataFrame({"prompt": "", "reference": ["a", "b"], "base": ["c", "d"]})
-    assert "its share" not in script.figures(texts, {"base": np.ones(2)}, np.ones(2))
-    missing = figures_of(script, [None, None], ["", ""], {"base": [2, 2]})
-    assert missing["replies"]["base"] == 0 and pd.isna(missing["its share"]["base"])
-
-
-def test_gain_error_and_what_the_fused_model_keeps(script):
-    table = figures_of(script, ["x"] * 2, [""] * 2, {"base": [10, 6], "adapter": [4, 4], "fused": [6, 4]})
-    assert table["gain"]["adapter"] == 2.0 and table["gain"]["fused"] == 1.5
-    assert table["error"]["adapter"] == pytest.approx(np.sqrt(2**2 + 2**2) / 4)
-    assert table["kept"]["fused"] == 0.75
-
-
-NAN = float("nan")
-STUCK = {"most repeated": "lol", "its share": 0.75}
-
-
-def table_of(loss, kept, style):
-    """A table as figures() makes it, for these losses, every gain having an error of 0.04."""
-    table = pd.DataFrame({"loss": loss}, index=["reference", *loss])
-    if "base" in loss and len(loss) > 1:
-        table["gain"] = (loss["base"] - table["loss"]).drop("base")
-        table["error"] = 0.04
-    if kept is not None:
-        table.loc["fused", "kept"] = kept
-    table["replies"], table["its share"], table["most repeated"], table["looping"] = 20, 0.05, "no", 0.0
-    for m, figures in style.items():
-        table.loc[m, list(figures)] = list(figures.values())
-    return table
-
-
-@pytest.mark.parametrize(
-    ("loss", "kept", "style", "kind", "sentence"),
-    [
-        (
-            {"base": 9.539, "adapter": 3.066, "fused": 3.079},
-            0.998,
-            {},
-            "good",
-            "Better than the base: loss 3.07 instead of 9.54; the fused model keeps 99.8% of it.",
-        ),
-        ({"base": 9.5, "fused": 3.1}, None, {}, "good", "Better than the base: loss 3.10 instead of 9.50."),
-        (
-            {"base": 9.539, "adapter": 3.402, "fused": 7.85},
-            0.275,
-            {},
-            "bad",
-            "Better than the base: loss 3.40 instead of 9.54; the fused model keeps 27.5% of it. "
-            "Fuse again: FUSED_BITS=8 ./fuse.sh.",
-        ),
-        (
-            {"base": 3.0, "adapter": 3.5},
-            None,
-            {},
-            "bad",
-            "Worse than the base: loss 3.50 instead of 3.00. Train with a lower learning rate, or on more data.",
-        ),
-        (
-            {"base": 3.0, "adapter": 2.95},
-            None,
-            {},
-            "mixed",
-            "No better than the base: loss 2.95 instead of 3.00, which may be chance. Train longer, or on more data.",
-        ),
-        (
-            {"base": 9.0, "adapter": 3.0},
-            None,
-            {"adapter": STUCK},
-            "bad",
-            "Better than the base: loss 3.00 instead of 9.00. "
-            "But the adapter model repeats itself: 75% of its replies are “lol”.",
-        ),
-        (
-            {"base": 9.0, "adapter": 3.0},
-            None,
-            {"adapter": {"looping": 0.4}},
-            "bad",
-            "Better than the base: loss 3.00 instead of 9.00. "
-            "But the adapter model repeats itself: 40% of its replies say the same piece over and over.",
-        ),
-        # What the chat itself repeats is no collapse.
-        (
-            {"base": 9.0, "adapter": 3.0},
-            None,
-            {"adapter": STUCK, "reference": STUCK},
-            "good",
-            "Better than the base: loss 3.00 instead of 9.00.",
-        ),
-        (
-            {"base": 9.0, "adapter": NAN},
-            None,
-            {},
-            "bad",
-            "Broken: a loss is not a number. Train again with a lower learning rate.",
-        ),
-        ({"base": 9.0}, None, {}, "mixed", "Nothing to compare: test the base model and the adapter together."),
-    ],
-)
-def test_the_verdict(script, loss, kept, style, kind, sentence):
-    assert script.verdict(table_of(loss, kept, style)) == (kind, sentence)
-
-
-def test_a_loss_that_is_not_a_number_goes_through_to_the_page_and_to_valid_json(script, tmp_path):
-    write_made_up(script, tmp_path, ["hi"] * 3, ["base", "adapter"], losses={"adapter": np.array([1, NAN, 1])})
-    found = json.loads((tmp_path / "results/metrics.json").read_text(), parse_constant=pytest.fail)
-    assert found["loss"]["adapter"] is None
-    assert "Broken: a loss is not a number" in (tmp_path / "results/report.html").read_text()
-
-
-def test_same_seed_same_replies_other_seed_others(project, stage_4):
-    write_rows(project, [("ciao", "tutto bene"), ("che si dice?", "LULW"), ("perché?", "boh"), ("?", "ciao a tutti")])
-
-    def replies(*args):
-        assert stage_4("--models", "base", "--replies", "4", "--max-tokens", "6", *args)[0] == 0
-        return (project / RESULTS / "generations.csv").read_bytes()
-
-    one_by_one = ["--reply-batch", "1"]
-    first, batched = replies(*one_by_one), replies("--reply-batch", "3")
-    assert replies(*one_by_one) == first and replies("--reply-batch", "3") == batched
-    assert replies(*one_by_one, "--seed", "1") != first
-    assert replies(*one_by_one, "--temperature", "0") == replies("--reply-batch", "3", "--temperature", "0")
-
-
-def test_one_model_in_memory_at_a_time(project):
-    """What is in memory when each of three models is taken, and in the end: less than half of one."""
-
-    class Watched(dict):
-        def pop(self, name):
-            held.append(mx.get_active_memory())
-            return super().pop(name)
-
-    held, script = [], load_script(project / "test_on_validation.py")
-    args = script.ArgumentParser().parse_args([])
-    args.temperature, args.seed, args.reply_batch, args.batch_tokens = 0.8, 0, 1, 2048
-    args.models, args.version, args.model, args.max_tokens = "base,adapter,fused", "v1", "tiny-gemma-3", 2
-    models = Watched(script.find_models(args, project / "data/for_train/v1/valid.jsonl")[0])
-    rows = script.read_rows(project / "data/for_train/v1/valid.jsonl", models["base"][1])[:4]
-    script.test_models(models, rows, rows.index[:2], args, {}, {})
-    held.append(mx.get_active_memory())
-    assert len(held) == 4
-    assert max(held) - held[0] < (project / BASE / "model.safetensors").stat().st_size / 2
-
-
-# ---- hostile text ----------------------------------------------------------------------------------------------------
-def write_made_up(script, folder, texts, models, losses=None):
-    """Write the three files for prompts, references and replies that no tiny model would give."""
-    losses = {m: np.full(len(texts), 18.0 - 2 * i) for i, m in enumerate(models)} | (losses or {})
-    frame = pd.DataFrame(
-        {"prompt": [f"{t}\n{t}\n\nGo on." for t in texts], "reference": texts, **dict.fromkeys(models)}
-    )
-    for m in models:
-        frame[m] = texts
-    frame = frame.map(script.visible)
-    frame.index += 1
-    table = script.figures(frame, losses, np.full(len(texts), 2))
-    kind, sentence = script.verdict(table)
-    settings = {"version": "v1", "model": "m", "show": 50, "temperature": 0.8, "seed": 0, "max_tokens": 60}
-    facts = {"kind": kind, "verdict": sentence, "warnings": ["a warning"], "rows": len(texts), "settings": settings}
-    facts |= json.loads(table.to_json())
-    script.write(folder / "results", script.report(facts, table, frame, folder / "no adapter"), frame, facts)
-    return sentence + script.readable(table).to_string()
-
-
-def readable(text):
-    """Whether a terminal or a browser only shows it: no control, format or surrogate characters but the usual ones."""
-    return {
-        c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t\u200c\u200d\ufeff"
-    } == set()
+def is_readable(text):
+    """Whether a terminal or a browser only shows it: no control, format or surrogate characters."""
+    fine = "\n\t\u200c\u200d\ufeff"
+    return not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in fine}
 
 
 def test_visible_text_keeps_what_is_harmless(script):
-    assert script.visible("perché\t🙏🏽 👩‍💻\nnuova riga") == "perché\t🙏🏽 👩‍💻\nnuova riga"
+    harmless = "perché\t🙏🏽 👩‍💻\nnuova riga"
+    assert script.visible(harmless) == harmless
     assert script.visible("a\x1b[1m\x00\u202e\ud800") == r"a\x1b[1m\x00\u202e\ud800"
     assert script.visible("abcdef", 4) == "abcd … (2 more characters)"
 
 
 @pytest.mark.parametrize(
     ("text", "cell"),
-    [
-        ("=1+1", "'=1+1"),
-        ("  @SUM(A1)", "  '@SUM(A1)"),
-        ("-.-", "'-.-"),
-        ("\t=1", " '=1"),
-        ("\r=1", r"\r=1"),
-        ("ciao;=1+1", "ciao;'=1+1"),
-        ("ciao\n+1", "ciao\n'+1"),
-        ("1 + 1 = 2, a-b", "1 + 1 = 2, a-b"),
-        ("perché? 👩‍💻", "perché? 👩‍💻"),
-    ],
-)
+    [("=1+1", "'=1+1"), ("  @SUM(A1)", "  '@SUM(A1)"), ("-.-", "'-.-"), ("\t=1", " '=1"),
+     ("\r=1", r"\r=1"),
+     ("ciao;=1+1", "ciao;'=1+1"), ("ciao\n+1", "ciao\n'+1"), ("1 + 1 = 2, a-b", "1 + 1 = 2, a-b"),
+     ("perché? 👩‍💻", "perché? 👩‍💻")],
+)  # fmt: skip
 def test_a_cell_is_no_formula(script, text, cell):
     assert script.defuse(text) == cell
 
 
 def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(script, tmp_path):
-    terminal = write_made_up(script, tmp_path, HOSTILE, ["base", "adapter"])
-    assert readable(terminal)
-    text = (tmp_path / "results/generations.csv").read_text(encoding="utf-8-sig")
-    assert readable(text)
+    _, terminal = write_made_up(script, tmp_path, HOSTILE)
+    assert is_readable(terminal)
+    text = (tmp_path / "data/results/generations.csv").read_text(encoding="utf-8-sig")
+    assert is_readable(text)
     table = list(csv.reader(io.StringIO(text)))
     assert table[0] == ["line", "prompt", "reference", "base", "adapter"]
-    assert max(len(cell) for row in table for cell in row) < 32_767  # what a cell of a spreadsheet can hold
-    assert [row[0] for row in table[1:]] == [str(i + 1) for i in range(len(HOSTILE))]
-    # As comma-separated, and as a spreadsheet of a country that separates with ';' cuts the same file.
-    for cells in (
-        table,
-        list(csv.reader(io.StringIO(text), delimiter=";")),
-        list(csv.reader(io.StringIO(text), delimiter="\t")),
-    ):
-        for cell in (cell for row in cells for cell in row):
-            assert not re.match(r"[=+\-@\t\r]", cell)
-    assert json.loads((tmp_path / "results/metrics.json").read_text(encoding="utf-8"))["rows"] == len(HOSTILE)
+    assert [row[0] for row in table[1:]] == [str(line + 1) for line in range(len(HOSTILE))]
+    assert max(len(cell) for row in table for cell in row) < 32_767  # what a cell can hold
+    # As comma-separated, and as the spreadsheets of other countries cut the same file.
+    cells = [
+        c for cut in ",;\t" for row in csv.reader(io.StringIO(text), delimiter=cut) for c in row
+    ]
+    assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)]
+    assert json.loads((tmp_path / "data/results/metrics.json").read_bytes())["rows"] == len(HOSTILE)
+
+
+def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_path):
+    text, _ = write_made_up(script, tmp_path, [f"ciao {n}" for n in range(20)], adapter="{}!")
+    cards = text.split('<article class="panel card">')[1:]
+    assert len(cards) == 20
+    answers = []
+    for card in cards:
+        shown, answer = card.split("<details>", 1)
+        a, b = re.findall(r'<p dir="auto">(ciao \d+!?)</p></div>', shown)
+        real = re.search(r"<strong>([AB])</strong> was really said", answer)[1]
+        assert {a, b} == {a.rstrip("!"), a.rstrip("!") + "!"}
+        assert (a if real == "A" else b)[-1] != "!" and "really said" not in shown
+        answers.append(real)
+    assert 4 < answers.count("A") < 16
+    assert "Of 20, half is guessing;\n15 or more right means that you can tell" in text
+
+
+def test_rows_that_are_no_test_stand_side_by_side_and_equal_replies_once(script, tmp_path):
+    models = ["base", "adapter", "fused"]
+    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], models, base="{}?")
+    assert "Can you tell?" not in text and "2 other rows, side by side" in text
+    assert (text.count('<b class="base">base</b>'), text.count('<b class="fused">fused</b>')) == (
+        3,
+        3,
+    )
+    assert text.count('<b class="adapter">adapter</b>') == 1  # of the lengths, not of a row
+    assert text.count("reference, what was really said") == 2
+
+
+@pytest.mark.parametrize(
+    ("context", "card"),
+    [
+        ("hi\nyo\n\nGo on.", {"earlier": 0, "lines": ["hi", "yo"], "ask": "Go on."}),
+        ("1\n2\n3\n4\n5\n6", {"earlier": 2, "lines": ["3", "4", "5", "6"], "ask": ""}),
+        ("x" * 201, {"earlier": 0, "lines": ["x" * 200 + " … (1 more characters)"], "ask": ""}),
+    ],
+)
+def test_a_context_that_was_cut_says_so(script, context, card):
+    assert script.excerpt(context) == card
+
+
+@pytest.mark.parametrize(
+    ("text", "curve"),
+    [
+        ("iteration,val_loss\n0,5\n10,\n20,4\n", [(0, 5.0), (20, 4.0)]),
+        ("", []), ("iteration\n0\n", []), ("iteration,val_loss\n0,5\n", []), ("\0\0", []),
+        ("iteration,val_loss\n0,nan\n1,2\n", []), ("iteration,val_loss\n0,5\n1e9,2\n", []),
+        ("iteration,val_loss\n0,5\n1", []), ("iteration,val_loss\n9" + 5000 * "9" + ",1\n", []),
+        (None, []),
+    ],
+)  # fmt: skip
+def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path, text, curve):
+    path = tmp_path / "losses.csv"
+    path.mkdir() if text is None else path.write_text(text)
+    assert script.learning_curve(path) == curve
+
+
+def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
+    def brightness(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (
+            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    found = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", script.PAGE)
+    colours = {name: list(map(brightness, both)) for name, *both in found}
+    assert {
+        "paper",
+        "card",
+        "ink",
+        "soft",
+        "reference",
+        "base",
+        "adapter",
+        "fused",
+        "mixed",
+    } <= set(colours)
+    for name in colours.keys() - {"paper", "card", "line"}:
+        for ground in "paper", "card":
+            for mode in 0, 1:
+                dark, light = sorted([colours[name][mode], colours[ground][mode]])
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground, mode)
 
 
 def chromium(tmp_path, page, *flags):
     """Return the page's DOM as text after it was open for two seconds in a real browser."""
     names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
     mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-    browser = next(filter(None, [*map(shutil.which, names), mac if os.path.exists(mac) else None]), None)
+    browser = next(
+        filter(None, [*map(shutil.which, names), mac if os.path.exists(mac) else None]), None
+    )
     if not browser:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no Chromium here: apt install chromium, or install Chrome"
+            "no Chromium here: apt install chromium"
         )
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    quiet += " --disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
-    profile = f"--user-data-dir={tmp_path / 'browser'}"
-    done = subprocess.run([browser, *quiet.split(), profile, *flags, page], capture_output=True, timeout=60)
-    return done.stdout.decode()
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
+    quiet += " --disable-background-networking --disable-component-update --disable-sync"
+    command = [browser, *quiet.split(), "--virtual-time-budget=2000", *flags]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", page]
+    return subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
 
 
 def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
@@ -429,53 +644,421 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=tmp_path))
+    handler = functools.partial(Server, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}"
-    fetches = [f"<img src={here}/a><link rel=stylesheet href={here}/b>", f"<style>@import '{here}/c'</style>"]
+    fetches = [
+        f"<img src={here}/a><link rel=stylesheet href={here}/b>",
+        f"<style>@import '{here}/c'</style>",
+    ]
     texts = HOSTILE + fetches
-    write_made_up(script, tmp_path, texts, ["base", "adapter"])
+    write_made_up(script, tmp_path, texts, adapter="{}")
     # The same texts in a page that does not take care do run and do fetch, so this test can fail.
-    (tmp_path / "careless.html").write_text("<title>v1</title>" + HOSTILE[0] + fetches[0], encoding="utf-8")
+    careless = "<title>v1</title>" + HOSTILE[0] + fetches[0]
+    (tmp_path / "careless.html").write_text(careless, encoding="utf-8")
     careless = chromium(tmp_path, f"{here}/careless.html")
     assert "<title>owned</title>" in careless and "/a" in asked_for
     asked_for.clear()
-    dom = chromium(tmp_path, f"{here}/results/report.html")
+    dom = chromium(tmp_path, f"{here}/data/results/report.html")
     server.shutdown()
-    assert asked_for[0] == "/results/report.html" and set(asked_for[1:]) <= {"/favicon.ico"}
+    assert asked_for[0] == "/data/results/report.html" and set(asked_for[1:]) <= {"/favicon.ico"}
     assert "<title>v1 · m</title>" in dom
+    tags = re.sub(r">[^<]*<", "><", dom)
     assert (
-        re.findall(r"<(?:script|img|iframe|link|object|embed|base|form|a)\b|\son\w+=", re.sub(r">[^<]*<", "><", dom))
-        == []
+        re.findall(r"<(?:script|img|iframe|link|object|embed|base|form|a)\b|\son\w+=", tags) == []
     )
-    assert dom.count("<dl>") == len(texts) and dom.count("<svg ") == 1
+    assert dom.count("<article") == len(texts) and dom.count("<svg ") == 0
     assert "1337" not in dom and "{{ 7 * 191 }}" in dom  # no template in a text is filled in
-    assert readable(dom) and len(dom) < 300_000
+    assert is_readable(dom) and len(dom) < 300_000
 
 
 def test_the_page_fits_a_phone(script, tmp_path):
-    texts = [t.replace("\ud800", "").replace("\udfff", "") for t in HOSTILE]
-    write_made_up(script, tmp_path, texts, ["base", "adapter", "fused"])
-    (tmp_path / "phone.html").write_text(
-        '<iframe src="results/report.html" style="width:390px;height:800px;border:0" onload="document.title ='
-        " 'wide ' + this.contentDocument.documentElement.scrollWidth\"></iframe>"
+    texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE]
+    write_made_up(script, tmp_path, texts, ["base", "adapter", "fused"], fused="{}!")
+    frame = (
+        '<iframe src="data/results/report.html" style="width:390px;height:800px;border:0" onload='
     )
-    dom = chromium(tmp_path, f"file://{tmp_path}/phone.html", "--allow-file-access-from-files")
+    frame += (
+        "\"document.title = 'wide ' + this.contentDocument.documentElement.scrollWidth\"></iframe>"
+    )
+    (tmp_path / "phone.html").write_text(frame)
+    flag = "--allow-file-access-from-files"
+    dom = chromium(tmp_path, f"file://{tmp_path}/phone.html", flag)
     assert int(re.search(r"<title>wide (\d+)</title>", dom)[1]) <= 390
 
 
-def test_hostile_chat_goes_through_the_whole_chain(project, run):
-    raw = [
-        {"previous_messages": [f"ciao {i}", f"{t} {i}", f"{t} {i * i}", f"che si dice, {i}?"], "message": f"{i} {t}"}
-        for i, t in enumerate(HOSTILE * 4)
-    ]
-    (project / "data/raw/messages_v1.json").write_text(json.dumps(raw), encoding="utf-8")
-    assert run(project, "build_train.py", "--valid-rows", "12").returncode == 0
-    # On a terminal, where escapes would work.
+# ---- cut short -----------------------------------------------------------------------------------
+def start_and_wait_for(project, run, text, *args):
+    """Start the script and return its process as soon as it has written `text`."""
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
+    for line in process.stdout:
+        if text in line:
+            return process
+    raise AssertionError(f"{text!r} was never written")
+
+
+def lengthen(project):
+    """Make the validation set eight times as long, so that a signal comes in the middle."""
+    (project / VALID).write_bytes((project / VALID).read_bytes() * 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "count", "known"),
+    [
+        ("row_losses", 1, None),  # amid the losses of the base: nothing yet
+        ("write_replies", 1, ["base"]),  # before its first reply
+        ("visible", 2, ["base"]),  # after its first one
+        ("row_losses", 2, ["base"]),
+        ("write_replies", 2, ["base", "adapter"]),
+    ],
+)
+def test_ctrl_c_leaves_a_report_of_what_is_done_or_nothing(project, stage_4, place, count, known):
+    def interrupt(module):
+        calls, original = [], getattr(module, place)
+
+        def call(*args, **kwargs):
+            calls.append(place)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        setattr(module, place, call)
+
+    args = ["--replies", "2", "--max-tokens", "2"]
+    code, _, err = stage_4(project, *args, patch=interrupt)
+    assert code == 130
+    if known is None:
+        assert contents(project / RESULTS) == {}
+    else:
+        assert list(metrics(project)["loss"]) == known
+        assert "stopped with Ctrl-C" in page(project) and "stopped with Ctrl-C" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wait_for", "kill", "code"),
+    [
+        ("testing base, adapter, fused on 80 rows", signal.SIGINT, 130),
+        ("testing base, adapter, fused on 80 rows", signal.SIGKILL, -9),
+        ("base    replies 2/2", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_leaves_the_previous_report_or_a_new_one(project, run, wait_for, kill, code):
+    lengthen(project)
+    (project / RESULTS).mkdir(parents=True)
+    (project / RESULTS / "report.html").write_text("previous")
+    args = ["--replies", "2", "--reply-batch", "1", "--max-tokens", "4"]
+    process = start_and_wait_for(project, run, wait_for, *args)
+    process.send_signal(kill)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in out) == (code, False)
+    if "replies" in wait_for:
+        assert list(metrics(project)["loss"]) == ["base"] and "Nothing to compare" in out
+    else:
+        assert contents(project / RESULTS) == {"report.html": b"previous"}
+    assert {p.name for p in (project / "data/results").iterdir()} <= {
+        NAME,
+        f".{NAME}.lock",
+        ".gitkeep",
+    }
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_it_starts_is_quiet(project, run):
+    for wait in 0.3, 0.8, 1.5:
+        process = run(
+            project, "test_on_validation.py", start=subprocess.Popen, stderr=subprocess.PIPE
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(wait)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == (None, b"") and process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("folders", "left"),
+    [
+        ({".r.old": "older", ".r.partial": "newer"}, "newer"),  # killed between the two renames
+        ({".r.old": "older"}, "older"),
+        ({"r": "newer", ".r.old": "older"}, "newer"),  # killed before the old one was gone
+        ({"r": "older", ".r.partial": "half"}, "older"),  # killed while writing
+        ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),  # names that users have
+    ],
+)
+def test_a_swap_that_was_cut_short_is_finished_or_undone(script, tmp_path, folders, left):
+    for name, text in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.html").write_text(text)
+    with script.held(tmp_path / "r"):
+        pass
+    kept = {name for name in folders if name[0] != "."} | {"r"}
+    assert {p.name for p in tmp_path.iterdir()} == kept | {".r.lock"}
+    assert (tmp_path / "r/report.html").read_text() == left
+
+
+def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(project, stage_4):
+    lock = project / f"data/results/.{NAME}.lock"
+    holder = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.flock(f, 2); print(); input()"
+    command = [sys.executable, "-uc", holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        code, out, err = stage_4(project)
+        assert (code, out) == (1, "")
+        assert (
+            err
+            == f"error: another run is writing {RESULTS}. FIX: wait until it is done, or end it\n"
+        )
+        first.kill()
+    assert stage_4(project, "--models", "base", "--replies", "0")[0] == 0
+
+
+# ---- what is missing or wrong --------------------------------------------------------------------
+@pytest.mark.slow
+def test_without_a_fused_model_base_and_adapter_are_compared(project, stage_4):
+    shutil.rmtree(project / FUSED)
+    code, out, err = stage_4(project, "--replies", "0")
+    hint = (
+        "there is no fused model to test; to make it: VERSION=sample MODEL=tiny-gemma-3 ./fuse.sh"
+    )
+    assert code == 0 and f"warning: {hint}" in err and hint in page(project)
+    assert set(metrics(project)["loss"]) == {"base", "adapter"} and "than the base" in out
+
+
+@pytest.mark.slow
+def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
+    shutil.rmtree(project / ADAPTER)
+    assert stage_4(project, "--models", "base,fused", "--replies", "0")[0] == 0
+    assert set(metrics(project)["loss"]) == {"base", "fused"}
+
+
+@pytest.mark.slow
+def test_it_warns_of_a_fused_model_of_another_adapter_and_of_other_validation_rows(
+    project, stage_4
+):
+    origin = {"base": "tiny-gemma-3", "version": "sample", "bits": "8", "adapter_sha256": "0"}
+    (project / FUSED / "fused_from.json").write_text(json.dumps(origin))
+    write_rows(project, *[pair("ciao", "tutto bene")] * 3)
+    code, _, err = stage_4(project, "--replies", "0")
+    assert code == 0 and "kept" not in metrics(project)
+    assert "warning: the fused model was made from another adapter than the one there now" in err
+    assert "warning: valid.jsonl is not the one of the training" in err
+    assert len(metrics(project)["warnings"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "used"),
+    [
+        (None, [], (0.8, 0.95, 0)),
+        ({"top_k": 64, "top_p": 0.9, "temperature": 1}, [], (1.0, 0.9, 64)),
+        (
+            {"top_k": 64, "temperature": 1.0},
+            ["--temperature", "0.5", "--top-k", "0"],
+            (0.5, 0.95, 0),
+        ),
+        ({"top_k": -1, "top_p": True, "temperature": "hot"}, [], (0.8, 0.95, 0)),
+        ([{"top_k": 3}], [], (0.8, 0.95, 0)),
+    ],
+)
+def test_sampling_is_as_the_base_says_unless_it_is_set(
+    script, tmp_path, monkeypatch, said, given, used
+):
+    monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *given])
+    if said:
+        (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    args = script.settings()
+    script.set_sampling(args, tmp_path)
+    assert (args.temperature, args.top_p, args.top_k) == used
+
+
+RUN = "VERSION=sample MODEL=tiny-gemma-3"
+DOWNLOAD = "hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3"
+TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: "
+TRAIN += f"{RUN} python test_on_validation.py --models base"
+BUILD = "VERSION=sample python build_train.py"
+SHAPES = 'is not {"prompt": text, "completion": text} or {"messages": [user, assistant, …]}'
+SHAPES += " in UTF-8"
+INSTRUCT = "MODEL=gemma-3-text-27b-it-4bit ./fine_tune.sh, or another instruct model"
+INSTRUCT += " (-it, -Instruct)"
+ANOTHER = "cp -R data/for_train/sample data/for_train/sample-2; VERSION=sample-2 "
+ANOTHER += "MODEL=tiny-gemma-3 ./fine_tune.sh"
+CLOSE = "MODEL=tiny-gemma-3 python test_on_validation.py"
+LETTERS = "not letters, digits, '.', '_' and '-'"
+TWO = "is not there (but tiny-gemma-3, tiny-gemma-3-4bit)"
+THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
+FAILS = "{{ raise_exception('no\x1b[2J') }}"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+
+
+def intact(project):
+    pass
+
+
+def valid(*rows):
+    return lambda project: write_rows(project, *rows)
+
+
+def lack(path):
+    return lambda project: shutil.rmtree(project / path)
+
+
+def cut(path):
+    def damage(project):
+        (project / path).write_bytes((project / path).read_bytes()[:-100])
+
+    return damage
+
+
+def put(path, text):
+    return lambda project: (project / path).write_text(text)
+
+
+def template(text):
+    return lambda project: edit(project / BASE / "tokenizer_config.json", chat_template=text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "args", "error", "fix"),
+    [
+        (lambda p: (p / VALID).unlink(), [], f"{VALID} is not there", BUILD),
+        (intact, ["--version", "smaple"],
+         "data/for_train/smaple/valid.jsonl is not there (but sample)",
+         "VERSION=sample python test_on_validation.py"),
+        (intact, ["--version", ".."], f"VERSION is '..', {LETTERS}",
+         "VERSION=v1 python test_on_validation.py"),
+        (lack(BASE), [], f"{BASE} is not there (but tiny-gemma-3-4bit)",
+         "MODEL=tiny-gemma-3-4bit python test_on_validation.py"),
+        (intact, ["--model", "tiny-gema-3"], f"models/base/tiny-gema-3 {TWO}", CLOSE),
+        (intact, ["--model", "Qwen3-4B-4bit"], f"models/base/Qwen3-4B-4bit {TWO}",
+         "hf download mlx-community/Qwen3-4B-4bit --local-dir models/base/Qwen3-4B-4bit"),
+        (intact, ["--model", "mlx-community/tiny-gemma-3"],
+         f"MODEL is 'mlx-community/tiny-gemma-3', {LETTERS}", f"{DOWNLOAD}; {CLOSE}"),
+        *((intact, ["--model", path], f"MODEL is '{path}', {LETTERS}", CLOSE)
+          for path in ("models/base/tiny-gemma-3/", "/x/tiny-gemma-3", ".tiny-gemma-3")),
+        (cut(f"{BASE}/model.safetensors"), [], f"{BASE} does not load: …", DOWNLOAD),
+        (cut(f"{BASE}/tokenizer.json"), [], f"{BASE} does not load: …", DOWNLOAD),
+        (lack(ADAPTER), [], f"{ADAPTER} is not there", TRAIN),
+        (cut(f"{ADAPTER}/adapters.safetensors"), [], f"{ADAPTER} does not load: …", TRAIN),
+        (put(f"{ADAPTER}/adapter_config.json", "[" * 9999), [],
+         f"{ADAPTER} does not load: …", TRAIN),
+        (put(f"{ADAPTER}/adapter_config.json", '{"model": "models/base/c"}'), [],
+         f"{ADAPTER}/adapter_config.json is of another model or version: models/base/c", ANOTHER),
+        (put(f"{FUSED}/fused_from.json", '{"base": "tiny-gemma-3", "version": "a"}'), [],
+         f"{FUSED}/fused_from.json is of another model or version: a", ANOTHER),
+        (lack(FUSED), ["--models", "base,fused"], f"{FUSED} is not there", f"{RUN} ./fuse.sh"),
+        (valid(), [], f"{VALID} is empty", BUILD),
+        (valid(pair("a", "b"), {"prompt": "a"}), [], f"{VALID} line 2 {SHAPES}", BUILD),
+        (valid(pair("a", 7)), [], f"{VALID} line 1 {SHAPES}", BUILD),
+        (valid(pair("a", "\ud800")), [], f"{VALID} line 1 {SHAPES}", BUILD),
+        (valid({"messages": turns("a", "b")["messages"][1:]}), [],
+         f"{VALID} line 1 {SHAPES}", BUILD),
+        (put(VALID, "[" * 99_999), [], f"{VALID} line 1 {SHAPES}", BUILD),
+        (valid(pair("a", "b"), pair("a", "1 " * 500_000)), [],
+         f"{VALID} line 2 has … tokens, more than 1,024", BUILD),
+        (template(None), [], f"{BASE} has no chat template", INSTRUCT),
+        (template(FAILS), [], f"the chat template of {BASE} fails on {VALID} line 1: no\\x1b[2J",
+         INSTRUCT),
+        (template(THINKS), [],
+         f"the chat template of {BASE} begins a reply otherwise than it goes on, "
+         f"so no loss is that of the reply alone ({VALID} line 1)", INSTRUCT),
+        (lambda p: (p / RESULTS).symlink_to("/tmp"), [], f"{RESULTS} is not a folder",
+         f"mv {RESULTS} {RESULTS}.mine"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
+    project, stage_4, damage, args, error, fix
+):
+    damage(project)
+    code, out, err = stage_4(project, *args)
+    start, cut_out, end = f"error: {error}. FIX: {fix}\n".partition("does not load: …")
+    if not cut_out:
+        start, cut_out, end = f"error: {error}. FIX: {fix}\n".partition("… tokens")
+    assert err.startswith(start) and err.endswith(end) and err.count("\n") == 1
+    assert (code, out) == (1, "") and not (project / RESULTS / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_result_of_another_version_with_the_same_name_is_not_replaced(project, stage_4):
+    (project / RESULTS).mkdir()
+    other = {"settings": {"version": "sample_tiny-gemma", "model": "3"}}
+    (project / RESULTS / "metrics.json").write_text(json.dumps(other))
+    code, _, err = stage_4(project)
+    assert code == 1 and f"{RESULTS}/metrics.json is of another model or version" in err
+    assert metrics(project) == other
+
+
+def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
+    project, stage_4, monkeypatch
+):
+    monkeypatch.delenv("VERSION")
+    monkeypatch.delenv("MODEL")
+    assert stage_4(project)[2].endswith("is not there (but sample). FIX: export VERSION=sample\n")
+    shutil.rmtree(project / f"{BASE}-4bit")
+    err = stage_4(project, "--version", "sample")[2]
+    assert err.endswith("is not there (but tiny-gemma-3). FIX: export MODEL=tiny-gemma-3\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--nonsense"], ["--models", "base,all"], ["--temperature", "3"], ["--temperature", "nan"],
+     ["--replies", "-1"], ["--max-tokens", "0"]],
+)  # fmt: skip
+def test_wrong_usage(trained, stage_4, args):
+    code, _, err = stage_4(trained, *args)
+    assert code == 2 and re.fullmatch(r"error: .*\. FIX: python test_on_validation\.py --.*\n", err)
+
+
+# ---- whom not to trust ---------------------------------------------------------------------------
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "changes", "error"),
+    [
+        ("config.json", {"num_hidden_layers": 10**9}, f"{BASE} does not load: no end in 1 s"),
+        ("config.json", {"model_type": "\x1b[2Jx"}, f"{BASE} does not load: Model type \\x1b[2Jx"),
+        ("config.json", {"model_file": "evil.py"}, f"{BASE} does not load: "),
+        ("tokenizer_config.json", {"chat_template": ENDLESS},
+         f"the chat template of {BASE} fails on {VALID} line 1: no end in 1 s"),
+    ],
+)  # fmt: skip
+def test_an_odd_base_neither_hangs_nor_writes_to_the_terminal(
+    project, stage_4, file, changes, error
+):
+    edit(project / BASE / file, **changes)
+    code, _, err = stage_4(project, patch=lambda module: setattr(module, "PATIENCE", 1))
+    assert code == 1 and err.startswith(f"error: {error}") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_no_code_of_a_base_runs_and_nobody_is_asked(project, run):
+    (project / BASE / "evil.py").write_text("open('/tmp/owned', 'w')\nclass Evil: pass\n")
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    edit(project / BASE / "config.json", auto_map=auto, model_type="evil")
+    edit(project / BASE / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
+    code, shown = on_a_terminal(project, run, "--models", "base", answer=b"y\n" * 9)
+    assert code == 1 and "[y/N]" not in shown and not Path("/tmp/owned").exists()
+    assert re.match(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\r\n$", shown)
+
+
+def on_a_terminal(project, run, *args, answer=b""):
+    """Run the script on a terminal of 100 columns; return its exit code and what it wrote."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    args = ["--models", "base", "--replies", "6", "--max-tokens", "60"]
-    child = run(project, "test_on_validation.py", *args, start=subprocess.Popen, stdout=slave, stderr=slave)
+    flags = termios.tcgetattr(slave)
+    flags[3] = 0  # no echo
+    termios.tcsetattr(slave, termios.TCSANOW, flags)
+    os.write(master, answer)
+    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+    child = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **streams)
     os.close(slave)
     shown = b""
     try:
@@ -483,211 +1066,49 @@ def test_hostile_chat_goes_through_the_whole_chain(project, run):
             shown += part
     except OSError:  # Linux: the other end was closed
         pass
-    assert child.wait(60) == 0
-    shown = shown.decode()
-    assert re.search(r"base +replies: +\d+%.*\d\d:\d\d<\d\d:\d\d", shown)  # the bar, with the time left
-    assert readable(re.sub(r"\r|\x1b\[A", "", shown))  # tqdm moves with these two
-    assert readable((project / RESULTS / "report.html").read_text(encoding="utf-8"))
+    return child.wait(60), shown.decode()
 
 
-# ---- cut short -------------------------------------------------------------------------------------------------------
-def start_and_wait_for(project, run, text, *args):
-    """Start the script and return its process as soon as it has written `text`."""
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
-    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, env={"PYTHONUNBUFFERED": "1"}, **out)
-    for line in process.stdout:
-        if text in line:
-            return process
-    raise AssertionError(f"{text!r} was never written")
+@pytest.mark.slow
+def test_hostile_chat_is_harmless_on_a_terminal_with_a_progress_bar(project, run):
+    texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE if len(text) < 100]
+    write_rows(project, *(pair(f"{text}\n{text}", text or "?") for text in texts))
+    args = ["--models", "base", "--replies", "6", "--max-tokens", "60"]
+    code, shown = on_a_terminal(project, run, *args)
+    assert code == 0, shown
+    assert re.search(r"base +replies: +\d+%.*\d\d:\d\d<\d\d:\d\d", shown)
+    assert is_readable(re.sub(r"\r|\x1b\[A", "", shown))  # tqdm moves with these two
+    assert is_readable(page(project))
 
 
-def slow(project):
-    """Make the validation set four times as long, so that a signal comes in the middle."""
-    valid = project / "data/for_train/v1/valid.jsonl"
-    valid.write_bytes(valid.read_bytes() * 4)
-
-
-def test_ctrl_c_reports_what_is_done(project, run):
-    slow(project)
-    process = start_and_wait_for(
-        project, run, "base    replies 2/2", "--replies", "2", "--reply-batch", "1", "--max-tokens", "4"
+@pytest.mark.slow
+def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run, tmp_path):
+    link = tmp_path / "bin/test_on_validation.py"
+    link.parent.mkdir()
+    link.symlink_to(project / "test_on_validation.py")
+    for folder in project, tmp_path:
+        (folder / "json.py").write_text("raise SystemExit('json.py ran')")
+    odd = {"PYTHONUTF8": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
+    odd |= {
+        "MPLBACKEND": "bogus",
+        "MLXLM_USE_MODELSCOPE": "True",
+        "HF_HUB_OFFLINE": "0",
+        "HTTPS_PROXY": "http://x:1",
+    }
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    args = ["--models", "base", "--replies", "1", "--max-tokens", "2"]
+    process = run(
+        tmp_path / "bin", link.name, *args, env=odd, cwd=tmp_path, start=subprocess.Popen, **streams
     )
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in out) == (130, False)
-    assert set(metrics(project)["loss"]) == {"reference", "base"}
-    assert "stopped with Ctrl-C" in (project / RESULTS / "report.html").read_text(encoding="utf-8")
-    assert "Nothing to compare" in out and "warning: stopped with Ctrl-C" in out
-
-
-@pytest.mark.parametrize(("kill", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_run_stopped_before_a_loss_or_killed_leaves_the_previous_report(project, run, kill, code):
-    slow(project)
-    (project / RESULTS).mkdir(parents=True)
-    (project / RESULTS / "report.html").write_text("previous")
-    process = start_and_wait_for(project, run, "testing base, adapter, fused on 96 rows")
-    process.send_signal(kill)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in out) == (code, False)
-    assert contents(project / RESULTS) == {"report.html": b"previous"}
-    assert not (project / f"{RESULTS}.partial").exists()
-
-
-@pytest.mark.parametrize(
-    ("folders", "left"),
-    [
-        ({"r.old": "older", "r.partial": "newer"}, "newer"),  # killed between the two renames: the new one was whole
-        ({"r.old": "older"}, "older"),
-        ({"r": "newer", "r.old": "older"}, "newer"),  # killed before the old one was gone
-        ({"r": "older", "r.partial": "half"}, "older"),  # killed while writing
-    ],
-)
-def test_a_swap_that_was_cut_short_is_finished_or_undone(script, tmp_path, folders, left):
-    for name, text in folders.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.html").write_text(text)
-    script.clean_up(tmp_path / "r")
-    assert [p.name for p in tmp_path.iterdir()] == ["r"]
-    assert (tmp_path / "r/report.html").read_text() == left
-
-
-# ---- what is missing or wrong ----------------------------------------------------------------------------------------
-def test_without_a_fused_model_base_and_adapter_are_compared(project, stage_4):
-    shutil.rmtree(project / FUSED)
-    code, out, err = stage_4("--replies", "0")
-    assert code == 0 and "there is no fused model to test; to make it: VERSION=v1 MODEL=tiny-gemma-3 ./fuse.sh" in err
-    assert set(metrics(project)["loss"]) == {"reference", "base", "adapter"} and "than the base" in out
-    assert "there is no fused model" in (project / RESULTS / "report.html").read_text(encoding="utf-8")
-
-
-def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
-    shutil.rmtree(project / ADAPTER)
-    assert stage_4("--models", "base,fused", "--replies", "0")[0] == 0
-    assert set(metrics(project)["loss"]) == {"reference", "base", "fused"}
-
-
-def test_it_warns_of_a_fused_model_of_another_adapter_and_of_other_validation_rows(project, stage_4):
-    code, _, err = stage_4("--replies", "0")
-    assert code == 0 and "warning" not in err
-    weights = dict(mx.load(str(project / ADAPTER / "adapters.safetensors")))
-    name = next(iter(weights))
-    mx.save_safetensors(str(project / ADAPTER / "adapters.safetensors"), weights | {name: weights[name] + 1e-3})
-    write_rows(project, [("ciao", "tutto bene")] * 3)
-    code, _, err = stage_4("--replies", "0")
-    assert code == 0 and "warning: the fused model was made from another adapter than the one there now" in err
-    assert "warning: valid.jsonl is not the one of the training" in err
-    assert len(metrics(project)["warnings"]) == 2
-
-
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    ("damage", "args", "error"),
-    [
-        (
-            lambda p: (p / "data/for_train/v1/valid.jsonl").unlink(),
-            [],
-            "data/for_train/v1/valid.jsonl is not there. FIX: VERSION=v1 python build_train.py",
-        ),
-        (
-            lambda p: shutil.rmtree(p / BASE),
-            [],
-            "models/base/tiny-gemma-3 is not there. "
-            "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
-        ),
-        (
-            lambda p: cut_off(p / BASE / "model.safetensors"),
-            [],
-            "incomplete download or corrupt file?. "
-            "FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
-        ),
-        (
-            lambda p: cut_off(p / BASE / "tokenizer.json"),
-            [],
-            ". FIX: hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3",
-        ),
-        (
-            lambda p: shutil.rmtree(p / ADAPTER),
-            [],
-            "models/adapters/adapter-v1_tiny-gemma-3 is not there. "
-            "FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fine_tune.sh, or test the base model alone: --models base",
-        ),
-        (
-            lambda p: cut_off(p / ADAPTER / "adapters.safetensors"),
-            [],
-            "FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fine_tune.sh, or test the base model alone: --models base",
-        ),
-        (
-            lambda p: shutil.rmtree(p / FUSED),
-            ["--models", "base,fused"],
-            "models/fused/fused-v1_tiny-gemma-3 is not there. FIX: VERSION=v1 MODEL=tiny-gemma-3 ./fuse.sh",
-        ),
-        (lambda p: write_rows(p, []), [], "data/for_train/v1/valid.jsonl is empty. FIX: python build_train.py"),
-        (
-            lambda p: (p / "data/for_train/v1/valid.jsonl").write_text(
-                '{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n'
-            ),
-            [],
-            'data/for_train/v1/valid.jsonl line 2 is not {"prompt": text, "completion": text} in UTF-8. '
-            "FIX: python build_train.py",
-        ),
-        (
-            lambda p: write_rows(p, [("a", 7)]),
-            [],
-            'data/for_train/v1/valid.jsonl line 1 is not {"prompt": text, "completion": text} in UTF-8. '
-            "FIX: python build_train.py",
-        ),
-        (
-            lambda p: write_rows(p, [("a", "\ud800")]),
-            [],
-            'data/for_train/v1/valid.jsonl line 1 is not {"prompt": text, "completion": text} in UTF-8. '
-            "FIX: python build_train.py",
-        ),
-        (
-            lambda p: None,
-            ["--model", "mlx-community/gemma-3-text-27b-it-4bit"],
-            "VERSION or MODEL is 'mlx-community/gemma-3-text-27b-it-4bit', which is not the name of a folder. "
-            "FIX: hf download mlx-community/gemma-3-text-27b-it-4bit --local-dir models/base/gemma-3-text-27b-it-4bit; "
-            "MODEL=gemma-3-text-27b-it-4bit python test_on_validation.py",
-        ),
-        *(
-            (
-                lambda p: None,
-                ["--model", path],
-                f"VERSION or MODEL is '{path}', which is not the name of a folder. "
-                "FIX: MODEL=tiny-gemma-3 python test_on_validation.py",
-            )
-            for path in ("models/base/tiny-gemma-3/", "./models/base/tiny-gemma-3", "/x/tiny-gemma-3")
-        ),
-        (
-            lambda p: None,
-            ["--version", ".."],
-            "VERSION or MODEL is '..', which is not the name of a folder. "
-            "FIX: use letters, digits, '.', '_' and '-' alone",
-        ),
-    ],
-)
-def test_what_is_missing_or_wrong_is_said_before_a_model_loads_with_the_way_out(project, stage_4, damage, args, error):
-    damage(project)
-    code, out, err = stage_4(*args)
-    assert code == 1 and err.splitlines()[-1].startswith("error: ") and err.splitlines()[-1].endswith(error)
-    assert out == "" and not (project / RESULTS).exists()
-
-
-@pytest.mark.parametrize(
-    "args", [["--nonsense"], ["--models", "base,all"], ["--temperature", "3"], ["--replies", "-1"]]
-)
-def test_wrong_usage(stage_4, args):
-    code, _, err = stage_4(*args)
-    assert (
-        code == 2 and err.splitlines()[-1].startswith("error: ") and "FIX: python test_on_validation.py --help" in err
-    )
+    assert f"testing base on 10 rows of {VALID}\n".encode() in iter(process.stdout.readline, b"")
+    process.stdout.close()  # as `| head -1` does
+    err = process.stderr.read()
+    assert (process.wait(60), b"Traceback" in err, b"Broken" in err) == (0, False, False), err
+    assert metrics(project)["replies"]["base"] == 1
 
 
 def test_a_python_that_is_too_old_can_still_read_the_script_and_say_so():
-    with open(os.path.join(REPOSITORY, "test_on_validation.py"), encoding="utf-8") as file:
-        tree = ast.parse(file.read(), feature_version=(3, 9))
-    kinds = [type(node).__name__ for node in tree.body[:4]]
-    assert kinds == ["Expr", "ImportFrom", "Import", "If"]  # docstring, annotations, sys, the check
+    text = (REPOSITORY / "test_on_validation.py").read_text(encoding="utf-8")
+    tree = ast.parse(text, feature_version=(3, 9))
+    kinds = [type(node).__name__ for node in tree.body[:5]]
+    assert kinds == ["Expr", "Import", "Import", "Import", "If"]  # docstring, …, the check

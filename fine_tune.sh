@@ -101,7 +101,7 @@ ONE_CARD='
 
 tidy_shell() { # whatever BASH_ENV and the environment have set
   set -euo pipefail
-  set +f +C
+  set +f +C +m
   IFS=$' \t\n'
   unset CDPATH PYTHONOPTIMIZE MLXLM_USE_MODELSCOPE FORCE_COLOR TTY_COMPATIBLE
   export HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONIOENCODING=utf-8 PYTHONUNBUFFERED=1
@@ -325,8 +325,9 @@ def look_for_base_and_data():
         fail(f"there is no base model in {BASE} (there: {', '.join(there) or 'none'})", fix)
     there = names_with(DATA.parent, "train.jsonl")
     for file in (DATA / "train.jsonl", DATA / "valid.jsonl"):
-        if not file.exists() or not file.stat().st_size:
-            fail(f"{file} is missing or empty (there: {', '.join(there) or 'none'})", BUILD)
+        with readable(file, BUILD):
+            if not file.exists() or not file.stat().st_size:
+                fail(f"{file} is missing or empty (there: {', '.join(there) or 'none'})", BUILD)
 
 
 def read_base():
@@ -391,18 +392,19 @@ def longest_row(rows):
     def give_up(*_):
         raise TimeoutError("the chat template takes for ever")
 
+    from mlx_lm.utils import load_tokenizer
+
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     most = 0
     with readable(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or another base model"):
-        from mlx_lm.utils import load_tokenizer
-
         tokens_of = load_tokenizer(BASE, {"trust_remote_code": False}).apply_chat_template
         for row in rows:
             tokens = tokens_of(row, return_dict=False)
             prompt = tokens_of(row[:-1], add_generation_prompt=True, return_dict=False)
             if tokens[: len(prompt)] != prompt or tokens == prompt:
-                raise ValueError("its chat template does not tell which tokens are the reply")
+                what = f"the chat template of {MODEL} does not tell which tokens are the reply"
+                fail(what, "another base model; those of Gemma 3 and Llama 3 do")
             most = max(most, len(tokens))
     signal.alarm(0)
     return most

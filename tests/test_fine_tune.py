@@ -523,7 +523,6 @@ THINKS = (
         ("tokenizer.json", "{}", ""),
         ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
         ("chat_template.jinja", "{% if", "TemplateSyntaxError"),
-        ("chat_template.jinja", THINKS, "ValueError: its chat template does not tell which tokens"),
     ],
 )
 def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
@@ -575,6 +574,12 @@ def test_another_base_whose_adapter_has_the_same_name(project, train):
     (project / ADAPTER / "adapter_config.json").write_text('{"model": "models/base/gemma-3"}')
     what = f"{ADAPTER} is that of the base gemma-3"
     assert_error(project, train(), what, "a VERSION other than sample")
+
+
+def test_a_template_that_begins_a_reply_otherwise_than_it_writes_one(project, train):
+    (project / BASE / "chat_template.jinja").write_text(THINKS)
+    what = "the chat template of tiny-gemma-3 does not tell which tokens are the reply"
+    assert_error(project, train(), what, "another base model")
 
 
 def test_code_that_a_base_brings_is_never_run(project, train):

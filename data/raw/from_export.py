@@ -536,9 +536,9 @@ ENTRY = re.compile(
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
 TAG = re.compile(r'<([^<>\n\d/="]{3,60})>(?=\n|\Z)')
 MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>")
-FILE = re.compile(rf"{MARK}?(.{{1,200}}?)(\.\w{{0,5}})? \(([^()\n]{{3,40}})\)")
+FILE = re.compile(r"(.{1,200}) \(([^()\n]{3,40})\)")
 FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
-LOCATION = re.compile(r"\W?([^\s:]{1,30} ?){1,3}: https://maps\.google\.com/\?q=\S+")
+LOCATION = re.compile(r"[^\n:]{1,60}: https://maps\.google\.com/\?q=\S+")
 POLL = re.compile(r"\W?[^\W\d_]{2,20} ?:\n(?s:.*)\(\W?\d+ [^()\n]+\)")
 
 
@@ -581,8 +581,8 @@ def whatsapp_words(text, is_iphone, tags):
     if mark and kind_of_sentence(after):
         words = before
     line, _, rest = words.partition("\n")
-    if (file := FILE.fullmatch(line)) and plain(file[3]) in ATTACHED:
-        words = "" if rest in (file[1], f"{file[1]}{file[2]}") else rest
+    if (file := FILE.fullmatch(line)) and plain(file[2]) in ATTACHED:
+        words = "" if rest in (file[1], Path(file[1]).stem) else rest
     elif (tag := TAG.fullmatch(line)) and is_tag(tag[1], tags):
         words = "" if FILE_NAME.fullmatch(rest) else rest
     last = TAG.search(words, max(0, len(words) - 62))
@@ -697,7 +697,7 @@ def read_times(messages, order):
     """Return (messages with datetimes, the order of day and month if it had to be assumed)."""
     texts = dict.fromkeys(m.time for m in messages if isinstance(m.time, str))
     stamps = {text: stamp_of(text) for text in texts}
-    dates = [stamp[:3] for stamp in stamps.values() if isinstance(stamp, tuple)]
+    dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     assumed = ""
     if dates and not order:
         order, is_sure = date_order(dates)

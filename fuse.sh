@@ -137,7 +137,7 @@ trap 'rm -rf "$PARTIAL"' EXIT
 
 # A copy, for ./fine_tune.sh may replace the adapter meanwhile; after cd both are of one adapter.
 copy() { cd "$ADAPTER" && cp adapters.safetensors adapter_config.json "$OLDPWD/$PARTIAL/adapter"; }
-why=$(copy 2>&1) || fail "the adapter cannot be copied: $why" "make room, or $RETRAIN"
+why=$(copy 2>&1 | tail -n 1) || fail "the adapter cannot be copied: $why" "make room, or $RETRAIN"
 
 # ---- what there is, and how many bits -----------------------------------------------------------
 run python3 /dev/fd/3 "$BASE" "$FUSED" "$PARTIAL" "$VERSION" "$FUSED_BITS" "$GROUP_SIZE" \

@@ -485,6 +485,13 @@ def test_a_log_goes_on_after_midnight_and_may_have_its_day_in_its_name(convert):
     assert [entry["time"][8:] for entry in entries] == ["24T23:59:50", "25T00:00:05", "25T00:00:10"]
 
 
+def test_every_day_of_a_channel_may_be_a_file(convert):
+    log = "[10:44:25] <ann> hi\n[10:45:00] <bob> ok"
+    entries, _ = convert({f"#home/2026-11-{day}.log": log for day in (23, 24)})
+    assert [entry["time"][8:10] for entry in entries] == ["23", "23", "24", "24"]
+    assert {entry["conversation"] for entry in entries} == {"#home"}
+
+
 def test_slack_has_names_in_a_file_of_their_own(convert):
     def message(user, text, second, **more):
         return {
@@ -724,6 +731,11 @@ def test_a_message_that_two_exports_hold_is_read_once(convert):
     entries, left_out = convert({"Ann.txt": old, "Ann (1).txt": new})
     assert said(entries) == [("Ann", "hi")] * 2 + [("Bob", "ok")] + [("Ann", "more")] * 2
     assert left_out == {"copy": 2}
+
+
+def test_without_times_nothing_is_a_copy(convert):
+    files = {f"{folder}/chat.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
+    assert len(convert(files)[0]) == 4 and len(convert({"c/chat.json": [{"text": "ok"}]})[0]) == 5
 
 
 def test_conversations_are_named_by_file_or_folder(convert):

@@ -201,11 +201,11 @@ def read(name, content):
         outer, inner = keys_of(data), keys_of(messages_of(data))
         for app, file_keys, message_keys, reader in JSON_READERS:
             if file_keys <= outer and message_keys <= inner:
-                return app, list(reader(data, title_of(name)))
+                return app, list(reader(data, name))
     for line in text.split("\n")[:50]:
         for app, looks_like, reader in TEXT_READERS:
             if looks_like(line):
-                return app, list(reader(text, title_of(name)))
+                return app, list(reader(text, name))
     raise UnknownFileError(what_it_is(text))
 
 
@@ -286,15 +286,15 @@ def since_1970(number):
         return None
 
 
-def read_telegram(data, title):
+def read_telegram(data, name):
     """Read one chat, or the export of all; a topic of a forum is a conversation of its own."""
     parts = [data.get(key) or {} for key in ("chats", "left_chats")]
     chats = [chat for part in parts for chat in part.get("list", [])] or [data]
     names = Counter(chat.get("name") for chat in chats)
     for chat in chats:
-        name = text_of(chat.get("name")) or title
+        title = text_of(chat.get("name")) or title_of(name)
         if names[chat.get("name")] > 1:
-            name += f" {text_of(chat.get('id'))}"
+            title += f" {text_of(chat.get('id'))}"
         form = text_of(chat.get("type"))
         topics = {}  # message → its topic
         for m in chat["messages"]:
@@ -312,11 +312,11 @@ def read_telegram(data, title):
             )
             when = since_1970(m.get("date_unixtime")) or text_of(m.get("date"))
             text = text_of(m.get("text") or m.get("text_entities"))
-            place = f"{name} / {topic}" if topic else name
+            place = f"{title} / {topic}" if topic else title
             yield Message(when, text_of(m.get("from")), text, kind, place)
 
 
-def read_discord(data, title):
+def read_discord(data, name):
     place = " / ".join(filter(None, (data["guild"].get("name"), data["channel"].get("name"))))
     for m in data["messages"]:
         kind = first(
@@ -329,9 +329,9 @@ def read_discord(data, title):
         yield Message(text_of(m.get("timestamp")), author, text, kind, place)
 
 
-def read_meta(data, title):
+def read_meta(data, name):
     """Read Instagram and Messenger: as they export all data, and as they export encrypted chats."""
-    name = text_of(data.get("title")) or re.sub(r"_\d+$", "", text_of(data.get("threadName")))
+    title = text_of(data.get("title")) or re.sub(r"_\d+$", "", text_of(data.get("threadName")))
     for m in data["messages"]:
         author = repaired(text_of(m.get("sender_name") or m.get("senderName")))
         text = repaired(text_of(m.get("content") or m.get("text")))
@@ -343,7 +343,7 @@ def read_meta(data, title):
             or (text.startswith(f"{author} ") and text.endswith(".")),  # "Zoë sent an attachment."
         )
         when = since_1970(m.get("timestamp_ms") or m.get("timestamp"))
-        yield Message(when, author, text, kind, repaired(name) or title)
+        yield Message(when, author, text, kind, repaired(title))
 
 
 def repaired(text):
@@ -354,7 +354,7 @@ def repaired(text):
         return text
 
 
-def read_twitch(data, title):
+def read_twitch(data, name):
     for m in data["comments"]:
         seconds = since_1970(m.get("content_offset_seconds"))  # of the video
         notice = (m["message"].get("user_notice_params") or {}).get("msg-id")
@@ -365,13 +365,13 @@ def read_twitch(data, title):
 slack_names = {}  # number → name, from users.json, which is read before all other files
 
 
-def read_slack_users(data, title):
+def read_slack_users(data, name):
     for person in data:
         slack_names[person["id"]] = text_of(person["profile"]) or text_of(person)
     return []
 
 
-def read_slack(data, title):
+def read_slack(data, name):
     """Read a day of a channel; a thread is a conversation of its own."""
     for m in data:
         kind = first(
@@ -379,7 +379,7 @@ def read_slack(data, title):
             app=m.get("subtype") not in (None, "thread_broadcast", "me_message", "file_share"),
         )
         author = slack_names.get(m.get("user")) or text_of(m.get("user_profile") or m.get("user"))
-        place = f"{title} / {m['thread_ts']}" if m.get("thread_ts") else title
+        place = f"{title_of(name)} / {m['thread_ts']}" if m.get("thread_ts") else ""
         yield Message(since_1970(m["ts"]), author, slack_text(text_of(m.get("text"))), kind, place)
 
 
@@ -389,7 +389,7 @@ def slack_text(text):
     return html.unescape(re.sub(r"<(?:[^<>|]*\|)?([^<>]*)>", r"\1", text))
 
 
-def read_google_chat(data, title):
+def read_google_chat(data, name):
     for m in data["messages"]:
         kind = first(
             bot=m["creator"].get("user_type") == "Bot",
@@ -399,7 +399,7 @@ def read_google_chat(data, title):
         yield Message(when, text_of(m["creator"]), text_of(m.get("text")), kind)
 
 
-def read_matrix(data, title):
+def read_matrix(data, name):
     for m in data["messages"]:
         content = m.get("content") or {}
         relation = content.get("m.relates_to") or {}
@@ -448,7 +448,7 @@ def columns_of(keys):
     return found
 
 
-def read_entries(data, title):
+def read_entries(data, name):
     """Read messages under the keys that many programs use."""
     keys = ", ".join(sorted(keys_of(data))[:9])
     data = messages_of(data)
@@ -459,7 +459,7 @@ def read_entries(data, title):
         raise UnknownFileError("what build_train.py reads as it is, if you copy it into data/raw")
     ignored = keys_of(data) - {key for keys in columns.values() for key in keys}
     if ignored:
-        notes.append(f"nothing was understood in {', '.join(sorted(ignored))} of {title}")
+        notes.append(f"nothing was understood in {', '.join(sorted(ignored))} of {title_of(name)}")
     for entry in data:
         values = {
             column: " ".join(text_of(entry[key]) for key in keys if entry.get(key))
@@ -469,9 +469,9 @@ def read_entries(data, title):
         yield Message(when, values["author"], values["message"], "", values["conversation"])
 
 
-def read_csv(text, title):
+def read_csv(text, name):
     csv.field_size_limit(sys.maxsize)
-    return read_entries(list(csv.DictReader(io.StringIO(text), delimiter=delimiter(text))), title)
+    return read_entries(list(csv.DictReader(io.StringIO(text), delimiter=delimiter(text))), name)
 
 
 def delimiter(text):
@@ -483,7 +483,7 @@ def is_csv_header(line):
     return len(names) > 1 and bool(columns_of(names)["message"])
 
 
-def read_pairs(data, title):
+def read_pairs(data, name):
     """Yield the pairs of a training set: {"instruction", "input", "output"} and the like."""
     for entry in messages_of(data):
         asked, answered = next(pair for pair in PAIRS if set(pair) <= set(entry))
@@ -492,7 +492,7 @@ def read_pairs(data, title):
         yield {"prompt": prompt, "completion": text_of(entry[answered])}
 
 
-def read_turns(data, title):
+def read_turns(data, name):
     """Yield a pair for each turn of the assistant; its prompt is all that was said before it.
 
     system s, user a, assistant b, user c, assistant d → (s a, b) and (s a b c, d)
@@ -507,12 +507,12 @@ def read_turns(data, title):
             before.append(text)
 
 
-def read_texts(data, title):
+def read_texts(data, name):
     r"""Read {"text": …}: "Q: hi?\nA: hello" is a pair, and all else a list of messages."""
     data = messages_of(data)
     cuts = [list(ANSWERED.finditer(text_of(entry.get("text")))) for entry in data]
     if not all(cuts):
-        yield from read_entries(data, title)
+        yield from read_entries(data, name)
         return
     for entry, cut in zip(data, cuts, strict=True):
         text = entry["text"]
@@ -542,7 +542,7 @@ LOCATION = re.compile(r"[^\n:]{1,60}: https://maps\.google\.com/\?q=\S+")
 POLL = re.compile(r"\W?[^\W\d_]{2,20} ?:\n(?s:.*)\(\W?\d+ [^()\n]+\)")
 
 
-def read_whatsapp(text, title):
+def read_whatsapp(text, name):
     r"""Read messages that begin with a date; the lines after it belong to them.
 
     "24/11/26, 10:44 - Ann: one\ntwo" → Message("24/11/26, 10:44", "Ann", "one\ntwo")
@@ -613,13 +613,13 @@ def plain(sentence):
     return sentence.translate(INVISIBLE).strip(" \n<>").rstrip(".。।").casefold()
 
 
-def read_signal(text, title):
+def read_signal(text, name):
     """Read what signal-export writes, without reactions, quotations and names of files."""
-    for m in read_whatsapp(text, title):
+    for m in read_whatsapp(text, name):
         words = re.sub(r"\n\(- .* -\) *\Z|(?m:^> .*\n?)", "", m.text)
         words = re.sub(r"!?\[[^][\n]*\]\([^()\n]*\)|\(\w+ not exported\)", "", words)
         deleted = words.strip() == "(This message was deleted)"
-        kind = m.kind or first(notes=title == "Note to Self", deleted=deleted)
+        kind = m.kind or first(notes=title_of(name) == "Note to Self", deleted=deleted)
         yield m._replace(text=words, kind=kind)
 
 
@@ -632,9 +632,9 @@ LOG_LINE = re.compile(
 LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
 
 
-def read_log(text, title):
+def read_log(text, name):
     """Read a log of IRC or Twitch, a message a line; the day has lines of its own, if at all."""
-    last = datetime.combine(day_in(title, datetime(1970, 1, 1)), time())
+    last = datetime.combine(day_in(Path(name).stem, datetime(1970, 1, 1)), time())
     for line in filter(str.strip, text.split("\n")):
         found = LOG_LINE.match(line)
         if not found:
@@ -668,7 +668,7 @@ IMESSAGE_NOTE = re.compile(
 )
 
 
-def read_imessage(text, title):
+def read_imessage(text, name):
     """Read what imessage-exporter writes: a line with the time, one with the name, the words."""
     blocks = []  # (time, the rest of its line, lines)
     for line in text.split("\n"):
@@ -835,7 +835,7 @@ def sort_out(files, keep):
             m = tidy_message(m, title_of(name))
             here[m] += 1
             bot = m.author.casefold() in BOTS
-            kind = m.kind or first(bot=bot, media=not m.text, copy=here[m] <= before[m])
+            kind = m.kind or first(bot=bot, media=not m.text, copy=m.time and here[m] <= before[m])
             if m.text and kind in keep | {""}:
                 talks[m.conversation].append(m)
             else:
@@ -891,7 +891,7 @@ def claim(target):
         fail(f"{target} is a link or a folder", f"mv {shlex.quote(str(target))} /tmp")
     log = target.with_suffix(".jsonl")
     if log.exists():
-        fail(f"{log} holds data of this version", "another --version")
+        fail(f"{log} holds data of this version", "--version NAME, another one")
     lock = open(target.with_name(f".{target.name}.lock"), "w")  # noqa: SIM115 (open until the end)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -95,6 +95,7 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 
 
 def settings(arguments=None):
+    """Return the settings of this run; end it if one of them cannot be."""
     s = parser.parse_args(arguments)
     for name, value in vars(s).items():
         flag = f"--{name.replace('_', '-')}"
@@ -560,9 +561,9 @@ def frame(pairs):
 
 
 def line_up(rows, number, place, has_name):
-    """Give rows that came with their context places in the log: windows laid end to end.
+    """Give rows that came with their context talks and places: windows laid end to end.
 
-    a b c, b c d, x y → a at place 2, b 3, c 4, d 5; what overlaps nothing is far away, x at 10
+    a b c, b c d, x y → a at place 4, b 5, c 6, d 7; what overlaps nothing is far away: x 12, y 13
     """
     first, last = frame([row for row in rows if row.prompt])
     far = 2 * max((len(row.window) for row in rows), default=0)
@@ -571,13 +572,12 @@ def line_up(rows, number, place, has_name):
         window = [text for text in row.texts if text]
         if row.prompt:
             window = [*window[first : len(window) - 1 - last], row.reply]
-        with_replies = overlap(before, window)
-        without = overlap(before[:-1], window[:-1])  # one's own replies are not in the contexts
-        new = len(window) - max(with_replies, without + 1 if without else 0)
-        if not with_replies and not without:
-            new = far
-            number += not (before and has_name)
-        place += new
+        shared = overlap(before, window)
+        if without := overlap(before[:-1], window[:-1]):  # one's own replies are in no context
+            shared = max(shared, without + 1)
+        place += len(window) - shared if shared else far
+        if not shared and not (before and has_name):
+            number += 1
         row.talk, row.start, row.end = number, place - len(window) + 1, place
         before = window
     return number, place + far
@@ -626,7 +626,8 @@ def split(rows, s, dropped):
 
 def runs(row, size):
     """Return what stands on end in its window, `size` messages each: a b c d, 3 → {abc, bcd}."""
-    return set(zip(*(row.texts[i:] for i in range(size)), strict=False))
+    texts = row.texts
+    return set(zip(*(texts[i:] for i in range(size)), strict=False))
 
 
 def drop_copies(train, valid, dropped):
@@ -646,6 +647,9 @@ def drop_copies(train, valid, dropped):
 
 
 # ---- rows as the trainer reads them --------------------------------------------------------------
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def settle_names(rows, s):
     """Decide whether the model sees names, and make the templates say so."""
     authors = [message.author for row in rows for message in row.window]
@@ -746,7 +750,7 @@ def token_counter(folder):
     """Return (function [row of the data] → [its tokens, as the trainer counts], control tokens)."""
 
     def estimate(rows):
-        return [len(json.dumps(row, ensure_ascii=False).encode()) // 3 for row in rows]
+        return [len(to_json(row).encode()) // 3 for row in rows]
 
     def count(rows):
         with untrusted(folder):
@@ -852,12 +856,11 @@ def claim(folder):
 def write(folder, files):
     """Write {name: lines} to the folder that claim() took."""
     partial, old = beside(folder, "partial"), beside(folder, "old")
-    encode = json.JSONEncoder(ensure_ascii=False).encode
     try:
         partial.mkdir()
         for name, lines in files.items():
             with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(encode(line) + "\n" for line in lines)
+                file.writelines(to_json(line) + "\n" for line in lines)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -956,6 +959,9 @@ def build(s, raw, folder):
     rows = lay_out(conversations, s, dropped)
     rows = choose(rows, s, dropped)
     settle_names(rows, s)
+    talks, authors = ({getattr(row, name) for row in rows} for name in ("talk", "author"))
+    seen = "the model sees names" if s.names else "the model sees no names"
+    say(f"rows       {len(rows):,} of {len(talks):,} talks and {len(authors):,} authors; {seen}")
     train, drawn = split(rows, s, dropped) if rows else ([], [])
     valid = drop_copies(train, drawn, dropped)
     if len(valid) < len(drawn) / 2:

@@ -991,6 +991,7 @@ def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
         assert re.search(rf"^{rule} +[\d,]+", printed, re.M), rule
     for line in [
         r"^reading +data/raw/messages_v1\.json with version 'v1', .*window 10",
+        r"^rows +199 of 1 talks and 1 authors; the model sees no names$",
         r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
         r"^leaks .*: 0$",
         r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",

@@ -744,6 +744,8 @@ def test_conversations_are_named_by_file_or_folder(convert):
     entries, _ = convert({name: chat for name in names})
     expected = ["Chat WhatsApp con Ann", "Cy", "notes", "Чат WhatsApp с Bob"]
     assert sorted({entry["conversation"] for entry in entries}) == expected
+    log = [{"channel": "\u202e", "user": name, "text": "hi"} for name in "AB"]
+    assert {e["conversation"] for e in convert({"no name.json": log})[0]} == {*expected, "no name"}
 
 
 # ---- the command -------------------------------------------------------------------------------

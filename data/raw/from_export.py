@@ -821,7 +821,7 @@ def tidy_name(name):
 
 
 def tidy_message(m, title):
-    place = tidy_name(m.conversation or title)
+    place = tidy_name(m.conversation) or tidy_name(title)
     return Message(m.time, tidy_name(m.author), tidy(m.text), m.kind, place)
 
 
@@ -954,7 +954,7 @@ def next_steps(entries, version):
     if not messages:
         print(f"next  {build}")
         return
-    pairs = {(entry.get("author"), entry["conversation"]) for entry in entries}
+    pairs = {(entry.get("author"), entry.get("conversation")) for entry in entries}
     places = Counter(author for author, _ in pairs)
     author = max(messages, key=lambda author: (places[author], messages[author]))
     print(f"next  {build} --only-author {shown(shlex.quote(author))}  # to answer as one of them")

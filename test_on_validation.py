@@ -66,7 +66,11 @@ BATCH = 1 if mx.default_device() == mx.cpu else 8
 
 # ---- settings: edit a default here, or give the flag for a single run ---------------------------
 def settings():
-    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        epilog="Sampling that is not given is as generation_config.json of the base says.",
+    )
     parser.error = lambda what: fail(what, f"{ME} --help", code=2)
     add, env = parser.add_argument, os.environ.get
     add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
@@ -179,14 +183,14 @@ def read_json(path, *keys):
     return found
 
 
-def missing(kind, name, path, others, make):
-    """Fail for lack of a path; name what is there, and the command that most likely mends it."""
+def missing(kind, name, what, others, make):
+    """Fail for lack of it; name what is there, and the command that most likely mends it."""
     there = sorted(other.name for other in others if re.fullmatch(NAME, other.name))
     near = difflib.get_close_matches(name, there, 1, 0.8)
     fix = f"{kind}={near[0]} {ME}" if near else make
     if len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]:
         fix = f"export {kind}={there[0]}"  # a newcomer forgot it
-    fail(f"{path} is not there" + f" (but {', '.join(there)})" * bool(there), fix)
+    fail(f"there is no {what}" + f" (but {', '.join(there)})" * bool(there), fix)
 
 
 def check_owner(args, path, wanted, *keys):
@@ -230,10 +234,10 @@ def find_models(args, base, adapter, fused):
         asked.remove("fused")
     if not base.is_dir() and asked != ["fused"]:
         others = [path.parent for path in base.parent.glob("*/config.json")]
-        missing("MODEL", args.model, base, others, download)
+        missing("MODEL", args.model, f"folder {base}", others, download)
     for name, folder, fix in ("adapter", adapter, train), ("fused", fused, f"{run} ./fuse.sh"):
         if name in asked and not folder.is_dir():
-            fail(f"{folder} is not there", fix)
+            fail(f"there is no folder {folder}", fix)
     models = {}
     if "base" in asked:
         models["base"] = load(base, download)
@@ -261,9 +265,8 @@ def find_warnings(args, models, adapter, fused, valid):
         what = "valid.jsonl is not the one of the training"
         found.append(f"{what}: the adapter may have learned some of its rows")
     if "fused" in models and is_stale(adapter, fused):
-        found.append(
-            f"the fused model was made from another adapter than the one there now: {fuse}"
-        )
+        what = "the fused model was made from another adapter than the one there now"
+        found.append(f"{what}: {fuse}")
     return found
 
 
@@ -846,10 +849,10 @@ def main():
         stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
     args = check(settings())
     valid = Path(f"data/for_train/{args.version}/valid.jsonl")
-    if not valid.exists():
+    if not valid.is_file():
         others = [path.parent for path in Path("data/for_train").glob("*/valid.jsonl")]
         build = f"VERSION={args.version} python build_train.py"
-        missing("VERSION", args.version, valid, others, build)
+        missing("VERSION", args.version, f"file {valid}", others, build)
     final = Path("data/results", f"{args.version}_{args.model}")
     with held(final):
         return test(args, valid, final)
@@ -1125,11 +1128,12 @@ mlx {{ versions.mlx }}, mlx-lm {{ versions.mlx_lm }}.</p>
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
+        sys.exit(code)
     except KeyboardInterrupt:
         os._exit(130)
     except OSError as e:
         place = visible(str(e.filename or "the output"))
-        fail(
-            f"{place}: {e.strerror}", f"make room (df -h .) or mend permissions (ls -ld '{place}')"
-        )
+        fix = f"make room (df -h .) or mend permissions (ls -ld '{place}')"
+        fail(f"{place}: {e.strerror}", fix)

@@ -742,7 +742,6 @@ def test_ctrl_c_leaves_a_report_of_what_is_done_or_nothing(project, stage_4, pla
     ("wait_for", "kill", "code"),
     [
         ("testing base, adapter, fused on 80 rows", signal.SIGINT, 130),
-        ("testing base, adapter, fused on 80 rows", signal.SIGKILL, -9),
         ("base    replies 2/2", signal.SIGINT, 130),
     ],
 )
@@ -886,7 +885,7 @@ ANOTHER = "cp -R data/for_train/sample data/for_train/sample-2; VERSION=sample-2
 ANOTHER += "MODEL=tiny-gemma-3 ./fine_tune.sh"
 CLOSE = "MODEL=tiny-gemma-3 python test_on_validation.py"
 LETTERS = "not letters, digits, '.', '_' and '-'"
-TWO = "is not there (but tiny-gemma-3, tiny-gemma-3-4bit)"
+TWO = "(but tiny-gemma-3, tiny-gemma-3-4bit)"
 THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
 FAILS = "{{ raise_exception('no\x1b[2J') }}"
@@ -927,16 +926,18 @@ def template(text):
 @pytest.mark.parametrize(
     ("damage", "args", "error", "fix"),
     [
-        (lambda p: (p / VALID).unlink(), [], f"{VALID} is not there", BUILD),
+        (lambda p: (p / VALID).unlink(), [], f"there is no file {VALID}", BUILD),
         (intact, ["--version", "smaple"],
-         "data/for_train/smaple/valid.jsonl is not there (but sample)",
+         "there is no file data/for_train/smaple/valid.jsonl (but sample)",
          "VERSION=sample python test_on_validation.py"),
         (intact, ["--version", ".."], f"VERSION is '..', {LETTERS}",
          "VERSION=v1 python test_on_validation.py"),
-        (lack(BASE), [], f"{BASE} is not there (but tiny-gemma-3-4bit)",
+        (lack(BASE), [], f"there is no folder {BASE} (but tiny-gemma-3-4bit)",
          "MODEL=tiny-gemma-3-4bit python test_on_validation.py"),
-        (intact, ["--model", "tiny-gema-3"], f"models/base/tiny-gema-3 {TWO}", CLOSE),
-        (intact, ["--model", "Qwen3-4B-4bit"], f"models/base/Qwen3-4B-4bit {TWO}",
+        (intact, ["--model", "tiny-gema-3"],
+         f"there is no folder models/base/tiny-gema-3 {TWO}", CLOSE),
+        (intact, ["--model", "Qwen3-4B-4bit"],
+         f"there is no folder models/base/Qwen3-4B-4bit {TWO}",
          "hf download mlx-community/Qwen3-4B-4bit --local-dir models/base/Qwen3-4B-4bit"),
         (intact, ["--model", "mlx-community/tiny-gemma-3"],
          f"MODEL is 'mlx-community/tiny-gemma-3', {LETTERS}", f"{DOWNLOAD}; {CLOSE}"),
@@ -944,7 +945,7 @@ def template(text):
           for path in ("models/base/tiny-gemma-3/", "/x/tiny-gemma-3", ".tiny-gemma-3")),
         (cut(f"{BASE}/model.safetensors"), [], f"{BASE} does not load: …", DOWNLOAD),
         (cut(f"{BASE}/tokenizer.json"), [], f"{BASE} does not load: …", DOWNLOAD),
-        (lack(ADAPTER), [], f"{ADAPTER} is not there", TRAIN),
+        (lack(ADAPTER), [], f"there is no folder {ADAPTER}", TRAIN),
         (cut(f"{ADAPTER}/adapters.safetensors"), [], f"{ADAPTER} does not load: …", TRAIN),
         (put(f"{ADAPTER}/adapter_config.json", "[" * 9999), [],
          f"{ADAPTER} does not load: …", TRAIN),
@@ -952,7 +953,8 @@ def template(text):
          f"{ADAPTER}/adapter_config.json is of another model or version: models/base/c", ANOTHER),
         (put(f"{FUSED}/fused_from.json", '{"base": "tiny-gemma-3", "version": "a"}'), [],
          f"{FUSED}/fused_from.json is of another model or version: a", ANOTHER),
-        (lack(FUSED), ["--models", "base,fused"], f"{FUSED} is not there", f"{RUN} ./fuse.sh"),
+        (lack(FUSED), ["--models", "base,fused"], f"there is no folder {FUSED}",
+         f"{RUN} ./fuse.sh"),
         (valid(), [], f"{VALID} is empty", BUILD),
         (valid(pair("a", "b"), {"prompt": "a"}), [], f"{VALID} line 2 {SHAPES}", BUILD),
         (valid(pair("a", 7)), [], f"{VALID} line 1 {SHAPES}", BUILD),
@@ -999,10 +1001,10 @@ def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
 ):
     monkeypatch.delenv("VERSION")
     monkeypatch.delenv("MODEL")
-    assert stage_4(project)[2].endswith("is not there (but sample). FIX: export VERSION=sample\n")
+    assert stage_4(project)[2].endswith("valid.jsonl (but sample). FIX: export VERSION=sample\n")
     shutil.rmtree(project / f"{BASE}-4bit")
     err = stage_4(project, "--version", "sample")[2]
-    assert err.endswith("is not there (but tiny-gemma-3). FIX: export MODEL=tiny-gemma-3\n")
+    assert err.endswith("27b-it-4bit (but tiny-gemma-3). FIX: export MODEL=tiny-gemma-3\n")
 
 
 @pytest.mark.parametrize(

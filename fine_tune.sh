@@ -168,10 +168,13 @@ find_mlx_and_project() {
 }
 
 # Programs run in the background, because only while it waits does bash hear Ctrl-C at once.
-# There they are deaf to it themselves, so that none ends with a traceback.
+# They do not hear it themselves, so that none ends with a traceback.
 child=""
 run() {
-  "$@" &
+  {
+    trap '' INT
+    "$@"
+  } &
   child=$!
   code=0
   wait "$child" || code=$?

@@ -221,6 +221,9 @@ def guard(what, fix):
 
 def load(folder, fix):
     """Return (model, tokenizer). All files are checked; weights are not read before their use."""
+    layers = read_json(folder / "config.json", "num_hidden_layers")
+    if type(layers) is int and layers > 1000:  # it would fill the memory
+        fail(f"{folder}/config.json says {layers} layers", fix)
     with guard(f"{folder} does not load", fix):  # code that comes with a model: never, nor asked
         return mlx_lm.load(str(folder), lazy=True, tokenizer_config={"trust_remote_code": False})
 
@@ -420,15 +423,28 @@ def write_replies(model, tokenizer, rows, args, done, label=""):
             done[row.line] = visible(text.strip()), end
 
 
-def test_models(models, rows, asked, args, nats, replies):
-    """Put row_losses() of `rows` and write_replies() to `asked` into nats and replies, by model."""
-    for name in list(models):
-        model, tokenizer = models.pop(name)  # one in memory at a time
-        nats[name] = row_losses(model, rows, args.batch_tokens, f"{name:7} loss")
-        replies[name] = {}
-        write_replies(model, tokenizer, asked, args, replies[name], f"{name:7} replies")
-        del model
-        mx.clear_cache()
+def measure(models, rows, asked, args):
+    """Return row_losses() and write_replies() by model, and whether Ctrl-C cut them short."""
+    nats, replies = {}, {}
+    quit_at_once = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for name in list(models):
+            model, tokenizer = models.pop(name)  # one in memory at a time
+            nats[name] = row_losses(model, rows, args.batch_tokens, f"{name:7} loss")
+            replies[name] = {}
+            write_replies(model, tokenizer, asked, args, replies[name], f"{name:7} replies")
+            del model
+            mx.clear_cache()
+    except KeyboardInterrupt:
+        if not nats:
+            raise
+        return nats, replies, True
+    except (MemoryError, RuntimeError, ValueError) as e:
+        fix = f"if memory ran out: {ME} --batch-tokens 512 --reply-batch 1"
+        fail(f"a model cannot be computed: {visible(str(e), 200)}", fix)
+    finally:
+        signal.signal(signal.SIGINT, quit_at_once)
+    return nats, replies, False
 
 
 # ---- figures: {"loss": {"base": 9.539, "adapter": 3.066}, "loss error": …} ----------------------
@@ -489,11 +505,13 @@ def style_figures(table, who, texts, rows):
         return re.sub("[ \t]+", " ", text.casefold())
 
     said = {line: fold(text) for line, text in texts.items()}
-    chats = {row.line: fold(row.context).split("\n") for row in rows}  # of lines like "ann: hi"
-    copied = [
-        said[line] in {*chats[line], *(x.partition(": ")[2] for x in chats[line])} for line in said
-    ]
-    table["copied"][who] = sum(copied) / count
+    copied = 0
+    for row in rows:
+        lines = fold(row.context).split("\n")
+        lines += [line.partition(": ")[2] for line in lines]  # "ann: hi" without the name
+        reply = said.get(row.line)
+        copied += bool(reply) and reply in lines
+    table["copied"][who] = copied / count
     table["distinct"][who] = len(set(said.values())) / count
     reply, times = Counter(said.values()).most_common(1)[0]
     if times > 1:
@@ -514,7 +532,8 @@ def word_figures(table, said):
     favourites = [word for word, count in common if count >= often]
     for who, texts in said.items():
         if favourites and len(texts) == len(said["reference"]):
-            gone = [word for word in favourites if word not in words(texts)]
+            used = words(texts)
+            gone = [word for word in favourites if word not in used]
             table["favourite words"][who] = 1 - len(gone) / len(favourites)
             table["missing words"][who] = ", ".join(gone)
 
@@ -784,24 +803,6 @@ def write(final, page, facts, asked, said):
 
 
 # ---- the run ------------------------------------------------------------------------------------
-def measure(models, rows, asked, args):
-    """Return nats and replies, see test_models(), and whether Ctrl-C cut them short."""
-    nats, replies = {}, {}
-    quit_at_once = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        test_models(models, rows, asked, args, nats, replies)
-    except KeyboardInterrupt:
-        if not nats:
-            raise
-        return nats, replies, True
-    except (MemoryError, RuntimeError, ValueError) as e:
-        fix = f"if memory ran out: {ME} --batch-tokens 512 --reply-batch 1"
-        fail(f"a model cannot be computed: {visible(str(e), 200)}", fix)
-    finally:
-        signal.signal(signal.SIGINT, quit_at_once)
-    return nats, replies, False
-
-
 def test(args, valid, final):
     """Test the models and write the results; return the exit code."""
     base = Path("models/base", args.model)
@@ -1045,7 +1046,7 @@ what was really said, in {{ rows }} replies that it was not trained on. Lower is
 one so often{% if cells["told apart"].base and judged != "base" %}; with the base model
 {{ cells["told apart"].base }}{% endif %}.</p>
 {% endif %}
-{% if lengths %}{{ bars() }}{% endif %}
+{% if lengths %}{{ bars() }}{% else %}<p class="soft">No replies were asked for.</p>{% endif %}
 </section>
 </div>
 

@@ -662,6 +662,9 @@ def follow(pipe, done, log, losses):
         if not re.search("[█░]", line):
             print(line, file=log)
         if found := re.match(r" *(\d+) +(\S+) [▼▲] +([\d,]+)", line):
+            if done + int(found[1]) <= iteration:  # said before, so by another process
+                fix = 'LAUNCH="mlx.launch -n 2 --backend ring --" ./fine_tune.sh'
+                fail("the processes of LAUNCH do not find each other, each trains alone", fix)
             iteration, loss = done + int(found[1]), float(found[2])
             if not math.isfinite(loss):
                 what = f"the loss became NaN or infinite at iteration {iteration}"

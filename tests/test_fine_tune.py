@@ -260,12 +260,20 @@ def test_the_trainer_ends_with_its_script_and_a_resumed_run_does_the_rest(
 
 
 @pytest.mark.slow
-def test_a_launcher_that_reports_success_without_an_adapter(project, train):
-    result = train(LAUNCH="echo the rank died:")
-    assert result.returncode == 1
-    assert last_error(result).startswith(
-        "error: mlx_lm.lora ended with code 0 after 0 of 6 batches"
-    )
+@pytest.mark.parametrize(
+    ("launcher", "error"),
+    [
+        ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 6 batches"),
+        ('"$@" & "$@"; wait', "error: the processes of LAUNCH do not find each other"),
+    ],
+)
+def test_a_launcher_that_fails_without_saying_so(project, train, launcher, error):
+    older = put_older_adapter(project)
+    (project / "launch").write_text("#!/bin/sh\n" + launcher)
+    (project / "launch").chmod(0o755)
+    result = train(LAUNCH="./launch")
+    assert result.returncode == 1 and last_error(result).startswith(error)
+    assert contents(project / ADAPTER) == older
 
 
 @pytest.mark.slow

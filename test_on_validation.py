@@ -599,7 +599,7 @@ def as_text(table):
     lines = [["", *next(iter(cells(table).values()))]]
     lines += [[name, *texts.values()] for name, texts in cells(table).items()]
     return "\n".join(
-        f"{name:16}" + "".join(f"{text:>16}" for text in texts)
+        f"{name:16}" + "".join(f"{text:>18}" for text in texts)
         for name, *texts in lines
         if name != "missing words"
     )
@@ -897,7 +897,7 @@ p { margin: .4rem 0 }
 header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
 header p { max-width: 46rem }
 .soft, figcaption { color: var(--soft); font-size: .875rem }
-.warning { padding: .5rem .8rem; border: 1px solid var(--mixed); border-radius: .5rem }
+.warning { margin: 1rem 0 0; padding: .5rem .8rem; border: 1px solid var(--mixed); border-radius: .5rem }
 .two, .pair { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 .panel { margin: 1.25rem 0 0; padding: 1.1rem 1.25rem; background: var(--card);
@@ -930,8 +930,10 @@ tr > :last-child { padding-right: 0 }
 thead th { font-weight: 600; vertical-align: bottom }
 tbody tr:last-child > * { border-bottom: 0 }
 .far { color: var(--mixed); font-weight: 600 }
-td { white-space: nowrap } .error { color: var(--soft) }
-.words td { white-space: normal; font-size: .875rem; overflow-wrap: anywhere; max-width: 9rem }
+td + td { white-space: nowrap } .error { color: var(--soft) }
+th .soft { font-size: .75em; font-weight: 400 }
+.words td + td { white-space: normal; font-size: .875rem; overflow-wrap: anywhere;
+  max-width: 9rem }
 .chat { padding-bottom: .6rem; margin-bottom: .8rem; border-bottom: 1px solid var(--line) }
 .chat p, .said p { margin: .15rem 0; white-space: pre-wrap; unicode-bidi: isolate }
 .said b { font-size: .8125rem; font-weight: 600; letter-spacing: .02em }
@@ -946,8 +948,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.25rem; 
 dt { font-weight: 600 } dd { margin: 0 }
 @media (max-width: 40rem) {
   body { padding: 1.5rem .9rem 3rem }
-  .panel { padding: .9rem }
-  table { font-size: .8125rem } .error { display: none } th, td { padding: .35rem .3rem }
+  table { font-size: .75rem } .words td { font-size: .6875rem } .error { display: none }
+  th, td { padding: .35rem .2rem } .panel { padding: .9rem }
   dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .6rem }
 }
 </style>
@@ -1045,8 +1047,10 @@ what was really said, in {{ rows }} replies that it was not trained on. Lower is
 <p class="soft">A classifier sees a real reply and one of the {{ judged }} model, and picks the real
 one so often{% if cells["told apart"].base and judged != "base" %}; with the base model
 {{ cells["told apart"].base }}{% endif %}.</p>
+{% else %}
+<p class="soft">With 20 replies or more, a classifier would judge that.</p>
 {% endif %}
-{% if lengths %}{{ bars() }}{% else %}<p class="soft">No replies were asked for.</p>{% endif %}
+{% if lengths %}{{ bars() }}{% endif %}
 </section>
 </div>
 
@@ -1076,7 +1080,7 @@ on paper which one you take for real, then open the answer.
 {% endfor %}</tr></thead>
 <tbody>
 {% for name, row in cells.items() %}
-<tr{% if name == "missing words" %} class="words"{% endif %}><td>{{ name }}</td>
+<tr{% if name in ("most repeated", "missing words") %} class="words"{% endif %}><td>{{ name }}</td>
 {% for who, text in row.items() %}
 {% set value, found, error = text.partition(" ± ") %}
 <td{% if name in far[who] %} class="far"{% endif %}>{{ "≠ " if name in far[who] }}{{ value }}

@@ -64,6 +64,7 @@ main() {
   export ADAPTER=models/adapters/adapter-$NAME
   export WORK=models/adapters/.adapter-$NAME.partial # the run happens here
   OLD=models/adapters/.adapter-$NAME.old
+  export SCRIPT=$$ # what it starts ends when this process is gone
   lock "models/adapters/.adapter-$NAME.lock"
   finish_last_run
 
@@ -622,7 +623,7 @@ from tqdm import tqdm
 WORK = Path(os.environ["WORK"])
 LOG, LOSSES = WORK / "training.log", WORK / "losses.csv"
 ITERS, EVAL_EVERY = int(os.environ["ITERS"]), int(os.environ["EVAL_EVERY"])
-SCRIPT = os.getppid()
+SCRIPT = int(os.environ["SCRIPT"])
 
 
 def fail(what, fix):
@@ -639,8 +640,8 @@ def lines(pipe):
                 return
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
-                text = line.decode("utf-8", "replace")
-                yield re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).rpartition("\r")[2]
+                text = line.decode("utf-8", "replace").rpartition("\r")[2]
+                yield re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]", "", text)
     raise BrokenPipeError
 
 
@@ -696,7 +697,9 @@ def judge(code, iteration):
     why = ascii((errors or said or ["it said nothing"])[-1])[1:-1][:200]
     fix = f"look at the end of {LOG}"
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
-        fix = "BATCH_SIZE=1 GRAD_CHECKPOINT=1 ./fine_tune.sh"
+        smaller = ("GRAD_CHECKPOINT=1", "BATCH_SIZE=1", "RANK=8", "EMBEDDINGS=0 NUM_LAYERS=8")
+        new = [item for item in smaller if item not in (f"{n}={v}" for n, v in os.environ.items())]
+        fix = " ".join(new[:2]) + " ./fine_tune.sh"
     fail(f"mlx_lm.lora ended with code {code} after {iteration} of {ITERS} batches: {why}", fix)
 
 
@@ -711,15 +714,18 @@ for number in (signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:  # nohup
         signal.signal(number, lambda *_: sys.exit(1))
 done = max((int(file.name[:7]) for file in WORK.glob("[0-9]*_adapters.safetensors")), default=0)
-trainer = subprocess.Popen(
-    sys.argv[1:],
-    stdin=subprocess.PIPE,  # of /dev/null mlx.launch would read without end
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    env=os.environ | {"COLUMNS": "100"},  # in a narrow terminal its lines would be broken
-    start_new_session=True,
-    pass_fds=[9],  # the lock
-)
+try:
+    trainer = subprocess.Popen(
+        sys.argv[1:],
+        stdin=subprocess.PIPE,  # of /dev/null mlx.launch would read without end
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"COLUMNS": "100"},  # in a narrow terminal its lines would be broken
+        start_new_session=True,
+        pass_fds=[9],  # the lock
+    )
+except OSError as error:
+    fail(f"{sys.argv[1]} cannot be started: {error.strerror}", "LAUNCH as README.md has it")
 try:
     with open(LOG, "a", buffering=1) as log, open(LOSSES, "a", buffering=1) as losses:
         print(file=losses)  # behind a line that a kill has cut off
@@ -753,7 +759,7 @@ from tqdm import tqdm
 WORK = Path(os.environ["WORK"])
 FILES = {int(file.name[:7]): file for file in sorted(WORK.glob("[0-9]*_adapters.safetensors"))}
 TOKENS = 2048  # in a batch
-SCRIPT = os.getppid()
+SCRIPT = int(os.environ["SCRIPT"])
 
 
 def read_rows(tokenizer):

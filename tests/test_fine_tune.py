@@ -276,6 +276,12 @@ def test_a_launcher_that_fails_without_saying_so(project, train, launcher, error
     assert contents(project / ADAPTER) == older
 
 
+def test_a_launcher_that_is_not_there(train):
+    result = train(LAUNCH="nowhere --")
+    assert result.returncode == 1
+    assert last_error(result).startswith("error: nowhere cannot be started: No such file")
+
+
 @pytest.mark.slow
 def test_two_ranks_train_one_adapter(project, train):
     result = train(LAUNCH="mlx.launch -n 2 --backend ring --", ITERS="2", EVAL_EVERY="1")

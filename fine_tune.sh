@@ -523,7 +523,8 @@ def batches_done(s, now):
     done = max((int(file.name[:7]) for file in WORK.glob("[0-9]*_adapters.safetensors")), default=0)
     if not s.RESUME:
         if done:
-            print(f"new start   the interrupted run, {done} batches of it done, is thrown away")
+            print(f"new start   an interrupted run, {done} batches of it done, is thrown away:")
+            print("            RESUME=1 would have gone on with it")
         return 0
     if not done:
         fail("there is no interrupted run with a checkpoint to resume", "RESUME=0 ./fine_tune.sh")
@@ -586,10 +587,13 @@ def main():
 
     epochs = s.ITERS * s.BATCH_SIZE / len(train)
     megabytes = 4 * trained_numbers(s, size) / 1e6
+    usual = " ".join(pairs for *_, pairs in KINDS).split()
+    other = [pair for pair in (f"{n}={v}" for n, v in vars(s).items()) if pair not in usual]
     print(f"base model  {MODEL}")
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
     print(f"run         {s.ITERS} batches of {s.BATCH_SIZE} = {epochs:.3g} epochs")
+    print(f"settings    {' '.join(other) or 'all as usual'}")
     print(f"checkpoints every {s.EVAL_EVERY} batches, of {megabytes:.3g} MB")
     check_memory(s, size, longest)
     rate = learning_rate(s, size)

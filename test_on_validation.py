@@ -143,7 +143,7 @@ def say(text, stream=None):
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # `| head -1` has read enough; the report is still to come
+    except BrokenPipeError:  # `| head -1` has read enough; the report is still to be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -190,7 +190,8 @@ def missing(kind, name, what, others, make):
     fix = f"{kind}={near[0]} {ME}" if near else make
     if len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]:
         fix = f"export {kind}={there[0]}"  # a newcomer forgot it
-    fail(f"there is no {what}" + f" (but {', '.join(there)})" * bool(there), fix)
+    known = f" (but {', '.join(there)})" if there else ""
+    fail(f"there is no {what}{known}", fix)
 
 
 def check_owner(args, path, wanted, *keys):
@@ -596,13 +597,11 @@ def cells(table):
 
 def as_text(table):
     """Return the figures for a terminal, a line each."""
-    lines = [["", *next(iter(cells(table).values()))]]
-    lines += [[name, *texts.values()] for name, texts in cells(table).items()]
-    return "\n".join(
-        f"{name:16}" + "".join(f"{text:>18}" for text in texts)
-        for name, *texts in lines
-        if name != "missing words"
-    )
+    rows = cells(table)
+    rows.pop("missing words", None)  # too long for a line
+    lines = [["", *next(iter(rows.values()))]]
+    lines += [[name, *texts.values()] for name, texts in rows.items()]
+    return "\n".join("".join(f"{text:>17}" for text in line) for line in lines)
 
 
 # ---- the verdict: sentences, each with a kind: "good", "mixed" or "bad" -------------------------
@@ -610,9 +609,8 @@ def learned(table, count):
     """Whether the first of the trained models is better than the base."""
     who = next(iter(table["gain"]))
     gain, error = table["gain"][who], table["gain error"][who]
-    pair = (
-        f"than the base: loss {shown(table, 'loss', who)} instead of {shown(table, 'loss', 'base')}"
-    )
+    new, old = (shown(table, "loss", model) for model in (who, "base"))
+    pair = f"than the base: loss {new} instead of {old}"
     if count < FEW:
         rows = "1 row is" if count == 1 else f"{count} rows are"
         better = "Better" if gain > 0 else "No better"
@@ -896,8 +894,9 @@ h2 { margin: 0; font-size: 1.2rem }
 p { margin: .4rem 0 }
 header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
 header p { max-width: 46rem }
-.soft, figcaption { color: var(--soft); font-size: .875rem }
-.warning { margin: 1rem 0 0; padding: .5rem .8rem; border: 1px solid var(--mixed); border-radius: .5rem }
+.soft { color: var(--soft); font-size: .875rem }
+.warning { margin: 1rem 0 0; padding: .5rem .8rem; border: 1px solid var(--mixed);
+  border-radius: .5rem }
 .two, .pair { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 .panel { margin: 1.25rem 0 0; padding: 1.1rem 1.25rem; background: var(--card);

@@ -15,7 +15,7 @@
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
 # sh, zsh and, because of the 02, Python too stop here and show this line.
-[ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fine_tune.sh" && exit 02; }
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fine_tune.sh" >&2 && exit 02; }
 
 set +o posix # as `sh` on a Mac is
 trap 'exit 130' INT
@@ -700,6 +700,8 @@ def judge(code, iteration):
     errors = [line for line in said[-20:] if "rror" in line]
     why = ascii((errors or said or ["it said nothing"])[-1])[1:-1][:200]
     fix = f"look at the end of {LOG}"
+    if "write" in why:
+        fix = f"make room on the disk of {WORK.parent}"
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
         smaller = ("GRAD_CHECKPOINT=1", "BATCH_SIZE=1", "RANK=8", "EMBEDDINGS=0 NUM_LAYERS=8")
         new = [item for item in smaller if item not in (f"{n}={v}" for n, v in os.environ.items())]

@@ -15,7 +15,7 @@
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
 # sh, zsh and, because of the 02, Python too stop here and show this line.
-[ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fine_tune.sh" >&2 && exit 02; }
+[ -n "${BASH_VERSION:-}" ] || { echo "error: not run by bash. FIX: ./fine_tune.sh" >&2 && exit 02; }
 
 set +o posix # as `sh` on a Mac is
 trap 'exit 130' INT

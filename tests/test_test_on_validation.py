@@ -193,12 +193,12 @@ def test_of_messages_the_last_one_is_scored_and_answered(project, stage_4):
 
 
 @pytest.mark.slow
-def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run):
+def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run, stage_4):
     shutil.rmtree(project / ADAPTER)
     done = run(project, "fine_tune.sh", env={"ITERS": "8", "EVAL_EVERY": "4"})
     assert done.returncode == 0, done.stderr
     args = ["--models", "base,adapter", "--replies", "0"]
-    assert run(project, "test_on_validation.py", *args).returncode == 0
+    assert stage_4(project, *args)[0] == 0
     with (project / ADAPTER / "losses.csv").open() as file:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
     found = metrics(project)

@@ -69,7 +69,7 @@ def make_data(folder, data, count):
 def make_models(folder, base):
     """Return an adapter and a fused model, made of `base` and the rows in `folder`."""
     adapter, fused = folder / "adapter", folder / "fused"
-    train = ["lora", "--train", "--iters", "2", "--val-batches", "1", "--batch-size", "2"]
+    train = ["lora", "--train", "--iters", "2", "--batch-size", "2", "--num-layers", "-1"]
     for command in (
         [*train, "--data", folder, "--adapter-path", adapter],
         ["fuse", "--adapter-path", adapter, "--save-path", fused],

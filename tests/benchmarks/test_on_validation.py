@@ -5,7 +5,7 @@
         --data data/for_train/v1/valid.jsonl
 
 1. Loss of 400 rows under base, adapter and fused model, against the bare forward passes of the
-   same batches: at most 1.05 times as long.
+   same batches: at most 1.1 times as long.
 2. Replies to 100 rows, with the default of --reply-batch (1 on a CPU, else 8), against one
    generate() after the other: at most 1.1 times as long. Other batch sizes stand beside it.
    Temperature 0, so that both sides write the same tokens.
@@ -127,7 +127,7 @@ def race_losses(models, rows, args):
         bare, ours = bare + times["bare"], ours + times["ours"]
         print(f"loss, {name:8} bare passes {times['bare']:7.2f} s, script {times['ours']:7.2f} s")
     print(f"loss of {len(rows)} rows, all models: {ours / bare:.3f} times the bare passes")
-    return ours <= 1.05 * bare
+    return ours <= 1.1 * bare
 
 
 def race_replies(model, tokenizer, rows, args):

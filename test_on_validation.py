@@ -265,7 +265,7 @@ def find_warnings(args, models, adapter, fused, valid):
         found.append(f"there is no fused model to test; to make it: {fuse}")
     checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
     trained = adapter / "lora_config.yaml"
-    if "adapter" in models and trained.exists() and checksum.strip() not in trained.read_bytes():
+    if "adapter" in models and trained.is_file() and checksum.strip() not in trained.read_bytes():
         what = "valid.jsonl is not the one of the training"
         found.append(f"{what}: the adapter may have learned some of its rows")
     if "fused" in models and is_stale(adapter, fused):
@@ -278,7 +278,7 @@ def is_stale(adapter, fused):
     """Whether the fused model says that it was made from another adapter."""
     made_from = read_json(fused / "fused_from.json", "adapter_sha256")
     weights = adapter / "adapters.safetensors"
-    if made_from is None or not weights.exists():
+    if made_from is None or not weights.is_file():
         return False
     return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
 
@@ -849,7 +849,8 @@ def main():
     args = check(settings())
     valid = Path(f"data/for_train/{args.version}/valid.jsonl")
     if not valid.is_file():
-        others = [path.parent for path in Path("data/for_train").glob("*/valid.jsonl")]
+        rows = Path("data/for_train").glob("*/valid.jsonl")
+        others = [path.parent for path in rows if path.is_file()]
         build = f"VERSION={args.version} python build_train.py"
         missing("VERSION", args.version, f"file {valid}", others, build)
     final = Path("data/results", f"{args.version}_{args.model}")

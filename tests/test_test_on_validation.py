@@ -153,7 +153,7 @@ def true_loss(project, folder, adapter=None):
 
 @pytest.mark.slow
 def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_them(project, run):
-    args = ["--replies", "6", "--max-tokens", "8", "--batch-tokens", "700"]
+    args = ["--replies", "3", "--max-tokens", "4", "--batch-tokens", "700"]
     done = run(project, "test_on_validation.py", *args)
     assert done.returncode == 0, done.stderr
     found = metrics(project)
@@ -195,7 +195,7 @@ def test_of_messages_the_last_one_is_scored_and_answered(project, stage_4):
 @pytest.mark.slow
 def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run, stage_4):
     shutil.rmtree(project / ADAPTER)
-    done = run(project, "fine_tune.sh", env={"ITERS": "8", "EVAL_EVERY": "4"})
+    done = run(project, "fine_tune.sh", env={"ITERS": "4", "EVAL_EVERY": "4"})
     assert done.returncode == 0, done.stderr
     args = ["--models", "base,adapter", "--replies", "0"]
     assert stage_4(project, *args)[0] == 0
@@ -759,7 +759,7 @@ def test_a_signal_leaves_the_previous_report_or_a_new_one(project, run, wait_for
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_starts_is_quiet(project, run):
-    for wait in 0.3, 0.8, 1.5:
+    for wait in 0.3, 1.2:
         process = run(
             project, "test_on_validation.py", start=subprocess.Popen, stderr=subprocess.PIPE
         )
@@ -1067,7 +1067,7 @@ def on_a_terminal(project, run, *args, answer=b""):
 def test_hostile_chat_is_harmless_on_a_terminal_with_a_progress_bar(project, run):
     texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE if len(text) < 100]
     write_rows(project, *(pair(f"{text}\n{text}", text or "?") for text in texts))
-    args = ["--models", "base", "--replies", "6", "--max-tokens", "60"]
+    args = ["--models", "base", "--replies", "4", "--max-tokens", "20"]
     code, shown = on_a_terminal(project, run, *args)
     assert code == 0, shown
     assert re.search(r"base +replies: +\d+%.*\d\d:\d\d<\d\d:\d\d", shown)

@@ -581,7 +581,7 @@ def shown(table, name, who):
     if name in ("gain", "length"):
         return f"{value:,.{places(error)}f} ± {error:,.{places(error)}f}"
     if error is not None:
-        digits = places(100 * error)
+        digits = min(1, places(100 * error))
         return f"{value:.{digits}%} ± {error:.{digits}%}"
     few = count < FEW and name != "favourite words"
     return f"{value * count:.0f} of {count}" if few else f"{value:.0%}"

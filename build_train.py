@@ -55,7 +55,7 @@ except ImportError as error:
     sys.exit(f"error: {error}. FIX: source venv/bin/activate; pip install -r requirements.txt")
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
-SHAPE_OF_ONE_AUTHOR = "prompt"  # what --shape is with --only-author: "prompt" or "turns"
+SHAPE_OF_ONE_AUTHOR = "turns"  # what --shape is with --only-author: "prompt" or "turns"
 parser = argparse.ArgumentParser(
     description="Make the training data from a chat.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -76,7 +76,6 @@ add("--shape", default="", help="of a row: prompt, or turns of one author and th
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0 none do")
 add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
-add("--stride", type=int, default=1, help="make a row of every so many-th reply only")
 add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
 add("--min-context", type=int, default=1, help="messages that a reply needs before it; 0 none")
 add("--min-chars", type=int, default=2, help="characters of the shortest reply")
@@ -144,7 +143,7 @@ RULES = {
     "numbers":        lambda row, s: share(is_number, row.texts[:-1]) >= 0.8,  # a crowd votes
 }
 # fmt: on
-ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply", "stride"]  # the last: in choose()
+ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply"]  # these: in choose()
 PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0] in "PZ"}
 
 
@@ -168,7 +167,7 @@ def choose(rows, s, dropped):
     """Return the rows that pass all rules; add (row, name of the rule) to `dropped` for others."""
     rules = [(name, rule) for name, rule in RULES.items() if name not in s.off]
     exchanges, replies = set(), Counter()  # of the rows that are kept
-    kept, passed = [], 0
+    kept = []
     for row in rows:
         broken = next((name for name, rule in rules if rule(row, s)), None)
         if not broken:
@@ -180,9 +179,6 @@ def choose(rows, s, dropped):
                 "stock reply": replies[reply] >= max(5, s.stock_share * (len(kept) + 1) - 1),
             }
             broken = next((name for name in repeats if repeats[name] and name not in s.off), None)
-        if not broken:
-            passed += 1
-            broken = "stride" if passed % s.stride else None
         if broken:
             dropped.append((row, broken))
             continue
@@ -780,7 +776,7 @@ def missing_base(folder):
         near = there  # MODEL was forgotten
     fix = f"export MODEL={shlex.quote(near[0])}" if near else ""
     fix = fix or f"hf download mlx-community/{folder.name} --local-dir {folder}"
-    return f"there is no {folder}, only of: {', '.join(there) or 'none'!a}. FIX: {fix}"
+    return f"there is no {folder} (there: {ascii(', '.join(there) or 'none')[1:-1]}). FIX: {fix}"
 
 
 def shorten(row, s, count):

@@ -286,13 +286,21 @@ def test_names_are_shown_where_most_are_known(authors, named):
     assert ("someone: " in prompt, "ann: " in prompt, ", as " in prompt) == (named,) * 3
 
 
+def test_one_author_is_learned_in_turns_unless_a_prompt_is_asked_for():
+    log = by(["ann", "bob"], talk(9))
+    for flags, shape in ([], "turns"), (["--shape", "prompt"], "prompt"):
+        data, _, s = made(log, "--only-author", "ann", *flags)
+        assert s.shape == shape
+        assert all(("messages" in row) == (shape == "turns") for row in data.values())
+
+
 def test_an_author_who_is_a_phone_number_is_shown_as_a_person():
     authors = ["\u202a+39\u00a0333\u00a0123\u00a04567\u202c", "+39 333 765 4321", "bob"]
     for name in authors[0], "+39 333 123 4567", "Person 1":
         data, rules, s = made(by(authors, talk(9)), "--only-author", name)
         assert (
             [*data] == [3, 6]
-            and "\nPerson 2: " in data[6]["prompt"]
+            and "Person 2: " in data[6]["messages"][0]["content"]
             and s.only_author == "Person 1"
         )
         assert "+39" not in str((data, rules, s))
@@ -312,10 +320,6 @@ BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"),
 def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, context):
     data = made(BURST, "--burst", minutes, "--prompt", "{context}")[0]
     assert data[3]["prompt"] == "ann: " + context.replace("|", "\nann: ")
-
-
-def test_a_stride_makes_rows_of_every_so_many_th_reply():
-    assert [*made(talk(20), "--stride", 3)[0]] == [3, 6, 9, 12, 15, 18]
 
 
 def test_only_one_author_gives_replies_and_bots_give_none():
@@ -675,7 +679,7 @@ def test_no_message_of_validation_stands_at_the_same_place_in_training(
     assert true_leaks(chat, log, cut) == []
 
 
-@pytest.mark.parametrize("flags", ["", "--names 0", "--gap 0.2", "--stride 3", "--burst 9"])
+@pytest.mark.parametrize("flags", ["", "--names 0", "--gap 0.2", "--burst 9"])
 @pytest.mark.parametrize("shape", ["prompt", "turns"])
 def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
     """Every message is unlike all others, so a text tells its place."""

@@ -21,7 +21,9 @@ SCRIPTS = [
 
 def contents(folder):
     """Return {path: bytes} of every file below `folder`."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def last_error(result):
@@ -42,12 +44,23 @@ def template(tmp_path_factory):
     Its name holds a space, as a folder of a Mac may.
     """
     root = tmp_path_factory.mktemp("template") / "my project"
-    for folder in ["data/raw", "data/for_train", "data/results", "models/adapters", "models/fused", "tests"]:
+    for folder in [
+        "data/raw",
+        "data/for_train",
+        "data/results",
+        "models/adapters",
+        "models/fused",
+        "tests",
+    ]:
         (root / folder).mkdir(parents=True)
     for name in [*SCRIPTS, "data/raw/messages_sample.json", "tests/tiny_base.py"]:
         if (REPOSITORY / name).exists():
             shutil.copy(REPOSITORY / name, root / name)
-    subprocess.run([sys.executable, root / "tests/tiny_base.py", "--bits", "4"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, root / "tests/tiny_base.py", "--bits", "4"],
+        check=True,
+        capture_output=True,
+    )
     return root
 
 
@@ -64,11 +77,21 @@ def run():
     VERSION and MODEL are sample and tiny-gemma-3 unless `env` says otherwise; a variable set to None is removed.
     """
 
-    def run(project, script, *args, env=None, cwd=None, timeout=300, start=subprocess.run, **kwargs):
-        variables = os.environ | {"VERSION": "sample", "MODEL": "tiny-gemma-3", "PYTHONUTF8": "1"} | (env or {})
+    def run(
+        project, script, *args, env=None, cwd=None, timeout=300, start=subprocess.run, **kwargs
+    ):
+        variables = (
+            os.environ
+            | {"VERSION": "sample", "MODEL": "tiny-gemma-3", "PYTHONUTF8": "1"}
+            | (env or {})
+        )
         tools = [str(Path(sys.executable).parent), variables["PATH"]]  # an explicit PATH goes first
         variables["PATH"] = os.pathsep.join(tools[::-1] if "PATH" in (env or {}) else tools)
-        command = [sys.executable if script.endswith(".py") else "bash", str(project / script), *map(str, args)]
+        command = [
+            sys.executable if script.endswith(".py") else "bash",
+            str(project / script),
+            *map(str, args),
+        ]
         if start is subprocess.run:
             kwargs = {"capture_output": True, "timeout": timeout, "encoding": "utf-8"} | kwargs
         environment = {k: v for k, v in variables.items() if v is not None}

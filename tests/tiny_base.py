@@ -12,16 +12,19 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm import convert
-from mlx_lm.models.gemma3_text import Model, ModelArgs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+try:
+    import mlx.core as mx
+    import numpy as np
+    from mlx.utils import tree_flatten
+    from mlx_lm import convert
+    from mlx_lm.models.gemma3_text import Model, ModelArgs
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+except ImportError as error:
+    sys.exit(f"error: {error}. FIX: source venv/bin/activate; pip install -r requirements.txt")
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -56,13 +59,20 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
 
 def train_tokenizer(raw, vocab_size):
     """Return a byte-level BPE tokenizer (any text has tokens, none is unknown) trained on the messages of `raw`."""
-    texts = (m for entry in json.loads(raw.read_text("utf-8")) for m in [*entry["previous_messages"], entry["message"]])
+    texts = (
+        m
+        for entry in json.loads(raw.read_text("utf-8"))
+        for m in [*entry["previous_messages"], entry["message"]]
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -75,7 +85,9 @@ def random_weights(seed=0):
     """Return {name: float32 array}: normal, with deviation 1/sqrt(input size); norms 0, since Gemma adds 1 to them."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in sorted((n, w.shape) for n, w in tree_flatten(Model(ModelArgs.from_dict(CONFIG)).parameters())):
+    for name, shape in sorted(
+        (n, w.shape) for n, w in tree_flatten(Model(ModelArgs.from_dict(CONFIG)).parameters())
+    ):
         values = rng.normal(0, shape[-1] ** -0.5, shape) if len(shape) == 2 else np.zeros(shape)
         weights[name] = mx.array(values.astype(np.float32))
     return weights
@@ -85,8 +97,12 @@ def build(folder):
     """Write config, weights and tokenizer into the new folder `folder`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2), "utf-8")
-    mx.save_safetensors(str(folder / "model.safetensors"), random_weights(), metadata={"format": "mlx"})
-    train_tokenizer(ROOT / "data/raw/messages_sample.json", CONFIG["vocab_size"]).save(str(folder / "tokenizer.json"))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), random_weights(), metadata={"format": "mlx"}
+    )
+    train_tokenizer(ROOT / "data/raw/messages_sample.json", CONFIG["vocab_size"]).save(
+        str(folder / "tokenizer.json")
+    )
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
@@ -110,8 +126,12 @@ def replace(folder, make):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, choices=[2, 3, 4, 5, 6, 8], help="also build a base quantised to this")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=[2, 3, 4, 5, 6, 8], help="also build a base quantised to this"
+    )
     bits = parser.parse_args().bits
     base = ROOT / "models/base/tiny-gemma-3"
     replace(base, build)

@@ -1,11 +1,11 @@
-"""Build a tiny base model, offline and in seconds, so that the whole guide can be tried without a download.
+"""Build a tiny base model, offline and in seconds, to try the guide without a download.
 
     python tests/tiny_base.py             # models/base/tiny-gemma-3
     python tests/tiny_base.py --bits 4    # also models/base/tiny-gemma-3-4bit
 
-It has the architecture, the chat template and the files of Gemma 3, 420,000 seeded random weights, and a BPE
-tokenizer trained on data/raw/messages_sample.json. It knows no language: it is for trying the steps, not for chatting.
-An existing model is replaced. Exit codes: 0 done, 2 wrong usage.
+It has the architecture, the chat template and the files of Gemma 3, 420,000 seeded random weights,
+and a BPE tokenizer trained on data/raw/messages_sample.json. It knows no language: it is for trying
+the steps, not for chatting. An existing model is replaced. Exit codes: 0 done, 2 wrong usage.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
 
 
 def train_tokenizer(raw, vocab_size):
-    """Return a byte-level BPE tokenizer (any text has tokens, none is unknown) trained on the messages of `raw`."""
+    """Return a byte-level BPE tokenizer, to which no text is unknown, trained on the file `raw`."""
     texts = (
         m
         for entry in json.loads(raw.read_text("utf-8"))
@@ -82,12 +82,14 @@ def train_tokenizer(raw, vocab_size):
 
 
 def random_weights(seed=0):
-    """Return {name: float32 array}: normal, with deviation 1/sqrt(input size); norms 0, since Gemma adds 1 to them."""
+    """Return {name: float32 array}: normal, with deviation 1/sqrt(input size).
+
+    Norms are 0, because Gemma adds 1 to them.
+    """
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in sorted(
-        (n, w.shape) for n, w in tree_flatten(Model(ModelArgs.from_dict(CONFIG)).parameters())
-    ):
+    parameters = tree_flatten(Model(ModelArgs.from_dict(CONFIG)).parameters())
+    for name, shape in sorted((name, values.shape) for name, values in parameters):
         values = rng.normal(0, shape[-1] ** -0.5, shape) if len(shape) == 2 else np.zeros(shape)
         weights[name] = mx.array(values.astype(np.float32))
     return weights

@@ -1,4 +1,4 @@
-"""Fixtures: a project folder of its own for each test, with real scripts and real (tiny) base models."""
+"""A project folder of its own for each test, with the real scripts and real, tiny base models."""
 
 import os
 import shutil
@@ -72,9 +72,11 @@ def project(template, tmp_path):
 
 @pytest.fixture
 def run():
-    """Return run(project, "build_train.py", "--valid-size", "0.2", env={"MODEL": …}, cwd=…): CompletedProcess, text.
+    """Return the function that runs a script of the project as a person would.
 
-    VERSION and MODEL are sample and tiny-gemma-3 unless `env` says otherwise; a variable set to None is removed.
+    run(project, "build_train.py", "--valid-size", "0.2", env={"MODEL": …}) → CompletedProcess;
+    VERSION and MODEL are sample and tiny-gemma-3 unless `env` says otherwise, and a variable that
+    is None there is removed.
     """
 
     def run(

@@ -1,19 +1,29 @@
-"""The guide as a whole: the four stages in a row, the layout, bash 3.2, and a README that says what the scripts do."""
+"""The guide as a whole: the stages in a row, the layout, bash 3.2, and READMEs that are true."""
 
 import json
 import os
 import re
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = (REPOSITORY / "README.md").read_text("utf-8")
 SHELL = [REPOSITORY / "fine_tune.sh", REPOSITORY / "fuse.sh", REPOSITORY / ".ci/run"]
+PYTHON = [
+    "data/raw/from_export.py",
+    "build_train.py",
+    "test_on_validation.py",
+    "models/chat.py",
+]
+ENGLISH, ITALIAN = REPOSITORY / "README.md", REPOSITORY / ".github/README.it.md"
+GUIDES = pytest.mark.parametrize("guide", [ENGLISH, ITALIAN], ids=["English", "Italian"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-gemma-3", "tiny-gemma-3-4bit"])
 def test_the_four_stages_end_to_end(project, run, model):
     env = {"MODEL": model, "ITERS": "20", "EVAL_EVERY": "10", "LEARNING_RATE": "1e-3"}
@@ -26,34 +36,37 @@ def test_the_four_stages_end_to_end(project, run, model):
         result = run(project, script, *args, env=env)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "Traceback" not in result.stdout + result.stderr
-    rows = list(map(json.loads, (project / "data/for_train/v1/train.jsonl").read_bytes().splitlines()))
-    assert len(rows) > 300 and all(row.keys() == {"prompt", "completion"} for row in rows)
-    results = project / f"data/results/v1_{model}"
+    results = project / f"data/results/sample_{model}"
     loss = json.loads((results / "metrics.json").read_text("utf-8"))["loss"]
     assert loss["adapter"] < loss["base"] - 0.3
     assert loss["fused"] == pytest.approx(loss["adapter"], abs=0.01)
+    losses = pd.read_csv(project / f"models/adapters/adapter-sample_{model}/losses.csv")
+    assert loss["adapter"] == pytest.approx(losses["val_loss"].min(), abs=0.01)
     replies = pd.read_csv(results / "generations.csv")
     assert len(replies) == 4 and replies.notna().all(axis=None)
     assert "<script" not in (results / "report.html").read_text("utf-8")
 
 
 def test_another_version_has_folders_of_its_own(project, run):
-    (project / "data/raw/messages_two.json").write_bytes((project / "data/raw/messages_v1.json").read_bytes())
+    sample = project / "data/raw/messages_sample.json"
+    (project / "data/raw/messages_two.json").write_bytes(sample.read_bytes())
     result = run(project, "build_train.py", env={"VERSION": "two"})
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in (project / "data/for_train").iterdir()] == ["two"]
+    built = [path.name for path in (project / "data/for_train").glob("[!.]*")]
+    assert built == ["two"]
     result = run(project, "fine_tune.sh", env={"VERSION": "three"})
-    assert result.stderr.strip().endswith("FIX: VERSION=three python build_train.py")
+    assert result.returncode == 1 and "VERSION=three" in result.stderr
     result = run(project, "test_on_validation.py", env={"VERSION": "two"})
     assert result.returncode == 1 and "adapter-two_tiny-gemma-3" in result.stderr
 
 
 def test_nothing_else_stands_at_the_top():
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    top = {line.split("/")[0] for line in tracked.splitlines()}
-    assert {name for name in top if not name.startswith(".")} <= {
+    command = ["git", "ls-files"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    files = done.stdout.splitlines()
+    top = {name.split("/")[0] for name in files if not name.startswith(".")}
+    assert top <= {
         "README.md",
-        "README.it.md",
         "LICENSE",
         "requirements.txt",
         "build_train.py",
@@ -64,12 +77,15 @@ def test_nothing_else_stands_at_the_top():
         "models",
         "tests",
     }
-    assert [f for f in tracked.splitlines() if f.startswith(("data/", "models/")) and not f.endswith(".gitkeep")] == [
-        "data/raw/messages_v1.json"
+    kept = [name for name in files if name.startswith(("data/", "models/"))]
+    assert sorted(name for name in kept if not name.endswith(".gitkeep")) == [
+        "data/raw/from_export.py",
+        "data/raw/messages_sample.json",
+        "models/chat.py",
     ]
 
 
-# ---- a Mac's bash is 3.2 and its tools are BSD's -------------------------------------------------------------------
+# ---- a Mac's bash is 3.2 and its tools are BSD's -------------------------------------------------
 NOT_ON_A_MAC = {
     "associative or global array": r"\bdeclare\s+-[a-zA-Z]*[Ag]",
     "nameref": r"\b(local|declare)\s+-[a-zA-Z]*n\b",
@@ -141,110 +157,119 @@ def test_shellcheck_has_nothing_to_say(script):
     subprocess.run(["shellcheck", script], check=True)
 
 
-# ---- the README --------------------------------------------------------------------------------------------------
-def code_blocks():
-    return re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_shell_scripts_are_formatted(script):
+    subprocess.run(["shfmt", "-d", "-i", "2", "-ci", script], check=True)
 
 
-def test_settings_and_flags_in_the_readme_exist():
+# ---- the READMEs ---------------------------------------------------------------------------------
+BLOCK = re.compile(r"(?:<!-- (.*?) -->\n)?```sh\n(.*?)```", re.DOTALL)
+
+
+def blocks(guide):
+    """Return [(the comment before it, commands), …] of a guide's shell blocks."""
+    return BLOCK.findall(guide.read_text("utf-8"))
+
+
+def tables(guide):
+    """Return [[cell, …], …]: the rows of all tables."""
+    lines = guide.read_text("utf-8").splitlines()
+    return [line.strip("|").split("|") for line in lines if line.startswith("|")]
+
+
+def export_of_whatsapp(path):
+    """Write a .zip as an iPhone makes it: 300 messages of two people, over five days."""
+    words = ["sea", "wind", "train", "bread", "paper", "coffee", "garden", "window", "music"]
+    lines = []
+    for n in range(300):
+        said = " ".join(
+            words[(n * step + step) % len(words)] for step in (1, 5, 7, 11)[: 2 + n % 3]
+        )
+        day, hour, minute = 1 + n // 60, 10 + n % 60 // 10, n % 60
+        author = ["Ann Lee", "Bob"][n * n % 3 % 2]
+        lines.append(f"[{day:02}/11/26, {hour}:{minute:02}:00] {author}: {said} {n}\n")
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("_chat.txt", "".join(lines))
+
+
+@pytest.mark.slow
+@GUIDES
+def test_every_command_that_needs_no_network_runs_in_order(project, tmp_path, guide):
+    export_of_whatsapp(tmp_path / "home/Downloads/WhatsApp Chat with Ann.zip")
+    commands = [text for comment, text in blocks(guide) if not comment]
+    assert len(commands) >= 5
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {name: value for name, value in os.environ.items() if name != "VERSION"}
+    env |= {"HOME": str(tmp_path / "home"), "PATH": path, "MODEL": "tiny-gemma-3"}
+    env |= {"ITERS": "20", "EVAL_EVERY": "10"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(commands)],
+        cwd=project,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "--only-author" in done.stdout
+    assert (project / "models/fused/fused-v1_tiny-gemma-3/config.json").exists()
+
+
+def test_both_guides_have_the_same_commands():
+    assert blocks(ENGLISH) == blocks(ITALIAN)
+
+
+def test_both_guides_have_the_same_figures_in_their_tables():
+    def figures(guide):
+        return [re.findall(r"\d[\d.]*", " ".join(row)) for row in tables(guide)]
+
+    assert figures(ENGLISH) == figures(ITALIAN)
+
+
+@GUIDES
+def test_settings_and_flags_that_a_guide_names_exist(guide):
+    text = guide.read_text("utf-8")
     shell = "".join(path.read_text("utf-8") for path in SHELL)
-    for name in set(re.findall(r"\b([A-Z][A-Z_]+)=\S+ (?:[A-Z_]+=\S+ )*\./", README)):
-        assert f"\n{name}=${{{name}:-" in shell, name
-    for script in ["build_train.py", "test_on_validation.py"]:
+    for name in set(re.findall(r"\b([A-Z][A-Z_]{3,})=", text)) - {"VERSION", "LD_PRELOAD"}:
+        assert re.search(rf"^{name}=", shell, re.MULTILINE) or name == "HF_HUB_OFFLINE", name
+    for script in PYTHON:
         source = (REPOSITORY / script).read_text("utf-8")
-        for command in re.findall(rf"python {script}([^\n`#;&|]*)", README):
+        for command in re.findall(rf"python {script}([^\n`#;&|]*)", text):
             for flag in re.findall(r"--[a-z-]+", command):
-                assert flag == "--help" or f'"{flag}"' in source, f"{script} {flag}"
+                assert f'"{flag}"' in source, f"{script} {flag}"
 
 
-def test_files_and_folders_that_the_readme_runs_exist():
-    for block in code_blocks():
-        for name in re.findall(r"(?:^|\s)(?:\./|python )((?:tests/)?[\w/]+\.(?:sh|py))", block):
+@GUIDES
+def test_files_that_a_guide_runs_exist(guide):
+    for _, commands in blocks(guide):
+        for name in re.findall(r"(?:^|\s)(?:\./|python )((?:\w+/)*\w+\.(?:sh|py))", commands):
             assert (REPOSITORY / name).is_file(), name
+
+
+def headings(path):
+    text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@GUIDES
+def test_every_link_within_the_project_leads_somewhere(guide):
+    links = re.findall(r"\]\((?!http)(.*?)\)", guide.read_text("utf-8"))
+    assert len(links) > 5
+    for link in links:
+        name, _, heading = link.partition("#")
+        path = guide.parent / name if name else guide
+        assert path.exists(), link
+        assert not heading or heading in headings(path), link
+
+
+def test_the_guide_is_short():
+    assert len(ENGLISH.read_text("utf-8").splitlines()) <= 260
 
 
 def test_every_direct_dependency_is_pinned():
     lines = (REPOSITORY / "requirements.txt").read_text("utf-8").splitlines()
     for line in [line for line in lines if line and not line.startswith("#")]:
         assert re.match(r"[\w-]+(\[\w+\])?==[\d.]+", line), line
-
-
-def test_every_link_within_the_readme_has_its_heading():
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
-    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = set(re.findall(r"\]\(#(.*?)\)", README))
-    assert links and links <= slugs
-
-
-# ---- an exported chat --------------------------------------------------------------------------------------------
-def telegram(number, text, name="Ann", kind="message", **more):
-    return {"id": number, "type": kind, "from": name, "text": text} | more
-
-
-TELEGRAM = [
-    telegram(1, "", kind="service"),
-    {"id": 9, "type": "unsupported"},
-    telegram(2, "ciao"),
-    telegram(3, ["see ", {"type": "link", "text": "https://example.it"}, " there"], "Bob"),
-    telegram(4, "", "Bob"),
-    telegram(5, "news", "Bob", forwarded_from="A channel"),
-    telegram(6, "da chi?", None),
-]
-LOG = [(7, "Ann", "ciao"), (7, "Bob", "see https://example.it there"), (7, None, "da chi?")]
-ANDROID = """\
-24/11/2026, 10:44 - Messages are end-to-end encrypted. Tap to learn more.
-24/11/2026, 10:44 - Ann: ciao: a tutti <This message was edited>
-24/11/2026, 10:45 - Bob: <Media omitted>
-24/11/2026, 10:45 - Bob: null
-24.11.26 klo 10.46 - Bob: due
-[1] righe: 3 < 4 > 2
-24/11/26 à 10:47 - Ann added Bob
-"""
-IPHONE = """\
-\u200e[24/11/2026, 10:44:25] Family: \u200eMessages and calls are end-to-end encrypted.
-[11/24/26, 10:44:25\u202fAM] Ann: ciao: a tutti \u200e<This message was edited>
-\u200e[24. 11. 2026 10:45:01] Bob: \u200eimage omitted
-\u200e[24/11/26, 10:45:01] Bob: report.pdf • \u200e12 pages \u200edocument omitted
-[2026/11/24 上午10:46:59] Bob: due
-[1] righe: 3 < 4 > 2
-"""
-
-
-def chat_at(path):
-    return [(str(path), "Ann", "ciao: a tutti"), (str(path), "Bob", "due\n[1] righe: 3 < 4 > 2")]
-
-
-def convert(project, path, export):
-    """Put an export into ~/Downloads and run the block of the README that reads it."""
-    file = project.parent / "Downloads" / path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(export, "utf-8", newline="")
-    (command,) = [block for block in code_blocks() if ("hat*.txt" if path.endswith("txt") else "result.json") in block]
-    env = os.environ | {"HOME": str(project.parent)}
-    done = subprocess.run(["bash", "-c", command], cwd=project, env=env, capture_output=True, text=True)
-    target = project / "data/raw/messages_mine.json"
-    entries = json.loads(target.read_text("utf-8")) if target.exists() else []
-    return done, file, [(entry["conversation"], entry["author"], entry["message"]) for entry in entries]
-
-
-def test_the_readme_reads_an_export_of_telegram(project, run):
-    one = "Telegram Desktop/ChatExport_2026-11-24/result.json"
-    done, _, log = convert(project, one, json.dumps({"id": 7, "messages": TELEGRAM}))
-    assert log == LOG and done.stdout == "3 messages by\n  -\n  Ann\n  Bob\n"
-    chats = [{"id": 7, "messages": TELEGRAM}, {"id": 8, "messages": TELEGRAM[2:3]}]
-    (project.parent / "Downloads" / one).unlink()
-    every = "Telegram Desktop/DataExport_2026-11-24/result.json"
-    assert convert(project, every, json.dumps({"chats": {"list": chats}}))[2] == [*LOG, (8, "Ann", "ciao")]
-    done, _, log = convert(project, every, '{"id": 7, "messages": [')
-    assert done.returncode and log == [*LOG, (8, "Ann", "ciao")]  # what was there is as it was
-    assert "too few to split" in run(project, "build_train.py", env={"VERSION": "mine"}).stderr
-
-
-def test_the_readme_reads_exports_of_whatsapp(project, run):
-    done, android, log = convert(project, "WhatsApp Chat with Ann.txt", ANDROID)
-    assert log == chat_at(android) and done.stdout == "2 messages by\n  Ann\n  Bob\n"
-    _, iphone, log = convert(project, "_chat.txt", "\ufeff" + IPHONE.replace("\n", "\r\n"))
-    assert sorted(log) == sorted(chat_at(android) + chat_at(iphone))
-    done, _, kept = convert(project, "other chat.txt", "2026년 11월 24일 오전 10:44, Ann : ciao\n")
-    assert done.returncode == 1 and "does not begin with a date" in done.stderr and kept == log
-    assert "too few to split" in run(project, "build_train.py", env={"VERSION": "mine"}).stderr

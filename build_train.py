@@ -726,7 +726,8 @@ def load_tokenizer(folder):
         if b'"auto_map"' in config.read_bytes():
             what = f"{config} names code of its own (auto_map), which is never run"
             fail(what, "set MODEL to a base model that mlx-lm knows by itself")
-    os.environ.pop("MLXLM_USE_MODELSCOPE", None)
+    for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
+        del os.environ[name]  # a wrong one would break an import, another hub would be asked
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     sys.stdin = None
     from mlx_lm.utils import load_tokenizer  # here, because it takes a second

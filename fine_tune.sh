@@ -104,7 +104,7 @@ tidy_shell() { # whatever BASH_ENV and the environment have set
   set -euo pipefail
   set +f +C +m
   IFS=$' \t\n'
-  unset CDPATH PYTHONOPTIMIZE MLXLM_USE_MODELSCOPE FORCE_COLOR TTY_COMPATIBLE
+  unset CDPATH PYTHONOPTIMIZE FORCE_COLOR TTY_COMPATIBLE "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
   export HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONIOENCODING=utf-8 PYTHONUNBUFFERED=1
   export PYTHONSAFEPATH=1 # a json.py in the current folder stays there
 }

@@ -31,7 +31,7 @@ set +Cfx -euo pipefail # BASH_ENV may have set others
 shopt -s nullglob
 IFS=$' \t\n'
 trap '' PIPE XFSZ # a closed pipe and a full disk shall not end us without our words
-unset CDPATH "${!PYTHON@}" "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
+unset CDPATH PYTHONOPTIMIZE PYTHONIOENCODING "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
 export LC_ALL=C PYTHONUTF8=1 PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 say() { echo "$*" 2>/dev/null || true; }
 
@@ -238,7 +238,13 @@ for name in tokenizer_config.json tokenizer.model; do
   [ ! -f "$BASE/$name" ] || cp "$BASE/$name" "$PARTIAL/model/"
 done
 mv "$PARTIAL/fused_from.json" "$PARTIAL/model/"
-step python3 -c 'import mlx_lm, sys; mlx_lm.load(sys.argv[1], lazy=True)' "$PARTIAL/model"
+step python3 -c '
+import mlx_lm, sys
+
+_, tokenizer = mlx_lm.load(sys.argv[1], lazy=True)
+if not tokenizer.has_chat_template:
+    sys.exit("ValueError: the base has no chat template, or has lost it")
+' "$PARTIAL/model"
 
 # ---- into its place -----------------------------------------------------------------------------
 trap '' INT TERM HUP # for this moment: everything or nothing

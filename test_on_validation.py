@@ -39,8 +39,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
+    del os.environ[name]  # a wrong one would break an import, another hub would be asked
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-os.environ.pop("MLXLM_USE_MODELSCOPE", None)  # another hub
 try:
     import jinja2
     import mlx.core as mx

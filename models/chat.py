@@ -21,6 +21,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until the talk begins
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the folder of this script: a json.py in it must not run
 
 import argparse
 import contextlib
@@ -389,8 +391,9 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing leaves the machine
-    os.environ.pop("MLXLM_USE_MODELSCOPE", None)
+    for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
+        del os.environ[name]  # a wrong one would break an import, another hub would be asked
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     for stream in sys.stdin, sys.stdout:

@@ -302,8 +302,9 @@ def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tin
 
 @pytest.mark.slow
 def test_hostile_surroundings_change_nothing(project, run):
-    """No code of the current folder runs, nothing is asked of a network, all bytes are taken."""
-    (project / "json.py").write_text("raise SystemExit('the wrong json')")
+    """No code of the folders runs, nothing is asked of a network, all bytes are taken."""
+    for folder in [project, project / "models"]:
+        (folder / "json.py").write_text("raise SystemExit('the wrong json')")
     arguments = ["--seed", 1, "--max-tokens", 8]
     expected = run(project, SCRIPT, *arguments, input="perché\n").stdout
     hostile = {

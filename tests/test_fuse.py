@@ -32,9 +32,13 @@ FUSED = f"models/fused/fused-sample_{COARSE}"
 HIDDEN = f"models/fused/.fused-sample_{COARSE}"
 
 
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 @pytest.fixture(scope="module")
 def trained(template, tmp_path_factory):
-    """A project with adapters of small updates for the tiny base at 2, 4 and 32 bits."""
+    """A project with adapters for the tiny base at 2, 4 and 32 bits: all those of 2, in truth."""
     project = Path(shutil.copytree(template, tmp_path_factory.mktemp("trained") / template.name))
     command = [sys.executable, project / "tests/tiny_base.py", "--bits", "2"]
     subprocess.run(command, check=True, capture_output=True)
@@ -43,13 +47,15 @@ def trained(template, tmp_path_factory):
     rows = [{"prompt": prompt, "completion": reply} for prompt, reply in CHAT]
     for name in ["train", "valid"]:
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for model in [COARSE, "tiny-gemma-3-4bit", "tiny-gemma-3"]:
+    train = [Path(sys.executable).with_name("mlx_lm.lora"), "--train"]
+    train += ["--model", project / f"models/base/{COARSE}", "--data", data]
+    train += ["--adapter-path", project / ADAPTER, "--num-layers", "-1"]
+    train += ["--iters", "40", "--batch-size", "2", "--learning-rate", "3e-4"]
+    subprocess.run(train, check=True, capture_output=True)
+    for model in ["tiny-gemma-3-4bit", "tiny-gemma-3"]:
         adapter = project / f"models/adapters/adapter-sample_{model}"
-        options = f"""--model {project}/models/base/{model}|--data {data}|--adapter-path {adapter}
-            |--iters 40|--batch-size 2|--learning-rate 3e-4|--num-layers -1"""
-        options = [word for option in options.split("|") for word in option.strip().split(" ", 1)]
-        mlx = Path(sys.executable).with_name("mlx_lm.lora")
-        subprocess.run([mlx, "--train", *options], check=True, capture_output=True)
+        shutil.copytree(project / ADAPTER, adapter)
+        change(adapter / "adapter_config.json", model=f"models/base/{model}")
     return project
 
 
@@ -261,10 +267,6 @@ def test_a_disk_that_fills_up_while_fusing(project, fuse):
 
 
 # ---- errors -------------------------------------------------------------------------------------
-def change(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def change_adapter(project, factor):
     path = str(project / ADAPTER / "adapters.safetensors")
     weights = {name: values * factor for name, values in mx.load(path).items()}

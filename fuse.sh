@@ -131,9 +131,10 @@ run python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/
 if [ -d "$HIDDEN.old" ] && [ ! -e "$FUSED" ]; then
   mv "$HIDDEN.old" "$FUSED" # the last run was killed between the two renames at its end
 fi
-rm -rf "$HIDDEN.old" "$PARTIAL"
-mkdir "$PARTIAL" "$PARTIAL/adapter"
+rm -rf "$HIDDEN.old"
 trap 'rm -rf "$PARTIAL"' EXIT
+rm -rf "$PARTIAL"
+mkdir "$PARTIAL" "$PARTIAL/adapter"
 
 # A copy, for ./fine_tune.sh may replace the adapter meanwhile; after cd both are of one adapter.
 copy() { cd "$ADAPTER" && cp adapters.safetensors adapter_config.json "$OLDPWD/$PARTIAL/adapter"; }

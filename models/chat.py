@@ -264,9 +264,12 @@ def load(parts, chat):
     except ImportError as e:
         fail(e, "source venv/bin/activate; pip install -r requirements.txt")
     signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(120)  # a template may loop, a config.json may ask for a billion layers
+    signal.alarm(60)  # a template may have no end
     try:
         folder, fix = parts[0]
+        layers = read_json(folder / "config.json").get("num_hidden_layers")
+        if type(layers) is int and layers > 1000:  # it would fill the memory
+            raise ValueError(f"config.json says {layers} layers")
         model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False}, lazy=True)
         if len(parts) == 2:
             folder, fix = parts[1]

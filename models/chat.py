@@ -20,7 +20,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until the talk begins
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until it talks to a person
     if not sys.flags.safe_path:
         del sys.path[0]  # the folder of this script: a json.py in it must not run
 
@@ -341,8 +341,7 @@ def show(parts, indent):
         if part.finish_reason == "length":
             print(" …", end="")
     except KeyboardInterrupt:
-        if not sys.stdin.isatty():  # there is nobody to talk on with
-            raise
+        pass
     print(flush=True)
     return text
 
@@ -366,8 +365,6 @@ def talk(answer, author, me, control):
             print(end="\n" if typed else "")
             return
         except KeyboardInterrupt:  # not while it writes: show() knows of that
-            if not typed:
-                raise
             print("\n(Ctrl-D ends the talk)")
 
 
@@ -389,7 +386,8 @@ def main():
         return stream_generate(model, tokenizer, prompt, args.max_tokens, sampler=sampler)
 
     note("talking to " + " with ".join(str(folder) for folder, _ in parts))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdin.isatty():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # talk() takes it from here
     talk(answer, author, me, control_of(tokenizer))
 
 

@@ -357,15 +357,18 @@ def test_ctrl_c_ends_it_with_130(project, run, moment):
         env={"PYTHONPROFILEIMPORTTIME": "1"},  # names each module when it is there
         start=subprocess.Popen,
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     process.stdin.write(b"hi\n")
     process.stdin.flush()
     assert any(moment.encode() in line for line in process.stderr)
+    if moment == "talking to":
+        # subtle: before the first token MLX may run a compiler; no signal counts in system(3)
+        process.stdout.read(1)
     process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
     assert b"Traceback" not in process.stderr.read()
-    assert process.wait(10) == 130
 
 
 # ---- on a terminal -------------------------------------------------------------------------------
@@ -557,7 +560,7 @@ BROKEN = [
     (cut_weights, "does not load: "),
     (edit("config.json", model_type="\x1b[31m"), "\\x1b[31m"),
     (edit("config.json", hidden_size="wide"), "does not load: "),
-    (edit("config.json", num_hidden_layers=10**9), "it does not come to an end"),
+    (edit("config.json", num_hidden_layers=10**9), "says 1000000000 layers"),
     (edit("tokenizer_config.json", chat_template=None), "chat_template is not set"),
     (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "division by zero"),
     (edit("tokenizer_config.json", chat_template=NO_PREFIX), "begins a reply otherwise"),

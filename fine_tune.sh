@@ -106,7 +106,8 @@ tidy_shell() { # whatever BASH_ENV and the environment have set
   IFS=$' \t\n'
   unset CDPATH PYTHONOPTIMIZE FORCE_COLOR TTY_COMPATIBLE "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
   export HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONIOENCODING=utf-8 PYTHONUNBUFFERED=1
-  export PYTHONSAFEPATH=1 # a json.py in the current folder stays there
+  export TRANSFORMERS_VERBOSITY=critical # its warnings hold what a config says, raw
+  export PYTHONSAFEPATH=1                # a json.py in the current folder stays there
 }
 
 check_arguments() {

@@ -163,7 +163,7 @@ def test_shell_scripts_are_formatted(script):
 
 
 # ---- the READMEs ---------------------------------------------------------------------------------
-BLOCK = re.compile(r"(?:<!-- (.*?) -->\n)?```sh\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- ([^\n]*?) -->\n)?```sh\n(.*?)```", re.DOTALL)
 
 
 def blocks(guide):

@@ -154,7 +154,7 @@ def repetition(text):
 
 
 def share(test, items):
-    return sum(map(bool, map(test, items))) / max(1, len(items))
+    return len(list(filter(test, items))) / max(1, len(items))
 
 
 @cache
@@ -403,7 +403,7 @@ def get(entry, name, *types):
     """Return a value of the entry; raise ValueError if it is none of the types."""
     key = names_of(tuple(entry))[name]
     value = entry.get(key)
-    if isinstance(value, types) and not (type(value) is list and set(map(type, value)) - {str}):
+    if isinstance(value, types) and (type(value) is not list or set(map(type, value)) <= {str}):
         return value
     raise ValueError(f'"{key}" is {shown(value)}' if key in entry else f'there is no "{key}"')
 
@@ -449,7 +449,8 @@ def read(path, tidy, name):
     conversations, unknown = defaultdict(list), Counter()
     for number, entry in read_entries(path):
         entry = entry if isinstance(entry, dict) else {"message": entry}
-        unknown.update(entry.keys() - ALL_KEYS)
+        if others := entry.keys() - ALL_KEYS:
+            unknown.update(others)
         try:
             conversation = get(entry, "conversation", str, int, type(None))
             item = parse(number, entry, tidy, name)
@@ -747,7 +748,8 @@ def token_counter(folder):
     """Return (function [row of the data] → [its tokens, as the trainer counts], control tokens)."""
 
     def estimate(rows):
-        return [len(to_json(row).encode()) // 3 for row in rows]
+        texts = ["".join(turn["content"] for turn in chat_of(row)) for row in rows]
+        return [12 + len(text.encode()) // 3 for text in texts]
 
     def count(rows):
         with untrusted(folder):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ class Stage:
     output: str = ""
     reads: list = field(default_factory=list)
     settings: dict = field(default_factory=dict)
+    other: tuple = ()  # arguments, or settings, with which another output comes out
 
 
 TOKENIZER = [f"{BASE}/{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
@@ -59,17 +61,20 @@ STAGES = {
         ["build_train.py", "--valid-rows", "6", "--max-seq-length", "96"],
         DATA,
         ["data/raw/messages_sample.json", *TOKENIZER],
+        other=("--seed", "1"),
     ),
     "train": Stage(
         ["fine_tune.sh"],
         ADAPTER,
         [f"{DATA}/train.jsonl", f"{DATA}/valid.jsonl", *MODEL, f"{ADAPTER}/adapter_config.json"],
         {"ITERS": "2", "EVAL_EVERY": "1", "RANK": "4"},
+        ("RANK=8",),
     ),
     "fuse": Stage(
         ["fuse.sh"],
         FUSED,
         [*MODEL, *LEARNED, f"{FUSED}/fused_from.json"],
+        other=("FUSED_BITS=8",),
     ),
     "test": Stage(
         ["test_on_validation.py", "--replies", "2", "--max-tokens", "4"],
@@ -109,6 +114,14 @@ class Result:
     code: int
     out: str
     err: str
+
+
+def start_other(project, name):
+    """Start a stage with settings of which another output comes."""
+    other = STAGES[name].other
+    if name == "build":
+        return start(project, name, *other)
+    return start(project, name, env=dict(setting.split("=") for setting in other))
 
 
 def finish(process, limit=150):
@@ -183,11 +196,29 @@ def at_work(project):
 
 
 def nothing_runs(project):
-    for _ in range(60):
+    """What a script has started ends with it, a second later at the most."""
+    for _ in range(15):
         if not at_work(project):
             return
         time.sleep(0.1)
     raise AssertionError(f"it goes on without its script: {at_work(project)}")
+
+
+def check_agreement(project, name):
+    """What the files of an output say of the settings is the same in all of them."""
+    output = project / STAGES[name].output
+    if name == "train":
+        rank = json.loads((output / "adapter_config.json").read_text())["lora_parameters"]["rank"]
+        assert f"rank: {rank}" in (output / "lora_config.yaml").read_text().replace('"', "")
+    elif name == "fuse":
+        quantization = json.loads((output / "config.json").read_text()).get("quantization")
+        bits = json.loads((output / "fused_from.json").read_text())["bits"]
+        assert bits == (str(quantization["bits"]) if quantization else "base")
+    elif name == "build":
+        before = output_of(project, name)
+        seed = json.loads(before["settings.json"])["seed"]
+        assert go(project, name, "--seed", str(seed)).code == 0
+        assert output_of(project, name) == before, f"it is not what seed {seed} gives"
 
 
 # ---- the driver ---------------------------------------------------------------------------------
@@ -273,24 +304,56 @@ def spread(**counts):
     return [(name, (k + 0.5) / n) for name, n in counts.items() for k in range(n)]
 
 
+def files_beside(project, name):
+    """Return what can be seen to change when a stage writes."""
+    folder = (project / STAGES[name].output).parent
+    found = []
+    for path in folder.rglob("*"):
+        try:
+            found.append((path, path.stat().st_size, path.stat().st_mtime_ns))
+        except OSError:  # renamed or removed meanwhile
+            found.append((path, 0, 0))
+    return sorted(found)
+
+
+def wait_for_changes(project, name, process, count):
+    """Wait until a stage has changed something so many times."""
+    now = files_beside(project, name)
+    while count and process.poll() is None:
+        before, now = now, files_beside(project, name)
+        count -= before != now
+
+
 # ---- kill, signal, two at once, a full disk -----------------------------------------------------
 def test_kill_9_leaves_the_output_of_before_and_the_next_run_works(scope):
     def one(project, name, moment):
         before = output_of(project, name)
-        process = start(project, name)
-        time.sleep(moment * scope.seconds[name])
-        if round(100 * moment) % 2:
-            process.kill()
+        process = start_other(project, name)
+        if moment < 1:
+            time.sleep(moment * scope.seconds[name])
         else:
-            os.killpg(process.pid, signal.SIGKILL)
-        finish(process)
+            wait_for_changes(project, name, process, int(moment))
+        with suppress(ProcessLookupError):  # it may be done
+            if int(20 * moment) % 2:
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         nothing_runs(project)
-        check_output(project, scope, name, before)
+        finish(process)
+        output = project / STAGES[name].output
+        if output.exists():
+            check_output(project, scope, name, before)
+        else:  # killed between two renames
+            assert contents(output.with_name(f".{output.name}.old")) == before
         result = go(project, name)
         assert result.code == 0, tail(result.err)
         check_output(project, scope, name)
+        check_agreement(project, name)
 
-    attempt("kill -9", scope, spread(export=10, build=14, train=8, fuse=8, test=8), one)
+    cases = spread(export=6, build=8, train=8, fuse=8, test=8)
+    cases += [(name, count) for name in WRITERS for count in (1, 1.05, 2, 3, 3.05, 5)]
+    attempt("kill -9", scope, cases, one)
 
 
 ENDS = {  # signal → exit codes; a negative one is that of the signal itself
@@ -309,8 +372,9 @@ def test_a_signal_ends_a_stage_and_all_that_it_started(scope):
             os.killpg(process.pid, number)  # as a terminal does
         else:
             process.send_signal(number)
-        result = finish(process, 20)
+        process.wait(20)
         nothing_runs(project)
+        result = finish(process)
         assert result.code in (0, *ENDS[number]), f"exit code {result.code}, {tail(result.err)}"
         check_words(result)
         check_output(project, scope, name, before)
@@ -323,14 +387,15 @@ def test_of_two_runs_at_once_one_is_refused_or_both_agree(scope):
     def one(project, name, delay):
         first = start(project, name)
         time.sleep(delay * scope.seconds[name])
-        second = start(project, name)
+        second = start_other(project, name)
         results = [finish(first), finish(second)]
         for result in results:
             check_words(result)
             assert result.code == 0 or "error: another run is writing" in result.err, result.err
         assert 0 in [result.code for result in results]
-        check_output(project, scope, name)
         nothing_runs(project)
+        check_output(project, scope, name)
+        check_agreement(project, name)
 
     attempt("two at once", scope, spread(export=10, build=14, train=4, fuse=6, test=6), one)
 

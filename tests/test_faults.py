@@ -738,7 +738,8 @@ def test_of_a_base_that_nobody_can_trust_nothing_runs(scope):
             assert "report_to" not in yaml.read_text().replace("\r", "\n").split("\n")
         check_output(project, scope, name, before)
 
-    cases = [(name, harm) for name in STAGES if name != "export" for harm in BASES]
+    harms = [harm for harm in BASES if scope.most > 4 or harm != "endless template"]  # a minute
+    cases = [(name, harm) for name in STAGES if name != "export" for harm in harms]
     attempt("untrusted base", scope, cases, one)
 
 

@@ -308,7 +308,8 @@ def files_beside(project, name):
     """Return what can be seen to change when a stage writes."""
     folder = (project / STAGES[name].output).parent
     found = []
-    for path in folder.rglob("*"):
+    # os.walk passes over a folder that is renamed meanwhile; Path.rglob of Python 3.11 ends there
+    for path in [Path(top, name) for top, _, names in os.walk(folder) for name in names]:
         try:
             found.append((path, path.stat().st_size, path.stat().st_mtime_ns))
         except OSError:  # renamed or removed meanwhile

@@ -50,9 +50,9 @@ LAUNCH=                        # several machines: "mlx.launch --hostfile hosts.
 RESUME=0                       # 1 goes on with an interrupted run of the same settings and data
 # ------------------------------------------------------------------------------------------------
 
+trap - ERR
 eval "$given" 2>/dev/null || true # of all that this sets, only settings have changed
 set +a
-trap - ERR
 
 main() {
   trap interrupted INT
@@ -195,7 +195,8 @@ interrupted() {
   if ls "${WORK:-.}"/[0-9]*_adapters.safetensors >/dev/null 2>&1; then
     how="To go on: RESUME=1 in front of the same command; without it, training starts anew"
   fi
-  printf '\ninterrupted: the adapter of before, if any, is as it was. %s\n' "$how" >&2
+  echo >&2
+  echo "interrupted: the adapter of before, if any, is as it was. $how" >&2
   exit 130
 }
 

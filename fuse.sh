@@ -146,7 +146,10 @@ run python3 /dev/fd/3 "$BASE" "$FUSED" "$PARTIAL" "$VERSION" "$FUSED_BITS" "$GRO
 import glob, hashlib, json, os, re, sys
 from importlib.metadata import version
 
-import mlx.core as mx
+try:
+    import mlx.core as mx
+except ImportError as e:  # mlx_lm.fuse is that of another Python
+    sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
 
 base, fused, partial, data, bits, group, retrain = sys.argv[1:]
 model = os.path.basename(base)

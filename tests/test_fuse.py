@@ -537,6 +537,15 @@ def test_without_the_virtual_environment(template):
     )
 
 
+@pytest.mark.slow
+def test_modules_come_from_pythonpath_too_and_one_that_fails_to_is_told(project, fuse, tmp_path):
+    (tmp_path / "mlx.py").touch()
+    error = last_error(fuse(PYTHONPATH=str(tmp_path)))
+    assert error.startswith("error: No module named 'mlx.core'")
+    assert error.endswith("FIX: source venv/bin/activate; pip install -r requirements.txt")
+    older_model_is_as_it_was(project)
+
+
 def test_help_shows_purpose_and_settings(template, run):
     result = run(template, "fuse.sh", "--help")
     assert result.returncode == 0

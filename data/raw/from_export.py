@@ -27,8 +27,6 @@ if __name__ == "__main__":
 
 import argparse
 import csv
-import difflib
-import errno
 import fcntl
 import functools
 import html
@@ -41,7 +39,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +82,7 @@ def settings():
     what = "Make data/raw/messages_VERSION.json of what an app exported."
     parser = argparse.ArgumentParser(description=what)
     add, version = parser.add_argument, os.environ.get("VERSION") or "v1"
-    add("paths", nargs="*", metavar="PATH", help="file, folder or .zip that an app exported")
+    add("paths", nargs="+", metavar="PATH", help="file, folder or .zip that an app exported")
     add("--version", default=version, help="name of the data; $VERSION, or else v1")
     add("--keep", default="", help=f"kinds not to leave out, with commas: {','.join(KINDS)}")
     add("--dates", choices=list(ORDERS), help="order of day, month, year; else found by itself")
@@ -94,18 +92,9 @@ def settings():
     s.keep = {kind.strip() for kind in s.keep.split(",") if kind.strip()}
     if unknown := s.keep - set(KINDS):
         parser.error(f"--keep {shown(min(unknown))}: choose from {', '.join(KINDS)}")
-    if not s.paths:
-        beside = [path for path in sorted(RAW.iterdir()) if path.suffix in (".txt", ".zip")]
-        example = os.path.relpath(beside[0]) if beside else "WhatsApp Chat with Ann.zip"
-        parser.error(f"name what the app exported, as in\n  {command(example)}")
     if not re.fullmatch(r"\w[\w.-]*", s.version, re.ASCII):
-        better = re.sub(r"[^A-Za-z0-9_.-]+", "_", s.version).lstrip(".-") or "v1"
-        fail(f"VERSION={s.version} is not a name for a file", f"--version {better}")
+        fail(f"VERSION={s.version} is not a name for a file", "--version with letters and digits")
     return s
-
-
-def command(*arguments):
-    return shlex.join(["python", os.path.relpath(__file__), *map(str, arguments)])
 
 
 def fail(what, fix):
@@ -128,7 +117,7 @@ def files_in(path):
             if child.is_dir() or child.suffix.lower() in READABLE | {".zip"}:
                 yield from files_in(child)
     elif not path.is_file():
-        fail(f"{path} is not there, or no file", instead_of(path))
+        fail(f"{path} is not there, or no file", "drag the file into this window for its path")
     elif zipfile.is_zipfile(path):
         try:
             yield from files_in_zip(path)
@@ -136,15 +125,6 @@ def files_in(path):
             fail(f"{path} cannot be unpacked: {e}", "unzip it yourself, and name the folder")
     else:
         yield str(path), path.read_bytes()
-
-
-def instead_of(path):
-    """Return the command with the file that was perhaps meant."""
-    beside = {file.stem: file for file in path.parent.iterdir()} if path.parent.is_dir() else {}
-    close = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.4)
-    if close and beside[close[0]].is_file():
-        return command(beside[close[0]])
-    return f"type {command()}, a space, and drag the file into this window"
 
 
 def files_in_zip(path):
@@ -200,7 +180,7 @@ def read(name, content):
     if data is not None:
         outer, inner = keys_of(data), keys_of(messages_of(data))
         for app, file_keys, message_keys, reader in JSON_READERS:
-            if file_keys <= outer and message_keys <= inner:
+            if outer.issuperset(file_keys.split()) and inner.issuperset(message_keys.split()):
                 return app, list(reader(data, name))
     for line in text.split("\n")[:50]:
         for app, looks_like, reader in TEXT_READERS:
@@ -227,9 +207,9 @@ def parse_json(text):
     try:
         return json.loads(text)
     except ValueError:
-        lines = [line for line in text.split("\n") if line.strip()]
+        pass
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError:
         return None
 
@@ -250,13 +230,11 @@ def keys_of(data):
 def what_it_is(text):
     """Return what can be said of a text that no reader knows."""
     start = text.strip()[:60]
-    if not start:
-        return "empty"
     if re.match(r"(?i)<!doctype html|<html", start):
         return "a web page: export it again as JSON (in Telegram: Machine-readable JSON)"
     if re.match(r'[{[]\s*["{[]', start):
         return "damaged JSON: export it again"
-    return f"a text that begins with {start!r}"
+    return f"a text that begins with {start!r}" if start else "empty"
 
 
 # ---- read: JSON of the apps. A reader yields the messages of a file -----------------------------
@@ -424,16 +402,16 @@ COLUMNS = {
     "author": "author sender sender_name username user from nick nickname name display_name",
     "message": "message text content body msg contents",
 }
-PAIRS = (
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("prompt", "response"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("input", "output"),
+PAIRS = list(
+    itertools.product(
+        ("prompt", "instruction", "question", "input"),
+        ("completion", "output", "response", "answer"),
+    )
 )
-ASKED = re.compile(r"(?i)\A(### ?)?(q|question|user|human|instruction|prompt)s? ?:\s?")
-ANSWERED = re.compile(r"(?i)\n(### ?)?(a|answer|assistant|bot|gpt|response|output)s? ?:\s?")
+ASKED_ANSWERED = re.compile(
+    r"(?is)(?:### ?)?(?:q|question|user|human|instruction|prompt)s? ?:\s?(.*)"
+    r"\n(?:### ?)?(?:a|answer|assistant|bot|gpt|response|output)s? ?:\s?(.*)"
+)
 
 
 def columns_of(keys):
@@ -509,15 +487,10 @@ def read_turns(data, name):
 
 def read_texts(data, name):
     r"""Read {"text": …}: "Q: hi?\nA: hello" is a pair, and all else a list of messages."""
-    data = messages_of(data)
-    cuts = [list(ANSWERED.finditer(text_of(entry.get("text")))) for entry in data]
-    if not all(cuts):
-        yield from read_entries(data, name)
-        return
-    for entry, cut in zip(data, cuts, strict=True):
-        text = entry["text"]
-        prompt = ASKED.sub("", text[: cut[-1].start()], count=1)
-        yield {"prompt": prompt, "completion": text[cut[-1].end() :]}
+    parts = [ASKED_ANSWERED.fullmatch(text_of(entry.get("text"))) for entry in messages_of(data)]
+    if not all(parts):
+        return read_entries(data, name)
+    return [{"prompt": part[1], "completion": part[2]} for part in parts]
 
 
 # ---- read: lines of text ------------------------------------------------------------------------
@@ -581,7 +554,7 @@ def whatsapp_words(text, is_iphone, tags):
     if mark and kind_of_sentence(after):
         words = before
     line, _, rest = words.partition("\n")
-    if (file := FILE.fullmatch(line)) and plain(file[2]) in ATTACHED:
+    if (file := FILE.fullmatch(line)) and SENTENCES.get(plain(file[2])) == "attached":
         words = "" if rest in (file[1], Path(file[1]).stem) else rest
     elif (tag := TAG.fullmatch(line)) and is_tag(tag[1], tags):
         words = "" if FILE_NAME.fullmatch(rest) else rest
@@ -593,24 +566,25 @@ def whatsapp_words(text, is_iphone, tags):
 
 def kind_of_sentence(text):
     """Return the kind of a message that the app wrote from beginning to end, or ""."""
-    if text.lstrip("\u200e\u200f").startswith(NOTICES):
+    start = plain(text[:200])
+    if start.startswith(NOTICES):
         return "app"
     if LOCATION.fullmatch(text):
         return "location"
     if POLL.fullmatch(text):
         return "poll"
-    return SENTENCES.get(plain(text), "") if len(text) < 200 else ""
+    kind = SENTENCES.get(start)
+    return kind if kind in KINDS and len(text) < 200 else ""
 
 
 def is_tag(words, tags):
     """Say whether "<words>" is the app's: in its tables, or three times in the file."""
-    known = plain(words) in SENTENCES or plain(words) in EDITED
-    return known or (tags[words] >= 3 and (" " in words or not words.isascii()))
+    return plain(words) in SENTENCES or (tags[words] >= 3 and (" " in words or not words.isascii()))
 
 
 def plain(sentence):
     r"""Return it as the tables have it: "\u200e<Media omitted>." → "media omitted"."""
-    return sentence.translate(INVISIBLE).strip(" \n<>").rstrip(".。।").casefold()
+    return INVISIBLE.sub("", sentence).strip(" \n<>").rstrip(".。।").casefold()
 
 
 def read_signal(text, name):
@@ -693,18 +667,21 @@ def read_imessage(text, name):
 
 
 # ---- times --------------------------------------------------------------------------------------
-def read_times(messages, order):
-    """Return (messages with datetimes, the order of day and month if it had to be assumed)."""
+def read_times(messages, order, title):
+    """Return the messages with datetimes; the order of day and month is found, or else told."""
     texts = dict.fromkeys(m.time for m in messages if isinstance(m.time, str))
     stamps = {text: stamp_of(text) for text in texts}
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
-    assumed = ""
     if dates and not order:
         order, is_sure = date_order(dates)
         if not is_sure:  # capitals are how American phones write it
-            order = assumed = "mdy" if re.search("[AP]M", next(iter(texts))) else order
+            order, other = "dmy", "mdy"
+            if re.search("[AP]M", next(iter(texts))):
+                order, other = other, order
+            told = f"dates are read as {order}, for nothing decides: else --dates {other}"
+            notes.append(f"{title}: {told}")
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
-    return [m._replace(time=times.get(m.time, m.time)) for m in messages], assumed
+    return [m._replace(time=times.get(m.time, m.time)) for m in messages]
 
 
 def stamp_of(text):
@@ -713,20 +690,16 @@ def stamp_of(text):
     Or a datetime where that is clear, or None where there is no time.
     """
     try:
-        return utc(datetime.fromisoformat(text))
+        when = datetime.fromisoformat(text)
     except ValueError:
-        pass
-    if found := WHEN.search(TIME_FIRST.sub(r"\2 \1", text)):
-        *day, before, hour, minute, second, after = found.groups("")
-        hour = hour_of_day(int(hour or 0), before + after)
-        return (*map(int, day), hour, int(minute or 0), int(second or 0))
-    try:
-        return utc(date_parser.parse(text[:60]))
-    except (ValueError, OverflowError):
-        return None
-
-
-def utc(when):
+        if found := WHEN.search(TIME_FIRST.sub(r"\2 \1", text)):
+            *day, before, hour, minute, second, after = found.groups("")
+            hour = hour_of_day(int(hour or 0), before + after)
+            return (*map(int, day), hour, int(minute or 0), int(second or 0))
+        try:
+            when = date_parser.parse(text[:60])
+        except (ValueError, OverflowError):
+            return None
     return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
 
 
@@ -734,39 +707,15 @@ def utc(when):
 def hour_of_day(hour, words):
     """Return the hour of 24: (9, " in the afternoon") → 21, (12, " a. m.") → 0, (9, ", ") → 9."""
     words = re.sub(r"\W", "", words.casefold())
-    at_night = words.endswith(NIGHT)
-    if words.endswith(AFTERNOON) or (at_night and 6 <= hour < 12):
+    at_night = re.search(NIGHT, words)
+    if re.search(AFTERNOON, words) or (at_night and 6 <= hour < 12):
         return hour % 12 + 12
-    return 0 if hour == 12 and (at_night or words.endswith(MORNING)) else hour
+    return 0 if hour == 12 and (at_night or re.search(MORNING, words)) else hour
 
 
-MORNING = (
-    "am",
-    "午前",
-    "上午",
-    "早上",
-    "凌晨",
-    "오전",
-    "ص",
-    "πμ",
-    "morning",
-    "mañana",
-    "madrugada",
-)
-AFTERNOON = (
-    "pm",
-    "午後",
-    "下午",
-    "中午",
-    "오후",
-    "م",
-    "μμ",
-    "afternoon",
-    "evening",
-    "noon",
-    "tarde",
-)
-NIGHT = ("atnight", "noche", "noite", "晚上")  # 9 at night is 21, and 3 at night is 3
+MORNING = r"(am|午前|上午|早上|凌晨|오전|ص|πμ|morning|mañana|madrugada)$"
+AFTERNOON = r"(pm|午後|下午|中午|오후|م|μμ|afternoon|evening|noon|tarde)$"
+NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 3
 
 
 def date_order(dates):
@@ -774,55 +723,34 @@ def date_order(dates):
 
     [(1, 2, 26), (1, 13, 26)] → ("mdy", True): there is no month 13. All dates of a file count.
     """
-    faults = {order: count_faults(dates, order) for order in ORDERS}
+    faults = {}
+    for order in ORDERS:
+        days = [day for numbers in dates if (day := time_of(numbers, order))]
+        falls = sum(a > b for a, b in itertools.pairwise(days))
+        rises = sum(a < b for a, b in itertools.pairwise(days))
+        faults[order] = len(dates) - len(days) + min(falls, rises)  # some logs run backwards
     best = min(faults, key=faults.get)
     return best, best == "ymd" or faults["dmy"] != faults["mdy"]
 
 
-def count_faults(dates, order):
-    """Count the impossible dates and the steps against the time (some logs run backwards)."""
-    days = [full_date(*(numbers[place] for place in ORDERS[order])) for numbers in dates]
-    real = [day for day in days if day]
-    falls = sum(a > b for a, b in itertools.pairwise(real))
-    rises = sum(a < b for a, b in itertools.pairwise(real))
-    return len(days) - len(real) + min(falls, rises)
-
-
-@functools.cache
-def full_date(year, month, day):
-    """Return the date, or None: (26, 11, 24) → 2026-11-24; 2569 is Thailand's name for 2026."""
-    year += 2000 if year < 100 else -543 if year > 2400 else 0
-    try:
-        return date(year, month, day)
-    except ValueError:
-        return None
-
-
 def time_of(stamp, order):
+    """Return the time of (24, 11, 26, 10, 44, 0), or None; 2569 is Thailand's name for 2026."""
     if not isinstance(stamp, tuple):
         return stamp
-    day = full_date(*(stamp[place] for place in ORDERS[order]))
+    year, month, day = (stamp[place] for place in ORDERS[order])
+    year += 2000 if year < 100 else -543 if year > 2400 else 0
     try:
-        return datetime.combine(day, time(*stamp[3:])) if day else None
+        return datetime(year, month, day, *stamp[3:])
     except ValueError:
         return None
 
 
 # ---- leave out ----------------------------------------------------------------------------------
-def tidy(text):
-    return text.translate(INVISIBLE).strip()
-
-
 @functools.cache
 def tidy_name(name):
     r"""Return it on one line: "\u202a~ Ann\nLee" → "Ann Lee"; joiners stay, for emoji need them."""
     name = "".join(c for c in name if c.isprintable() or c.isspace() or c in "\u200c\u200d")
     return " ".join(name.split()).removeprefix("~").strip()
-
-
-def tidy_message(m, title):
-    place = tidy_name(m.conversation) or tidy_name(title)
-    return Message(m.time, tidy_name(m.author), tidy(m.text), m.kind, place)
 
 
 def sort_out(files, keep):
@@ -832,7 +760,9 @@ def sort_out(files, keep):
     for name, _, messages in files:
         here, talks = Counter(), defaultdict(list)
         for m in messages:
-            m = tidy_message(m, title_of(name))
+            place = tidy_name(m.conversation) or tidy_name(title_of(name))
+            text = INVISIBLE.sub("", m.text).strip()
+            m = Message(m.time, tidy_name(m.author), text, m.kind, place)
             here[m] += 1
             bot = m.author.casefold() in BOTS
             kind = m.kind or first(bot=bot, media=not m.text, copy=m.time and here[m] <= before[m])
@@ -886,12 +816,7 @@ def entries_of(conversations):
 
 # ---- write --------------------------------------------------------------------------------------
 def claim(target):
-    """Check that the target can be written; return a file whose lock keeps a second run away."""
-    if target.is_symlink() or target.is_dir():
-        fail(f"{target} is a link or a folder", f"mv {shlex.quote(str(target))} /tmp")
-    log = target.with_suffix(".jsonl")
-    if log.exists():
-        fail(f"{log} holds data of this version", "--version NAME, another one")
+    """Return an open file whose lock keeps a second run on the same target away."""
     lock = open(target.with_name(f".{target.name}.lock"), "w")  # noqa: SIM115 (open until the end)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -918,27 +843,22 @@ def line(title, number, text):
     print(f"{title:<14}{number:>9}  {shown(text)}".rstrip())
 
 
-def table(title, counts):
-    line(title, len(counts), "")
-    for name, number in counts.most_common(10):
-        line("", number, name)
-    if len(counts) > 10:
-        line("", "…", f"and {len(counts) - 10:,} more")
-
-
 def report(files, not_read, left_out, entries):
     for app, number in Counter(app for _, app, _ in files).items():
         name = next(name for name, its_app, _ in files if its_app == app)
-        line("read", number, f"{app}, {name}" if number == 1 else f"{app}, {name} and so on")
+        line("read", number, f"{app}, {name}" + " and so on" * (number > 1))
     for name, why in list(not_read.items())[:5]:
         line("not read", 1, f"{name}: {why}")
     if len(not_read) > 5:
         line("not read", len(not_read) - 5, "more files")
     for title, key in (("conversations", "conversation"), ("authors", "author")):
         if counts := Counter(e[key] for e in entries if key in e and "message" in e):
-            table(title, counts)
-    days = sorted(entry["time"][:10] for entry in entries if "time" in entry)
-    if days:
+            line(title, len(counts), "")
+            for name, number in counts.most_common(10):
+                line("", number, name)
+            if len(counts) > 10:
+                line("", "…", f"and {len(counts) - 10:,} more")
+    if days := sorted(entry["time"][:10] for entry in entries if "time" in entry):
         line("period", "", f"{days[0]} to {days[-1]}")
     for kind, texts in sorted(left_out.items(), key=lambda item: -len(item[1])):
         sample = " ".join(next(filter(None, texts), "").split())[:40]
@@ -976,11 +896,7 @@ def read_files(paths, dates):
             not_read[name] = f"not as its app writes it: {e!r:.80}"
         else:
             if messages and isinstance(messages[0], Message):
-                messages, assumed = read_times(messages, dates)
-                if assumed:
-                    other = "mdy" if assumed == "dmy" else "dmy"
-                    told = f"dates are read as {assumed}, for nothing decides: else --dates {other}"
-                    notes.append(f"{title_of(name)}: {told}")
+                messages = read_times(messages, dates, title_of(name))
             files.append((name, app, messages))
     wrong = [name for name in not_read if name in paths or not files]
     if wrong or not files:
@@ -1013,23 +929,23 @@ def main():
 
 # ---- tables: who reads what ---------------------------------------------------------------------
 JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the first that fits
-    ("Telegram", {"chats"}, set(), read_telegram),
-    ("Telegram", {"left_chats"}, set(), read_telegram),
-    ("Discord", {"guild", "channel", "messages"}, set(), read_discord),
-    ("Instagram or Messenger", {"participants"}, {"sender_name"}, read_meta),
-    ("Instagram or Messenger", {"participants"}, {"senderName"}, read_meta),
-    ("Twitch", {"comments"}, {"commenter"}, read_twitch),
-    ("Matrix", {"room_name"}, {"sender"}, read_matrix),
-    ("Google Chat", {"messages"}, {"creator"}, read_google_chat),
-    ("Telegram", {"messages"}, {"type", "text"}, read_telegram),
-    ("Slack", set(), {"ts", "type"}, read_slack),
-    ("Slack", set(), {"id", "profile"}, read_slack_users),
-    ("training set", {"messages"}, {"role"}, read_turns),
-    ("training set", set(), {"messages"}, read_turns),
-    ("training set", set(), {"conversations"}, read_turns),
-    *(("training set", set(), set(pair), read_pairs) for pair in PAIRS),
-    ("list of texts", set(), {"text"}, read_texts),
-    ("list of messages", set(), set(), read_entries),
+    ("Telegram", "chats", "", read_telegram),
+    ("Telegram", "left_chats", "", read_telegram),
+    ("Discord", "guild channel messages", "", read_discord),
+    ("Instagram or Messenger", "participants", "sender_name", read_meta),
+    ("Instagram or Messenger", "participants", "senderName", read_meta),
+    ("Twitch", "comments", "commenter", read_twitch),
+    ("Matrix", "room_name", "sender", read_matrix),
+    ("Google Chat", "messages", "creator", read_google_chat),
+    ("Telegram", "messages", "type text", read_telegram),
+    ("Slack", "", "ts type", read_slack),
+    ("Slack", "", "id profile", read_slack_users),
+    ("training set", "messages", "role", read_turns),
+    ("training set", "", "messages", read_turns),
+    ("training set", "", "conversations", read_turns),
+    *(("training set", "", " ".join(pair), read_pairs) for pair in PAIRS),
+    ("list of texts", "", "text", read_texts),
+    ("list of messages", "", "", read_entries),
 )
 TEXT_READERS = (  # app, how one of the first lines looks, reader
     ("iMessage", IMESSAGE_DATE.match, read_imessage),
@@ -1042,195 +958,156 @@ TEXT_READERS = (  # app, how one of the first lines looks, reader
 
 
 # ---- tables: what the apps write, in the languages of their users -------------------------------
-def sentences(table):
-    return {plain(sentence) for sentence in table.replace("\n", " ").split("|")}
-
-
-INVISIBLE = dict.fromkeys(  # control characters but line breaks and tabs, and MARK
-    [
-        *(*range(9), *range(11, 32), *range(127, 160)),
-        *(0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0xFFFC),
-    ]
+INVISIBLE = re.compile(  # control characters but line breaks and tabs, and MARK
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc]"
 )
-DELETED = """
-This message was deleted | You deleted this message | This message was deleted by an admin |
-Diese Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje |
-Este mensaje fue eliminado | Eliminaste este mensaje | Ce message a été supprimé |
-Vous avez supprimé ce message | Questo messaggio è stato eliminato |
-Hai eliminato questo messaggio | Mensagem apagada | Esta mensagem foi apagada |
-Você apagou esta mensagem | Apagou esta mensagem | Apagaste esta mensagem |
-Dit bericht is verwijderd | U hebt dit bericht verwijderd | Je hebt dit bericht verwijderd |
-Данное сообщение удалено | Вы удалили данное сообщение | Вы удалили это сообщение |
-Сообщение удалено | Це повідомлення було видалено | Ви видалили це повідомлення |
-Ta wiadomość została usunięta | Usunięto tę wiadomość | Usunąłeś(-ęłaś) tę wiadomość |
-Tato zpráva byla smazána | Tato zpráva byla odstraněna | Tuto zprávu jste smazal/a |
-Tuto zprávu jste odstranil/a | Táto správa bola odstránená | Túto správu ste odstránili |
-Acest mesaj a fost șters | Ați șters acest mesaj | Ez az üzenet törlésre került |
-Törölted ezt az üzenetet | Ezt az üzenetet törölted | Αυτό το μήνυμα διαγράφηκε |
-Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz | הודעה זו נמחקה |
-מחקת הודעה זו | מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة |
-أنت حذفت هذه الرسالة | این پیام حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید |
-یہ میسج حذف کر دیا گیا ہے | یہ پیغام حذف کیا گیا | آپ نے یہ میسج حذف کر دیا ہے |
-यह मैसेज डिलीट कर दिया गया है | यह संदेश मिटाया गया | आपने यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला |
-এই মেসেজটি বাদ দেওয়া হয়েছে | આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus | Pesan ini telah dihapus |
-Anda menghapus pesan ini | Anda telah menghapus pesan ini | Mesej ini telah dipadam |
-Anda telah memadamkan mesej ini | Tin nhắn này đã bị xóa | Bạn đã xóa tin nhắn này |
-ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 | 您已刪除此訊息 | 这条消息已被删除 |
-您已删除这条消息 | このメッセージは削除されました | このメッセージを削除しました |
-이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한 메시지입니다 |
-Det här meddelandet raderades | Du raderade det här meddelandet | Detta meddelande raderades |
-Denne besked er blevet slettet | Denne besked blev slettet | Du har slettet denne besked |
-Du slettede denne besked | Denne meldingen ble slettet | Du slettet denne meldingen |
-Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana |
-Izbrisali ste ovu poruku | Ова порука је обрисана | Съобщението беше изтрито |
-Aquest missatge s'ha suprimit | Has suprimit aquest missatge | Ujumbe huu ulifutwa |
+TABLE = """
+deleted:
+This message was deleted | You deleted this message | This message was deleted by an admin | Diese
+Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje | Este mensaje
+fue eliminado | Eliminaste este mensaje | Ce message a été supprimé | Vous avez supprimé ce message
+| Questo messaggio è stato eliminato | Hai eliminato questo messaggio | Mensagem apagada | Esta
+mensagem foi apagada | Você apagou esta mensagem | Apagou esta mensagem | Apagaste esta mensagem |
+Dit bericht is verwijderd | U hebt dit bericht verwijderd | Je hebt dit bericht verwijderd | Данное
+сообщение удалено | Вы удалили данное сообщение | Вы удалили это сообщение | Сообщение удалено | Це
+повідомлення було видалено | Ви видалили це повідомлення | Ta wiadomość została usunięta | Usunięto
+tę wiadomość | Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva byla smazána | Tato zpráva byla odstraněna
+| Tuto zprávu jste smazal/a | Tuto zprávu jste odstranil/a | Táto správa bola odstránená | Túto
+správu ste odstránili | Acest mesaj a fost șters | Ați șters acest mesaj | Ez az üzenet törlésre
+került | Törölted ezt az üzenetet | Ezt az üzenetet törölted | Αυτό το μήνυμα διαγράφηκε |
+Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz | הודעה זו נמחקה | מחקת הודעה זו |
+מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة | أنت حذفت هذه الرسالة | این پیام
+حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید | یہ میسج حذف کر دیا گیا ہے | یہ پیغام حذف
+کیا گیا | آپ نے یہ میسج حذف کر دیا ہے | यह मैसेज डिलीट कर दिया गया है | यह संदेश मिटाया गया | आपने
+यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে | આ મેસેજ ડિલીટ કરાયો |
+Pesan ini dihapus | Pesan ini telah dihapus | Anda menghapus pesan ini | Anda telah menghapus pesan
+ini | Mesej ini telah dipadam | Anda telah memadamkan mesej ini | Tin nhắn này đã bị xóa | Bạn đã
+xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 | 您已刪除此訊息 |
+这条消息已被删除 | 您已删除这条消息 | このメッセージは削除されました | このメッセージを削除しました
+| 이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한 메시지입니다 | Det här meddelandet
+raderades | Du raderade det här meddelandet | Detta meddelande raderades | Denne besked er blevet
+slettet | Denne besked blev slettet | Du har slettet denne besked | Du slettede denne besked | Denne
+meldingen ble slettet | Du slettet denne meldingen | Tämä viesti poistettiin | Poistit tämän viestin
+| Ova je poruka izbrisana | Izbrisali ste ovu poruku | Ова порука је обрисана | Съобщението беше
+изтрито | Aquest missatge s'ha suprimit | Has suprimit aquest missatge | Ujumbe huu ulifutwa |
 Umefuta ujumbe huu | Hierdie boodskap was uitgevee
-"""
-CALLS = """
+
+call:
 Missed voice call | Missed video call | Missed group voice call | Missed group video call |
 Verpasster Sprachanruf | Verpasster Videoanruf | Llamada perdida | Llamada de voz perdida |
 Videollamada perdida | Appel vocal manqué | Appel vidéo manqué | Chiamata vocale persa |
 Videochiamata persa | Chamada de voz perdida | Chamada de vídeo perdida | Videochamada perdida |
 Ligação de voz perdida | Ligação de vídeo perdida | Gemist spraakgesprek | Gemist videogesprek |
 Gemiste spraakoproep | Gemiste video-oproep | Пропущенный аудиозвонок | Пропущенный видеозвонок |
-Пропущений аудіодзвінок | Пропущений відеодзвінок | Nieodebrane połączenie |
-Nieodebrane połączenie głosowe | Nieodebrane połączenie wideo | Zmeškaný hovor |
-Zmeškaný hlasový hovor | Zmeškaný videohovor | Apel vocal nepreluat | Apel video nepreluat |
-Nem fogadott hanghívás | Nem fogadott videohívás | Αναπάντητη κλήση | Αναπάντητη φωνητική κλήση |
-Αναπάντητη βιντεοκλήση | Cevapsız sesli arama | Cevapsız görüntülü arama | שיחה קולית שלא נענתה |
-שיחת וידאו שלא נענתה | مكالمة صوتية فائتة | مكالمة فيديو فائتة | تماس صوتی پاسخ داده نشده |
-تماس تصویری پاسخ داده نشده | مسڈ وائس کال | مسڈ ویڈیو کال | मिस्ड वॉइस कॉल | मिस्ड वीडियो कॉल |
-Panggilan suara tak terjawab | Panggilan video tak terjawab | Panggilan suara terlepas |
-Panggilan video terlepas | Cuộc gọi nhỡ | Cuộc gọi nhỡ video | สายที่ไม่ได้รับ | 未接語音通話 |
-未接視像通話 | 未接视频通话 | 未接语音通话 | 不在着信 | 音声通話不在着信 | ビデオ通話不在着信 |
-부재중 전화 | 부재중 영상통화 | Missat röstsamtal | Missat videosamtal | Ubesvaret taleopkald |
-Ubesvaret videoopkald | Tapt taleanrop | Tapt videoanrop | Vastaamaton äänipuhelu |
-Vastaamaton videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv |
-Trucada de veu perduda
-"""
-NO_MEDIA = """
+Пропущений аудіодзвінок | Пропущений відеодзвінок | Nieodebrane połączenie | Nieodebrane połączenie
+głosowe | Nieodebrane połączenie wideo | Zmeškaný hovor | Zmeškaný hlasový hovor | Zmeškaný
+videohovor | Apel vocal nepreluat | Apel video nepreluat | Nem fogadott hanghívás | Nem fogadott
+videohívás | Αναπάντητη κλήση | Αναπάντητη φωνητική κλήση | Αναπάντητη βιντεοκλήση | Cevapsız sesli
+arama | Cevapsız görüntülü arama | שיחה קולית שלא נענתה | שיחת וידאו שלא נענתה | مكالمة صوتية فائتة
+| مكالمة فيديو فائتة | تماس صوتی پاسخ داده نشده | تماس تصویری پاسخ داده نشده | مسڈ وائس کال | مسڈ
+ویڈیو کال | मिस्ड वॉइस कॉल | मिस्ड वीडियो कॉल | Panggilan suara tak terjawab | Panggilan video tak
+terjawab | Panggilan suara terlepas | Panggilan video terlepas | Cuộc gọi nhỡ | Cuộc gọi nhỡ video |
+สายที่ไม่ได้รับ | 未接語音通話 | 未接視像通話 | 未接视频通话 | 未接语音通话 | 不在着信 |
+音声通話不在着信 | ビデオ通話不在着信 | 부재중 전화 | 부재중 영상통화 | Missat röstsamtal | Missat
+videosamtal | Ubesvaret taleopkald | Ubesvaret videoopkald | Tapt taleanrop | Tapt videoanrop |
+Vastaamaton äänipuhelu | Vastaamaton videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv
+| Trucada de veu perduda
+
+media:
 Media omitted | image omitted | video omitted | audio omitted | sticker omitted | GIF omitted |
 document omitted | Contact card omitted | video note omitted | View once voice message omitted |
-null | Medien ausgeschlossen | Medien weggelassen | Bild weggelassen | Video weggelassen |
-Audio weggelassen | Sticker weggelassen | GIF weggelassen | Dokument weggelassen |
-Kontaktkarte ausgelassen | Multimedia omitido | Archivo omitido | imagen omitida | Video omitido |
-audio omitido | sticker omitido | GIF omitido | documento omitido | Tarjeta de contacto omitida |
-Médias omis | Fichier omis | image absente | vidéo absente | audio omis | sticker omis |
-GIF retiré | document manquant | Fiche contact manquante | Media omessi | Media omesso |
-immagine omessa | video omesso | audio omesso | sticker non incluso | GIF esclusa |
-documento omesso | Scheda contatto omessa | Mídia oculta | Mídia omitida |
-Arquivo de mídia oculto | Ficheiro não revelado | imagem ocultada | imagem não revelada |
-vídeo omitido | vídeo não revelado | áudio ocultado | ficheiro de áudio não revelado |
-figurinha omitida | sticker não revelado | GIF não revelada | Cartão do contato omitido |
-Contacto não revelado | Media weggelaten | afbeelding weggelaten | video weggelaten |
-audio weggelaten | sticker weggelaten | GIF weggelaten | document weggelaten |
-Visitekaartje weggelaten | Без медиафайлов | Файл пропущен | изображение отсутствует |
-видео отсутствует | аудиофайл отсутствует | аудио отсутствует | стикер не добавлен |
-GIF отсутствует | документ отсутствует | Карточка контакта отсутствует | Медіа пропущено |
-зображення відсутнє | відео відсутнє | аудіо відсутнє | Наклейку не додано |
-Pominięto multimedia | pliki pominięto | obraz pominięty | wideo pominięte | audio pominięte |
-pominięto naklejkę | Plik GIF pominięty | dokument pominięty | Média vynechána | Média vynechány |
-obrázek vynechán | video vynecháno | zvukový soubor vynechán | nálepka vynechána |
-Médiá vynechané | obrázok vynechaný | video vynechané | Conținut media omis | Imagine omisă |
-clip video omis | Hiányzó médiafájl | kép küldése sikertelen | Videó kihagyva |
-Εξαίρεση πολυμέσων | εικόνα παραλείφθηκε | βίντεο παραλείφθηκε | ήχος παραλείφθηκε |
-Medya dahil edilmedi | Medya atlanmış | görüntü dahil edilmedi | video dahil edilmedi |
-ses dahil edilmedi | Çıkartma dahil edilmedi | GIF dahil edilmedi | belge dahil edilmedi |
-Kişi kartı dahil edilmedi | המדיה לא נכללה | המדיה הוסרה | מדיה הושמטה | התמונה הושמטה |
-סרטון הווידאו הושמט | קטע קול הושמט | סטיקר הושמט | GIF הושמט | מסמך הושמט | כרטיס איש קשר הושמט |
-تم استبعاد الوسائط | لم يتم إدراج الصورة | لم يتم إدراج الفيديوهات |
-لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF | لم يتم إدراج المستند |
-لم يتم إدراج بطاقة جهة اتصال | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد | استیکر حذف شد |
-میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई | वीडियो छोड़ा गया |
-ऑडियो हटाई गयी | स्टिकर छोड़ा गया | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું |
-Media tidak disertakan | gambar tidak disertakan | video tidak disertakan |
-audio tidak disertakan | stiker tidak disertakan | Media disingkirkan | imej tidak dimasukkan |
-Bỏ qua Media | đã bỏ qua hình ảnh | đã bỏ video | đã bỏ sticker | สื่อถูกลบ | ไม่มีรูปภาพ | วิดีโอถูกลบ |
-ไม่มีสติกเกอร์ | 省略多媒体文件 | 忽略多媒體檔 | 圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 |
-视频已忽略 | 音訊已略去 | 音频已忽略 | 貼圖已略去 | 贴图已省略 | メディアは含まれていません |
-画像は含まれていません | ビデオは含まれていません | 音声は含まれていません |
-スタンプは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 | 이미지 생략됨 |
-비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨 | Media har utelämnats | bild utesluten |
-video utesluten | Mediefil udeladt | billede udeladt | video udeladt | Uten vedlegg |
-bilde ikke inkludert | video utelatt | Media jätetty pois | ei kuvaa |
-Medijski zapis izostavljen | slika izostavljena | Без файл | Imatge omesa | Mitjans omesos |
-Media imerukwa | Media weggelaat
-"""
-LOCATIONS = """
+null | Medien ausgeschlossen | Medien weggelassen | Bild weggelassen | Video weggelassen | Audio
+weggelassen | Sticker weggelassen | GIF weggelassen | Dokument weggelassen | Kontaktkarte
+ausgelassen | Multimedia omitido | Archivo omitido | imagen omitida | Video omitido | audio omitido
+| sticker omitido | GIF omitido | documento omitido | Tarjeta de contacto omitida | Médias omis |
+Fichier omis | image absente | vidéo absente | audio omis | sticker omis | GIF retiré | document
+manquant | Fiche contact manquante | Media omessi | Media omesso | immagine omessa | video omesso |
+audio omesso | sticker non incluso | GIF esclusa | documento omesso | Scheda contatto omessa | Mídia
+oculta | Mídia omitida | Arquivo de mídia oculto | Ficheiro não revelado | imagem ocultada | imagem
+não revelada | vídeo omitido | vídeo não revelado | áudio ocultado | ficheiro de áudio não revelado
+| figurinha omitida | sticker não revelado | GIF não revelada | Cartão do contato omitido | Contacto
+não revelado | Media weggelaten | afbeelding weggelaten | video weggelaten | audio weggelaten |
+sticker weggelaten | GIF weggelaten | document weggelaten | Visitekaartje weggelaten | Без
+медиафайлов | Файл пропущен | изображение отсутствует | видео отсутствует | аудиофайл отсутствует |
+аудио отсутствует | стикер не добавлен | GIF отсутствует | документ отсутствует | Карточка контакта
+отсутствует | Медіа пропущено | зображення відсутнє | відео відсутнє | аудіо відсутнє | Наклейку не
+додано | Pominięto multimedia | pliki pominięto | obraz pominięty | wideo pominięte | audio
+pominięte | pominięto naklejkę | Plik GIF pominięty | dokument pominięty | Média vynechána | Média
+vynechány | obrázek vynechán | video vynecháno | zvukový soubor vynechán | nálepka vynechána | Médiá
+vynechané | obrázok vynechaný | video vynechané | Conținut media omis | Imagine omisă | clip video
+omis | Hiányzó médiafájl | kép küldése sikertelen | Videó kihagyva | Εξαίρεση πολυμέσων | εικόνα
+παραλείφθηκε | βίντεο παραλείφθηκε | ήχος παραλείφθηκε | Medya dahil edilmedi | Medya atlanmış |
+görüntü dahil edilmedi | video dahil edilmedi | ses dahil edilmedi | Çıkartma dahil edilmedi | GIF
+dahil edilmedi | belge dahil edilmedi | Kişi kartı dahil edilmedi | המדיה לא נכללה | המדיה הוסרה |
+מדיה הושמטה | התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט | סטיקר הושמט | GIF הושמט | מסמך
+הושמט | כרטיס איש קשר הושמט | تم استبعاد الوسائط | لم يتم إدراج الصورة | لم يتم إدراج الفيديوهات |
+لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF | لم يتم إدراج المستند | لم
+يتم إدراج بطاقة جهة اتصال | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد | استیکر حذف شد | میڈیا چھوڑ
+دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई | वीडियो छोड़ा गया | ऑडियो हटाई गयी | स्टिकर
+छोड़ा गया | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Media tidak disertakan | gambar tidak
+disertakan | video tidak disertakan | audio tidak disertakan | stiker tidak disertakan | Media
+disingkirkan | imej tidak dimasukkan | Bỏ qua Media | đã bỏ qua hình ảnh | đã bỏ video | đã bỏ
+sticker | สื่อถูกลบ | ไม่มีรูปภาพ | วิดีโอถูกลบ | ไม่มีสติกเกอร์ | 省略多媒体文件 | 忽略多媒體檔 |
+圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 | 音频已忽略 |
+貼圖已略去 | 贴图已省略 | メディアは含まれていません | 画像は含まれていません |
+ビデオは含まれていません | 音声は含まれていません | スタンプは含まれていません | 미디어 파일을
+생략한 대화내용 | 미디어 파일 제외됨 | 이미지 생략됨 | 비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨
+| Media har utelämnats | bild utesluten | video utesluten | Mediefil udeladt | billede udeladt |
+video udeladt | Uten vedlegg | bilde ikke inkludert | video utelatt | Media jätetty pois | ei kuvaa
+| Medijski zapis izostavljen | slika izostavljena | Без файл | Imatge omesa | Mitjans omesos | Media
+imerukwa | Media weggelaat
+
+location:
 live location shared | Live-Standort wird geteilt | ubicación en tiempo real compartida |
 Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada |
-live locatie gedeeld | Геоданные отправлены | udostępniona transmisja położenia |
-Mevcut konum paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر |
-Lokasi terkini dibagikan
+live locatie gedeeld | Геоданные отправлены | udostępniona transmisja położenia | Mevcut konum
+paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر | Lokasi terkini dibagikan
+
+app:
+Waiting for this message. This may take a while | Warte auf diese Nachricht. Dies kann etwas dauern
+| Warten auf diese Nachricht | Esperando este mensaje. Esto puede tomar tiempo | Esperando el
+mensaje. Esto puede tardar un tiempo | En attente de ce message. Cela peut prendre du temps | In
+attesa del messaggio. Potrebbe volerci qualche minuto | Aguardando mensagem. Essa ação pode levar
+alguns instantes | Wachten op dit bericht. Dit kan even duren
+
+edited:
+This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mensaje | Este mensaje
+fue editado | Ce message a été modifié | Questo messaggio è stato modificato | Mensagem editada |
+Esta mensagem foi editada | Dit bericht is bewerkt | Данное сообщение изменено | Сообщение изменено
+| Це повідомлення було відредаговано | Ta wiadomość została zmieniona | Tato zpráva byla upravena |
+Bu mesaj düzenlendi | ההודעה נערכה | تم تعديل هذه الرسالة | Pesan ini diedit | यह मैसेज एडिट किया
+गया | 此訊息已編輯 | 这条消息已编辑 | このメッセージは編集されました | 수정된 메시지입니다 |
+Meddelandet har redigerats | Beskeden blev redigeret | Viestiä muokattiin
+
+attached:
+file attached | Datei angehängt | archivo adjunto | archivo adjuntado | fichier joint | file
+allegato | arquivo anexado | ficheiro anexado | bestand bijgevoegd | файл добавлен | файл додано |
+plik załączony | załączony plik | soubor byl přiložen | súbor pripojený | fișier atașat | fájl
+csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | الملف مرفق | پیوست شد | پیوستہ فائل | फाइल
+अटैच कर दी गई है | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ | file terlampir | fail
+dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 | 添付ファイル有り | 파일 첨부됨 |
+bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto | datoteka u privitku | priložena datoteka
+| прикачен файл | прикачена датотека | arxiu adjunt | faili limeambatanishwa | lêer aangeheg
+
+notice:
+Messages and calls are end-to-end encrypted | Messages you send to this chat and calls are now
+secured | Messages to this chat and calls are now secured | Messages to this group are now secured |
+Your security code with | Nachrichten und Anrufe sind Ende-zu-Ende-verschlüsselt | Nachrichten in
+diesem Chat sowie Anrufe sind jetzt mit | Los mensajes y las llamadas están cifrados | Les messages
+et les appels sont chiffrés | Les messages envoyés dans cette discussion et les appels | I messaggi
+e le chiamate sono crittografati | I messaggi inviati a questa chat e le chiamate sono | As
+mensagens e as chamadas são protegidas | As mensagens e chamadas são encriptadas | Berichten en
+gesprekken worden end-to-end | Сообщения и звонки защищены | Повідомлення й дзвінки захищено |
+Wiadomości i połączenia są | Mesajlar ve aramalar uçtan uca | ההודעות והשיחות מוצפנות | الرسائل
+والمكالمات مشفرة | Pesan dan panggilan terenkripsi | मैसेजेस और कॉल्स एंड-टू-एंड |
+メッセージと通話はエンドツーエンド | 메시지 및 전화는 종단간 | 消息和通话都进行端到端加密 |
+訊息和通話經端對端加密
 """
-WAITING = """
-Waiting for this message. This may take a while |
-Warte auf diese Nachricht. Dies kann etwas dauern | Warten auf diese Nachricht |
-Esperando este mensaje. Esto puede tomar tiempo |
-Esperando el mensaje. Esto puede tardar un tiempo |
-En attente de ce message. Cela peut prendre du temps |
-In attesa del messaggio. Potrebbe volerci qualche minuto |
-Aguardando mensagem. Essa ação pode levar alguns instantes |
-Wachten op dit bericht. Dit kan even duren
-"""
-EDITED = """
-This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mensaje |
-Este mensaje fue editado | Ce message a été modifié | Questo messaggio è stato modificato |
-Mensagem editada | Esta mensagem foi editada | Dit bericht is bewerkt |
-Данное сообщение изменено | Сообщение изменено | Це повідомлення було відредаговано |
-Ta wiadomość została zmieniona | Tato zpráva byla upravena | Bu mesaj düzenlendi | ההודעה נערכה |
-تم تعديل هذه الرسالة | Pesan ini diedit | यह मैसेज एडिट किया गया | 此訊息已編輯 | 这条消息已编辑 |
-このメッセージは編集されました | 수정된 메시지입니다 | Meddelandet har redigerats |
-Beskeden blev redigeret | Viestiä muokattiin
-"""
-ATTACHED = """
-file attached | Datei angehängt | archivo adjunto | archivo adjuntado | fichier joint |
-file allegato | arquivo anexado | ficheiro anexado | bestand bijgevoegd | файл добавлен |
-файл додано | plik załączony | załączony plik | soubor byl přiložen | súbor pripojený |
-fișier atașat | fájl csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | الملف مرفق |
-پیوست شد | پیوستہ فائل | फाइल अटैच कर दी गई है | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ |
-file terlampir | fail dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 |
-添付ファイル有り | 파일 첨부됨 | bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto |
-datoteka u privitku | priložena datoteka | прикачен файл | прикачена датотека | arxiu adjunt |
-faili limeambatanishwa | lêer aangeheg
-"""
-EDITED, ATTACHED = sentences(EDITED), sentences(ATTACHED)
-SENTENCES = {
-    **dict.fromkeys(sentences(DELETED), "deleted"),
-    **dict.fromkeys(sentences(CALLS), "call"),
-    **dict.fromkeys(sentences(NO_MEDIA), "media"),
-    **dict.fromkeys(sentences(LOCATIONS), "location"),
-    **dict.fromkeys(sentences(WAITING), "app"),
-}
-NOTICES = (  # how the notices begin that WhatsApp writes under a person's or the group's name
-    "Messages and calls are end-to-end encrypted",
-    "Messages you send to this chat and calls are now secured",
-    "Messages to this chat and calls are now secured",
-    "Messages to this group are now secured",
-    "Your security code with",
-    "Nachrichten und Anrufe sind Ende-zu-Ende-verschlüsselt",
-    "Nachrichten in diesem Chat sowie Anrufe sind jetzt mit",
-    "Los mensajes y las llamadas están cifrados",
-    "Les messages et les appels sont chiffrés",
-    "Les messages envoyés dans cette discussion et les appels",
-    "I messaggi e le chiamate sono crittografati",
-    "I messaggi inviati a questa chat e le chiamate sono",
-    "As mensagens e as chamadas são protegidas",
-    "As mensagens e chamadas são encriptadas",
-    "Berichten en gesprekken worden end-to-end",
-    "Сообщения и звонки защищены",
-    "Повідомлення й дзвінки захищено",
-    "Wiadomości i połączenia są",
-    "Mesajlar ve aramalar uçtan uca",
-    "ההודעות והשיחות מוצפנות",
-    "الرسائل والمكالمات مشفرة",
-    "Pesan dan panggilan terenkripsi",
-    "मैसेजेस और कॉल्स एंड-टू-एंड",
-    "メッセージと通話はエンドツーエンド",
-    "메시지 및 전화는 종단간",
-    "消息和通话都进行端到端加密",
-    "訊息和通話經端對端加密",
-)
+SENTENCES = {}  # "this message was deleted" → "deleted"; a notice only begins with its words
+for block in TABLE.strip().split("\n\n"):
+    kind, _, sentences = block.partition(":\n")
+    SENTENCES |= {plain(sentence): kind for sentence in sentences.replace("\n", " ").split("|")}
+NOTICES = tuple(sentence for sentence, kind in SENTENCES.items() if kind == "notice")
 META = re.compile(  # what Instagram and Messenger write under a person's name
     r"(?i)(reacted .{1,20} to your message|liked a message|(audio|video) call ended"
     r"|you (missed a (video |voice )?call|sent an attachment|(named|left|created) the group.{0,60})"
@@ -1250,5 +1127,4 @@ if __name__ == "__main__":
     except BrokenPipeError:  # what reads the output has enough, as in "| head -1"
         os._exit(0)
     except OSError as e:
-        space = "free some space on the disk" if e.errno == errno.ENOSPC else "make it accessible"
-        fail(f"{e.filename or RAW}: {e.strerror}", f"{space}, then run this again")
+        fail(f"{e.filename or RAW}: {e.strerror}", "make room on the disk, or make it accessible")

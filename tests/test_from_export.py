@@ -41,87 +41,80 @@ def convert(tmp_path):
 
 
 def said(entries):
-    """Return [("Ann", "hi"), …]."""
-    return [(entry.get("author"), entry["message"]) for entry in entries]
+    """Return ["Ann: hi", …]."""
+    return [f"{entry.get('author')}: {entry['message']}" for entry in entries]
+
+
+def of(key, entries):
+    return [entry.get(key) for entry in entries]
 
 
 # ---- WhatsApp: how a message begins ------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("header", "expected"),
+    ("header", "clock"),
     [
-        ("24/11/26, 10:44 - {}", "2026-11-24T10:44:00"),
-        ("24/11/2026, 10:44 - {}", "2026-11-24T10:44:00"),
-        ("11/24/26, 10:44 AM - {}", "2026-11-24T10:44:00"),
-        ("11/24/26, 12:04 AM - {}", "2026-11-24T00:04:00"),
-        ("11/24/26, 10:44\u202fPM - {}", "2026-11-24T22:44:00"),
-        ("24.11.26, 10:44 - {}", "2026-11-24T10:44:00"),
-        ("24. 11. 2026, 10:44 - {}", "2026-11-24T10:44:00"),
-        ("24.11.2026 klo 10.44 - {}", "2026-11-24T10:44:00"),
-        ("24.11.26 10.44 - {}", "2026-11-24T10:44:00"),
-        ("24/11/2026 à 10:44 - {}", "2026-11-24T10:44:00"),
-        ("24.11.2026 г., 10:44 ч. - {}", "2026-11-24T10:44:00"),
-        ("24/11/26 10:44 p. m. - {}", "2026-11-24T22:44:00"),
-        ("24/11/26 10:44 a.\xa0m. - {}", "2026-11-24T10:44:00"),
-        ("24/11/26, 9:15 in the morning - {}", "2026-11-24T09:15:00"),
-        ("24/11/26, 9:15 in the evening - {}", "2026-11-24T21:15:00"),
-        ("24/11/26, 9:15 at night - {}", "2026-11-24T21:15:00"),
-        ("24/11/26, 2:15 at night - {}", "2026-11-24T02:15:00"),
-        ("24/11/26 9:15 de la noche - {}", "2026-11-24T21:15:00"),
-        ("24/11/26, 9:15 μ.μ. - {}", "2026-11-24T21:15:00"),
-        ("2026-11-24 10:44 - {}", "2026-11-24T10:44:00"),
-        ("2026/11/24 上午10:44 - {}", "2026-11-24T10:44:00"),
-        ("2026/11/24 下午1:44 - {}", "2026-11-24T13:44:00"),
-        ("2026年11月24日 下午1:44 - {}", "2026-11-24T13:44:00"),
-        ("2026년 11월 24일 오후 1:44 - {}", "2026-11-24T13:44:00"),
-        ("24/11/2569 10:44 - {}", "2026-11-24T10:44:00"),
-        ("10:44, 24/11/2026 - {}", "2026-11-24T10:44:00"),
-        ("٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - {}", "2026-11-24T22:44:00"),
-        ("२४/११/२६, १०:४४ - {}", "2026-11-24T10:44:00"),
-        ("11/24/26, 10:44:25 PM: {}", "2026-11-24T22:44:25"),
-        ("[24/11/26, 10:44:25] {}", "2026-11-24T10:44:25"),
-        ("[24.11.26, 10:44:25] {}", "2026-11-24T10:44:25"),
-        ("[11/24/26, 10:44:25\u202fPM] {}", "2026-11-24T22:44:25"),
-        ("[2026-11-24 10:44:25] {}", "2026-11-24T10:44:25"),
-        ("[2026/11/24 下午1:44:25] {}", "2026-11-24T13:44:25"),
-        ("[2026. 11. 24. 오후 1:44:25] {}", "2026-11-24T13:44:25"),
-        ("[24. 11. 2026 10:44:25] {}", "2026-11-24T10:44:25"),
-        ("[24.11.26 10.44.25] {}", "2026-11-24T10:44:25"),
-        ("[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] {}", "2026-11-24T22:44:25"),
-        ("\u200e[24/11/2026, 10:44:25] {}", "2026-11-24T10:44:25"),
-        ("\u200f[24/11/2026, 10:44:25] {}", "2026-11-24T10:44:25"),
+        ("24/11/26, 10:44 - ", "10:44:00"),
+        ("11/24/26, 12:04 AM - ", "00:04:00"),
+        ("11/24/26, 10:44\u202fPM - ", "22:44:00"),
+        ("24. 11. 2026, 10:44 - ", "10:44:00"),
+        ("24.11.2026 klo 10.44 - ", "10:44:00"),
+        ("24/11/2026 à 10:44 - ", "10:44:00"),
+        ("24.11.2026 г., 10:44 ч. - ", "10:44:00"),
+        ("24/11/26 10:44 p. m. - ", "22:44:00"),
+        ("24/11/26 10:44 a.\xa0m. - ", "10:44:00"),
+        ("24/11/26, 9:15 in the morning - ", "09:15:00"),
+        ("24/11/26, 9:15 in the evening - ", "21:15:00"),
+        ("24/11/26, 9:15 at night - ", "21:15:00"),
+        ("24/11/26, 2:15 at night - ", "02:15:00"),
+        ("24/11/26 9:15 de la noche - ", "21:15:00"),
+        ("24/11/26, 9:15 μ.μ. - ", "21:15:00"),
+        ("2026-11-24 10:44 - ", "10:44:00"),
+        ("2026/11/24 上午10:44 - ", "10:44:00"),
+        ("2026年11月24日 下午1:44 - ", "13:44:00"),
+        ("2026년 11월 24일 오후 1:44 - ", "13:44:00"),
+        ("24/11/2569 10:44 - ", "10:44:00"),
+        ("10:44, 24/11/2026 - ", "10:44:00"),
+        ("٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - ", "22:44:00"),
+        ("२४/११/२६, १०:४४ - ", "10:44:00"),
+        ("11/24/26, 10:44:25 PM: ", "22:44:25"),
+        ("[24/11/26, 10:44:25] ", "10:44:25"),
+        ("[11/24/26, 10:44:25\u202fPM] ", "22:44:25"),
+        ("[2026. 11. 24. 오후 1:44:25] ", "13:44:25"),
+        ("[24.11.26 10.44.25] ", "10:44:25"),
+        ("[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] ", "22:44:25"),
+        ("\u200e[24/11/2026, 10:44:25] ", "10:44:25"),
+        ("\u200f[24/11/2026, 10:44:25] ", "10:44:25"),
     ],
 )
-def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, header, expected):
-    chat = "\n".join([header.format("Ann: hi: you"), "[1] second line", header.format("Bob: ok")])
+def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, header, clock):
+    chat = f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"
     entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == [("Ann", "hi: you\n[1] second line"), ("Bob", "ok")]
-    assert entries[0]["time"] == expected and not left_out
+    assert said(entries) == ["Ann: hi: you\n[1] second line", "Bob: ok"] and not left_out
+    assert entries[0]["time"] == f"2026-11-24T{clock}"
 
 
 @pytest.mark.parametrize(
     ("dates", "first", "assumed"),
     [
-        (["1/2/26", "13/2/26"], "2026-02-01", False),  # no month is 13
-        (["1/2/26", "2/13/26"], "2026-01-02", False),
-        (["3/4/26", "4/4/26", "5/4/26", "1/5/26"], "2026-04-03", False),  # so time goes on
-        (["4/3/26", "4/4/26", "4/5/26", "5/1/26"], "2026-04-03", False),
-        (["26-04-03", "26-04-04", "26-05-01"], "2026-04-03", False),
-        (["1/2/26", "2/2/26"], "2026-02-01", True),  # nothing decides
+        ("1/2/26 13/2/26", "2026-02-01", False),  # no month is 13
+        ("1/2/26 2/13/26", "2026-01-02", False),
+        ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03", False),  # so time goes on
+        ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03", False),
+        ("26-04-03 26-04-04 26-05-01", "2026-04-03", False),
+        ("1/2/26 2/2/26", "2026-02-01", True),  # nothing decides
     ],
 )
 def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, first, assumed):
-    chat = "\n".join(f"{day}, 10:44 - {'AB'[i % 2]}: hi" for i, day in enumerate(dates))
-    entries, _ = convert({"chat.txt": chat})
-    assert entries[0]["time"][:10] == first
-    note = "export: dates are read as dmy, for nothing decides: else --dates mdy"
-    assert from_export.notes == assumed * [note]
-    entries, _ = convert({"chat.txt": "1/2/26, 10:44 - A: a\n1/2/26, 10:44 - B: b"}, dates="mdy")
-    assert entries[0]["time"][:10] == "2026-01-02"
+    chat = "\n".join(f"{day}, 10:44 - {'AB'[i % 2]}: hi" for i, day in enumerate(dates.split()))
+    assert convert({"chat.txt": chat})[0][0]["time"][:10] == first
+    assert [note.endswith("else --dates mdy") for note in from_export.notes] == assumed * [True]
+    chat = "1/2/26, 10:44 - A: a\n1/2/26, 10:44 - B: b"
+    assert convert({"chat.txt": chat}, dates="mdy")[0][0]["time"][:10] == "2026-01-02"
 
 
 # ---- WhatsApp: what is the app's and what the author's -----------------------------------------
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "words"),
     [
         ("see <https://a.b>", "see <https://a.b>"),
         ("std::vector<int>", "std::vector<int>"),
@@ -130,12 +123,10 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
         ("so <big grin>", "so <big grin>"),
         ("null and void", "null and void"),
         ("the image omitted a lot", "the image omitted a lot"),
-        ("ok <This message was edited>", "ok"),
         ("ok \u200e<This message was edited>", "ok"),
         ("gut <Diese Nachricht wurde bearbeitet.>", "gut"),
         ("tamam <Bu mesaj düzenlendi>", "tamam"),
         ("<Media omitted>\nlook here", "look here"),
-        ("<Medien ausgeschlossen>\nschau", "schau"),
         ("IMG-20261124-WA0001.jpg (file attached)\nlook\nhere", "look\nhere"),
         ("IMG-20261124-WA0001.jpg (Datei angehängt)\nschau", "schau"),
         ("look \u200e<attached: 00000012-PHOTO-2026-11-24-10-44-25.jpg>", "look"),
@@ -144,92 +135,65 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
         ("@\u2068Bob\u2069 hi", "@Bob hi"),
     ],
 )
-def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, expected):
-    entries, _ = convert({"chat.txt": f"24/11/26, 10:44 - Ann: {text}\n24/11/26, 10:44 - Bob: ok"})
-    assert said(entries) == [("Ann", expected), ("Bob", "ok")]
+def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, words):
+    chat = f"24/11/26, 10:44 - Ann: {text}\n24/11/26, 10:44 - Bob: ok"
+    assert said(convert({"chat.txt": chat})[0]) == [f"Ann: {words}", "Bob: ok"]
+
+
+ANDROID, IPHONE = "24/11/26, 10:44 - {}", "[24/11/26, 10:44:25] {}"
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("form", "kind", "text"),
     [
-        ("media", "<Media omitted>"),
-        ("media", "<Multimedia omitido>"),
-        ("media", "<Mídia oculta>"),
-        ("media", "<Без медиафайлов>"),
-        ("media", "<המדיה לא נכללה>"),
-        ("media", "<省略多媒体文件>"),
-        ("media", "null"),
-        ("media", "IMG-20261124-WA0001.jpg (file attached)"),
-        ("media", "STK-20261124-WA0001.webp (archivo adjunto)"),
-        ("media", "AUD-20261124-WA0001. (file attached)"),
-        ("media", "plan.pdf (file attached)\nplan"),
-        ("media", "<Pominięto multimedia>\nplan.pdf"),
-        ("media", "görüntü dahil edilmedi"),
-        ("deleted", "This message was deleted"),
-        ("deleted", "Diese Nachricht wurde gelöscht."),
-        ("deleted", "Bu mesaj silindi"),
-        ("deleted", "تم حذف هذه الرسالة."),
-        ("deleted", "这条消息已被删除。"),
-        ("call", "Missed voice call"),
-        ("call", "Videollamada perdida"),
-        ("location", "location: https://maps.google.com/?q=48.2,16.3"),
-        ("location", "Standort: https://maps.google.com/?q=48.2,16.3"),
-        ("location", "live location shared"),
-        ("poll", "POLL:\nWhen?\nOPTION: Today (2 votes)\nOPTION: Never (0 votes)"),
-        ("poll", "UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)"),
-        ("app", "Waiting for this message. This may take a while."),
+        (ANDROID, "media", "Ann: <Media omitted>"),
+        (ANDROID, "media", "Ann: <Multimedia omitido>"),
+        (ANDROID, "media", "Ann: <Без медиафайлов>"),
+        (ANDROID, "media", "Ann: <המדיה לא נכללה>"),
+        (ANDROID, "media", "Ann: <省略多媒体文件>"),
+        (ANDROID, "media", "Ann: null"),
+        (ANDROID, "media", "Ann: AUD-20261124-WA0001. (file attached)"),
+        (ANDROID, "media", "Ann: STK-20261124-WA0001.webp (archivo adjunto)"),
+        (ANDROID, "media", "Ann: plan.pdf (file attached)\nplan"),
+        (ANDROID, "media", "Ann: <Pominięto multimedia>\nplan.pdf"),
+        (ANDROID, "media", "Ann: görüntü dahil edilmedi"),
+        (ANDROID, "deleted", "Ann: This message was deleted"),
+        (ANDROID, "deleted", "Ann: Diese Nachricht wurde gelöscht."),
+        (ANDROID, "deleted", "Ann: تم حذف هذه الرسالة."),
+        (ANDROID, "deleted", "Ann: 这条消息已被删除。"),
+        (ANDROID, "call", "Ann: Missed voice call"),
+        (ANDROID, "call", "Ann: Videollamada perdida"),
+        (ANDROID, "location", "Ann: Standort: https://maps.google.com/?q=48.2,16.3"),
+        (ANDROID, "location", "Ann: live location shared"),
+        (ANDROID, "poll", "Ann: UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)"),
+        (ANDROID, "app", "Ann: Waiting for this message. This may take a while."),
+        (ANDROID, "app", "Messages and calls are end-to-end encrypted. Tap to learn more."),
+        (ANDROID, "app", 'Ann changed the subject from "Plans: May" to "Plans: June"'),
+        (ANDROID, "app", "Ann ha creato il gruppo “Gita: mare”"),
+        (IPHONE, "media", "Ann: \u200eimage omitted"),
+        (IPHONE, "media", "Ann: \u200f\u200eلم يتم إدراج الصورة"),
+        (IPHONE, "media", "Ann: \u200e<adjunto: 00000012-STICKER-2026-11-24-10-44-25.webp>"),
+        (IPHONE, "media", "Ann: report.pdf • \u200e12 pages \u200edocument omitted"),
+        (IPHONE, "media", "Ann: report.pdf • \u200e12 Seiten \u200e<Anhang: 00000012-report.pdf>"),
+        (IPHONE, "deleted", "Ann: \u200eYou deleted this message."),
+        (IPHONE, "app", "Ann: \u200eMissed voice call. \u200eTap to call back"),
+        (IPHONE, "app", "Ann: \u200e\u200eDein Code hat sich geändert. \u200eMehr"),
+        (IPHONE, "app", "Ann: \u200eCy added you"),
+        (IPHONE, "poll", "Ann: \u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"),
+        (IPHONE, "location", "Ann: \u200eLocation: https://maps.google.com/?q=48.2,16.3"),
     ],
 )
-def test_what_whatsapp_wrote_is_left_out_in_many_languages(convert, kind, text):
-    chat = f"24/11/26, 10:44 - Ann: {text}\n24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Bob: ok"
-    entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == [("Ann", "hi"), ("Bob", "ok")] and left_out == {kind: 1}
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("media", "\u200eimage omitted"),
-        ("media", "\u200f\u200eلم يتم إدراج الصورة"),
-        ("media", "\u200e<attached: 00000012-PHOTO-2026-11-24-10-44-25.jpg>"),
-        ("media", "\u200e<adjunto: 00000012-STICKER-2026-11-24-10-44-25.webp>"),
-        ("media", "report.pdf • \u200e12 pages \u200edocument omitted"),
-        ("media", "report.pdf • \u200e12 Seiten \u200e<Anhang: 00000012-report.pdf>"),
-        ("deleted", "\u200eYou deleted this message."),
-        ("app", "\u200eVoice call, \u200e1 min"),
-        ("app", "\u200eMissed voice call. \u200eTap to call back"),
-        ("app", "\u200e\u200eDein Code hat sich geändert. \u200eMehr"),
-        ("app", "\u200eCy added you"),
-        ("poll", "\u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"),
-        ("location", "\u200eLocation: https://maps.google.com/?q=48.2,16.3"),
-    ],
-)
-def test_on_an_iphone_an_invisible_mark_tells_what_the_app_wrote(convert, kind, text):
-    chat = "\r\n".join(f"[24/11/26, 10:44:25] {line}" for line in [f"Ann: {text}", "A: a", "B: b"])
+def test_what_whatsapp_wrote_is_left_out_in_many_languages(convert, form, kind, text):
+    chat = "\r\n".join(form.format(line) for line in (text, "A: a", "B: b"))
     entries, left_out = convert({"chat.txt": "\ufeff" + chat})
-    assert said(entries) == [("A", "a"), ("B", "b")] and left_out == {kind: 1}
-
-
-@pytest.mark.parametrize(
-    "notice",
-    [
-        "Messages and calls are end-to-end encrypted. Tap to learn more.",
-        "Ann added Bob",
-        'Ann changed the subject from "Plans: May" to "Plans: June"',
-        "Ann ha creato il gruppo “Gita: mare”",
-    ],
-)
-def test_a_notice_without_an_author_is_left_out(convert, notice):
-    chat = f"24/11/26, 10:44 - {notice}\n24/11/26, 10:44 - A: a\n24/11/26, 10:44 - B: b"
-    entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == [("A", "a"), ("B", "b")] and left_out == {"app": 1}
+    assert said(entries) == ["A: a", "B: b"] and left_out == {kind: 1}
 
 
 def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(convert):
     texts = ["<Média kihagyva innen>", "<Média kihagyva innen>\nnézd", "jó <Média kihagyva innen>"]
     chat = "\n".join(f"24/11/26, 10:44 - {'AB'[i % 2]}: {text}" for i, text in enumerate(texts))
     entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == [("B", "nézd"), ("A", "jó")] and left_out == {"media": 1}
+    assert said(entries) == ["B: nézd", "A: jó"] and left_out == {"media": 1}
 
 
 # ---- authors -----------------------------------------------------------------------------------
@@ -243,19 +207,19 @@ def test_an_author_who_is_a_phone_number_becomes_a_person(convert):
     ]
     chat = "\n".join(f"24/11/26, 10:44 - {name}: hi" for name in numbers)
     people = ["Person 1", "Person 1", "Ann", "Person 2", "Person 3"]
-    assert [name for name, _ in said(convert({"chat.txt": chat})[0])] == people
+    assert of("author", convert({"chat.txt": chat})[0]) == people
 
 
 def test_names_lose_what_is_invisible_but_not_what_makes_an_emoji(convert):
     farmer = "\U0001f468\u200d\U0001f33e"
     chat = f"24/11/26, 10:44 - A\x1b[2Jn\u202e  Lee: hi\n24/11/26, 10:44 - {farmer}: ok"
-    assert said(convert({"chat.txt": chat})[0]) == [("A[2Jn Lee", "hi"), (farmer, "ok")]
+    assert of("author", convert({"chat.txt": chat})[0]) == ["A[2Jn Lee", farmer]
 
 
 def test_bots_are_known_by_name(convert):
     log = "[10:00:00] <ann> hi\n[10:00:01] <Nightbot> buy!\n[10:00:02] <bob> ok"
     entries, left_out = convert({"a.log": log})
-    assert said(entries) == [("ann", "hi"), ("bob", "ok")] and left_out == {"bot": 1}
+    assert said(entries) == ["ann: hi", "bob: ok"] and left_out == {"bot": 1}
     assert len(convert({}, keep="bot")[0]) == 3
 
 
@@ -272,7 +236,6 @@ def test_telegram_keeps_what_people_wrote(convert):
         {"type": "message", "from": "Bob", "text_entities": [{"type": "plain", "text": "parts"}]},
         telegram("who?", None),
         telegram("", type="service", action="invite_members"),
-        {"id": 9, "type": "unsupported"},
         telegram("", media_type="sticker", sticker_emoji="🙂"),
         telegram("news", forwarded_from="A channel"),
         telegram("found", via_bot="@gif"),
@@ -280,15 +243,10 @@ def test_telegram_keeps_what_people_wrote(convert):
         telegram("", poll={"question": "When?"}),
     ]
     entries, left_out = convert({"result.json": {"name": "Ann", "id": 7, "messages": messages}})
-    assert said(entries) == [
-        ("Ann", "ciao"),
-        ("Bob", "see https://a.it there"),
-        ("Ann", "a caption"),
-        ("Bob", "parts"),
-        (None, "who?"),
-    ]
-    kinds = {"app": 2, "media": 1, "forwarded": 1, "bot": 1, "channel": 1, "poll": 1}
-    assert left_out == kinds and entries[0]["conversation"] == "Ann"
+    people = ["Ann: ciao", "Bob: see https://a.it there", "Ann: a caption", "Bob: parts"]
+    assert said(entries) == [*people, "None: who?"] and entries[0]["conversation"] == "Ann"
+    kinds = {"app": 1, "media": 1, "forwarded": 1, "bot": 1, "channel": 1, "poll": 1}
+    assert left_out == kinds
 
 
 def test_telegrams_export_of_everything_gives_the_talks_between_people(convert):
@@ -307,7 +265,7 @@ def test_telegrams_export_of_everything_gives_the_talks_between_people(convert):
     gone = [chat("Gone", "private_group", 8, "Cy", "Me")]
     export = {"chats": {"list": chats}, "left_chats": {"list": gone}}
     entries, left_out = convert({"result.json": export})
-    assert [e["conversation"] for e in entries[::2]] == ["Ann 5", "Ann 6", "Gone"]
+    assert of("conversation", entries[::2]) == ["Ann 5", "Ann 6", "Gone"]
     assert left_out == {"channel": 1, "bot": 2, "notes": 1, "alone": 2}
 
 
@@ -320,22 +278,16 @@ def test_a_topic_of_a_forum_is_a_conversation(convert):
         telegram("hello", id=14),
     ]
     entries, _ = convert({"result.json": {"name": "Home", "messages": messages}})
-    talks = [(entry["conversation"], entry["message"]) for entry in entries]
-    food, rest = ("Home / Food", "Home")
-    assert talks == [(food, "soup?"), (food, "bread"), (rest, "hello all"), (rest, "hello")]
+    assert of("conversation", entries) == ["Home / Food"] * 2 + ["Home"] * 2
+    assert of("message", entries) == ["soup?", "bread", "hello all", "hello"]
 
 
 def test_telegrams_seconds_since_1970_count_before_its_clock(convert):
-    hours = {"date": "2026-11-24T10:44:00"}
-    messages = [
-        telegram("b", date_unixtime="1795513500", **hours),
-        telegram("a", "Bob", date_unixtime="1795513440", **hours),
-    ]
+    clock = {"date": "2026-11-24T10:44:00"}
+    messages = [telegram("b", date_unixtime="1795513500", **clock)]
+    messages.append(telegram("a", "Bob", date_unixtime="1795513440", **clock))
     entries, _ = convert({"result.json": {"name": "x", "messages": messages}})
-    assert [(e["message"], e["time"]) for e in entries] == [
-        ("a", "2026-11-24T09:44:00"),
-        ("b", "2026-11-24T09:45:00"),
-    ]
+    assert of("time", entries) == ["2026-11-24T09:44:00", "2026-11-24T09:45:00"]
 
 
 # ---- the other apps ----------------------------------------------------------------------------
@@ -349,17 +301,16 @@ def test_discord(convert):
         message("ann", "hi"),
         message("bob", "yes?", "Reply"),
         message("ann", "Joined the server.", "GuildMemberJoin"),
-        message("ann", "Started a call that lasted 3 minutes.", "Call"),
         message("robot", "beep"),
         message("bob", "", attachments=[{"url": "a.png"}]),
         message("bob", "", forwardedMessage={"content": "old"}),
     ]
     export = {"guild": {"name": "G"}, "channel": {"name": "general"}, "messages": messages}
     entries, left_out = convert({"a.json": export})
-    assert said(entries) == [("ann", "hi"), ("bob", "yes?")]
+    assert said(entries) == ["ann: hi", "bob: yes?"]
     assert entries[0]["conversation"] == "G / general"
     assert entries[0]["time"] == "2026-11-24T09:44:25"
-    assert left_out == {"app": 2, "bot": 1, "media": 1, "forwarded": 1}
+    assert left_out == {"app": 1, "bot": 1, "media": 1, "forwarded": 1}
 
 
 def test_discord_csv(convert):
@@ -370,67 +321,51 @@ def test_discord_csv(convert):
         '"2","bob","24-Nov-26 10:46 PM","","a.png",""\n'
     )
     entries, left_out = convert({"general.csv": csv})
-    assert said(entries) == [("ann#0001", 'hi, "all"\nof you'), ("bob", "ok")]
+    assert said(entries) == ['ann#0001: hi, "all"\nof you', "bob: ok"]
     assert entries[0]["time"] == "2026-11-24T10:44:00" and left_out == {"media": 1}
-    assert from_export.notes == [
-        "nothing was understood in Attachments, AuthorID, Reactions of general"
-    ]
-
-
-def meta(name, text, minute, **more):
-    return (
-        {"sender_name": name, "timestamp_ms": 1795513440000 + 60000 * minute}
-        | ({"content": text} if text else {})
-        | more
-    )
+    note = "nothing was understood in Attachments, AuthorID, Reactions of general"
+    assert from_export.notes == [note]
 
 
 def test_instagram_is_newest_first_in_several_files_and_latin_1(convert):
     zoe, moji = "Zo\u00c3\u00ab", "\u00f0\u009f\u0098\u0082"
-    people = {"participants": [{"name": zoe}, {"name": "Bob"}], "title": zoe}
-    newer = [
-        meta("Bob", "bye", 9),
-        meta(zoe, f"Reacted {moji} to your message ", 8),
-        meta(zoe, f"{zoe} sent an attachment.", 7),
-        meta(zoe, f"{zoe} hat einen Anhang gesendet.", 7),
-        meta("Bob", "Liked a message", 6),
-        meta("Bob", "You sent me soup", 6),
-        meta(zoe, None, 5, photos=[{"uri": "a.jpg"}]),
-        meta(zoe, "x", 5, is_unsent=True),
-        meta("Bob", "Audio call ended", 4, call_duration=3),
-        meta(zoe, f"third {moji}", 4),
-    ]
-    older = [meta(zoe, "second", 3), meta("Bob", "first", 2)]
-    files = {
-        "inbox/zoe_1/message_1.json": people | {"messages": newer},
-        "inbox/zoe_1/message_2.json": people | {"messages": older},
-    }
+
+    def file(*messages):
+        times = [{"timestamp_ms": 1795513440000 + 60000 * minute} for minute, _, _ in messages]
+        rest = [{"sender_name": name} | more for _, name, more in messages]
+        people = [{"name": zoe}, {"name": "Bob"}]
+        together = [a | b for a, b in zip(times, rest, strict=True)]
+        return {"participants": people, "title": zoe, "messages": together}
+
+    newer = file(
+        (9, "Bob", {"content": "bye"}),
+        (8, zoe, {"content": f"Reacted {moji} to your message "}),
+        (7, zoe, {"content": f"{zoe} hat einen Anhang gesendet."}),
+        (6, "Bob", {"content": "Liked a message"}),
+        (6, "Bob", {"content": "You sent me soup"}),
+        (5, zoe, {"photos": [{"uri": "a.jpg"}]}),
+        (5, zoe, {"content": "x", "is_unsent": True}),
+        (4, "Bob", {"content": "Audio call ended", "call_duration": 3}),
+        (4, zoe, {"content": f"third {moji}"}),
+    )
+    older = file((3, zoe, {"content": "second"}), (2, "Bob", {"content": "first"}))
+    files = {"inbox/zoe_1/message_1.json": newer, "inbox/zoe_1/message_2.json": older}
     entries, left_out = convert(files)
-    assert said(entries) == [
-        ("Bob", "first"),
-        ("Zoë", "second"),
-        ("Zoë", "third 😂"),
-        ("Bob", "You sent me soup"),
-        ("Bob", "bye"),
-    ]
-    assert {entry["conversation"] for entry in entries} == {"Zoë"}
-    assert left_out == {"app": 4, "media": 1, "deleted": 1, "call": 1}
+    people = ["Bob: first", "Zoë: second", "Zoë: third 😂", "Bob: You sent me soup", "Bob: bye"]
+    assert said(entries) == people and set(of("conversation", entries)) == {"Zoë"}
+    assert left_out == {"app": 3, "media": 1, "deleted": 1, "call": 1}
 
 
 def test_messengers_encrypted_chats_have_keys_of_their_own(convert):
     def message(name, text, **more):
         return {"senderName": name, "text": text, "timestamp": 1795513440000, "type": "text"} | more
 
-    messages = [
-        message("Zoë", "später"),
-        message("Bob", "früher"),
-        message("Bob", "", isUnsent=True),
-        message("Bob", "", type="media", media=[{"uri": "a.jpg"}]),
-    ]
+    messages = [message("Zoë", "später"), message("Bob", "früher")]
+    messages.append(message("Bob", "", isUnsent=True))
     export = {"participants": ["Bob", "Zoë"], "threadName": "Zoë_12", "messages": messages}
     entries, left_out = convert({"Zoë_12.json": export})
-    assert said(entries) == [("Zoë", "später"), ("Bob", "früher")]
-    assert entries[0]["conversation"] == "Zoë" and left_out == {"deleted": 1, "media": 1}
+    assert said(entries) == ["Zoë: später", "Bob: früher"]
+    assert entries[0]["conversation"] == "Zoë" and left_out == {"deleted": 1}
 
 
 def test_twitch_downloader(convert):
@@ -443,68 +378,64 @@ def test_twitch_downloader(convert):
         comment("Ann", "hi", 5),
         comment("Bob", "later", 65, user_notice_params={"msg-id": None}),
         comment("Bob", "subscribed!", 66, user_notice_params={"msg-id": "resub"}),
-        comment("Nightbot", "buy", 67),
         comment(None, "gone", 68),
     ]
     comments[1]["created_at"] = "2026-11-24T10:44:25Z"
-    export = {"streamer": {"name": "ann"}, "comments": comments, "video": {}}
-    entries, left_out = convert({"vod.json": export})
-    assert sorted(said(entries), key=str) == [("Ann", "hi"), ("Bob", "later"), (None, "gone")]
-    assert left_out == {"app": 1, "bot": 1}
-    assert {e["message"]: e["time"] for e in entries}["later"] == "2026-11-24T10:44:25"
+    entries, left_out = convert({"vod.json": {"streamer": {}, "comments": comments, "video": {}}})
+    assert sorted(said(entries)) == ["Ann: hi", "Bob: later", "None: gone"]
+    assert "2026-11-24T10:44:25" in of("time", entries) and left_out == {"app": 1}
 
 
 @pytest.mark.parametrize(
-    ("log", "times"),
+    ("day", "log"),
     [
-        ("# Log started: 2026-11-24 10:00:00 +0100\n[10:44:25] <@Ann> hi\n[10:45] <+bob> ok", 24),
-        ("[10:44:25] <Ann> hi\n[10:45:00] <bob> ok", None),
-        ("[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok", 24),
-        ("--- Log opened Tue Nov 24 09:00:00 2026\n10:44:25 < Ann> hi\n10:45 <@bob> ok", 24),
-        ("--- Day changed Tue Nov 24 2026\n10:44:25 <Ann> hi\n10:45 -!- cy joined\n"
-         "10:45 <bob> ok", 24),
-        ("2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
-         "2026-11-24 10:45:00\tbob\tok", 24),
-        ("**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n\nNov 24 10:44:25 <Ann>\thi\n"
-         "Nov 24 10:45:00 <bob>\tok", 24),
-        ("Session Start: Tue Nov 24 09:00:00 2026\n[10:44:25] <Ann> hi\n[10:45] <bob> ok", 24),
-        ("[10:44:25] Ann: hi\n[10:45:00] bob: ok", None),
-        ("[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok", 24),
+        ("2026-11-24", "# Log started: 2026-11-24 10:00:00 +0100\n"
+         "[10:44:25] <@Ann> hi\n[10:45] <+bob> ok"),
+        ("1970-01-01", "[10:44:25] <Ann> hi\n[10:45:00] <bob> ok"),
+        ("2026-11-24", "[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok"),
+        ("2026-11-24", "--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
+         "10:45 -!- cy joined\n10:45 <@bob> ok"),
+        ("2026-11-24", "2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
+         "2026-11-24 10:45:00\tbob\tok"),
+        ("2026-11-24", "**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n\n"
+         "Nov 24 10:44:25 <Ann>\thi\nNov 24 10:45:00 <bob>\tok"),
+        ("2026-11-24", "Session Start: Tue Nov 24 09:00:00 2026\n"
+         "[10:44:25] <Ann> hi\n[10:45] <bob> ok"),
+        ("1970-01-01", "[10:44:25] Ann: hi\n[10:45:00] bob: ok"),
+        ("2026-11-24", "[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok"),
     ],
 )  # fmt: skip
-def test_logs_of_irc_and_twitch(convert, log, times):
+def test_logs_of_irc_and_twitch(convert, day, log):
     entries, left_out = convert({"a.log": log})
-    assert said(entries) == [("Ann", "hi"), ("bob", "ok")] and set(left_out) <= {"app"}
-    day = "2026-11-24" if times else "1970-01-01"
-    assert [e["time"] for e in entries] == [f"{day}T10:44:25", f"{day}T10:45:00"]
+    assert said(entries) == ["Ann: hi", "bob: ok"] and set(left_out) <= {"app"}
+    assert of("time", entries) == [f"{day}T10:44:25", f"{day}T10:45:00"]
 
 
 def test_a_log_goes_on_after_midnight_and_may_have_its_day_in_its_name(convert):
     log = "[23:59:50] <ann> late\n[00:00:10] <bob> early\n[00:00:05] <ann> a clock that goes wrong"
     entries, _ = convert({"#home.2026-11-24.log": log})
-    assert [entry["time"][8:] for entry in entries] == ["24T23:59:50", "25T00:00:05", "25T00:00:10"]
+    assert [time[8:] for time in of("time", entries)] == [
+        "24T23:59:50",
+        "25T00:00:05",
+        "25T00:00:10",
+    ]
 
 
 def test_every_day_of_a_channel_may_be_a_file(convert):
     log = "[10:44:25] <ann> hi\n[10:45:00] <bob> ok"
     entries, _ = convert({f"#home/2026-11-{day}.log": log for day in (23, 24)})
-    assert [entry["time"][8:10] for entry in entries] == ["23", "23", "24", "24"]
-    assert {entry["conversation"] for entry in entries} == {"#home"}
+    assert [time[8:10] for time in of("time", entries)] == ["23", "23", "24", "24"]
+    assert set(of("conversation", entries)) == {"#home"}
 
 
 def test_slack_has_names_in_a_file_of_their_own(convert):
     def message(user, text, second, **more):
-        return {
-            "type": "message",
-            "user": user,
-            "text": text,
-            "ts": f"17955134{second}.0001",
-        } | more
+        when = f"17955134{second}.0001"
+        return {"type": "message", "user": user, "text": text, "ts": when} | more
 
     files = {
         "general/2026-11-24.json": [
-            message("U1", "hi <@U2> &amp; all, <https://a.b|look>", 41),
-            message("U2", "see <https://c.d>", 42),
+            message("U1", "hi <@U2> &amp; all, <https://a.b|look> <https://c.d>", 41),
             message("U3", "who am I", 43, user_profile={"real_name": "Cy"}),
             message("U1", "has joined", 44, subtype="channel_join"),
             message("U1", "beep", 45, bot_id="B1"),
@@ -517,14 +448,9 @@ def test_slack_has_names_in_a_file_of_their_own(convert):
         ],
     }
     entries, left_out = convert(files)
-    assert said(entries) == [
-        ("Ann Lee", "hi @Bob & all, look"),
-        ("Bob", "see https://c.d"),
-        ("Cy", "who am I"),
-        ("Ann Lee", "soup?"),
-        ("Bob", "yes"),
-    ]
-    assert [e["conversation"] for e in entries[2:4]] == ["general", "general / 1795513446.0001"]
+    talk = ["Ann Lee: hi @Bob & all, look https://c.d", "Cy: who am I"]
+    assert said(entries) == [*talk, "Ann Lee: soup?", "Bob: yes"]
+    assert of("conversation", entries)[1:3] == ["general", "general / 1795513446.0001"]
     assert left_out == {"app": 1, "bot": 1}
 
 
@@ -537,7 +463,7 @@ def test_signal_export(convert):
 """
     files = {"Ann/chat.md": chat, "Note to Self/chat.md": chat[: chat.index("(- ")]}
     entries, left_out = convert(files)
-    assert said(entries) == [("Me", "hello"), ("Ann", "hi, 1 > 0")]
+    assert said(entries) == ["Me: hello", "Ann: hi, 1 > 0"]
     assert entries[0]["conversation"] == "Ann"
     assert left_out == {"media": 1, "deleted": 1, "notes": 1}
 
@@ -573,69 +499,60 @@ Ann
 /Users/me/Library/Messages/Attachments/a/b.heic
 """
     entries, left_out = convert({"+15550100.txt": chat})
-    assert said(entries) == [("Me", "one\n\ntwo"), ("Ann", "best"), ("Me", "an answer")]
-    assert [entry["time"][11:] for entry in entries] == ["10:44:25", "13:44:30", "13:45:00"]
+    assert said(entries) == ["Me: one\n\ntwo", "Ann: best", "Me: an answer"]
+    assert [time[11:] for time in of("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
     assert left_out == {"app": 1, "media": 1} and entries[0]["conversation"] == "Person 1"
 
 
 def test_google_chat(convert):
-    def message(name, text, when, **more):
+    def message(name, text, clock, **more):
         creator = {"name": name, "email": "a@b.c", "user_type": "Bot" if name == "B" else "Human"}
+        when = f"Tuesday, November 24, 2026 at {clock} UTC"
         return {"creator": creator, "created_date": when, "text": text} | more
 
     messages = [
-        message("Ann", "hi", "Tuesday, November 24, 2026 at 10:44:25\u202fAM UTC"),
-        message("Bob", "ok", "Tuesday, November 24, 2026 at 10:45:25 PM UTC"),
-        message("B", "beep", "Tuesday, November 24, 2026 at 10:46:25 PM UTC"),
-        message(
-            "Bob", "", "Tuesday, November 24, 2026 at 10:47:25 PM UTC", message_state="DELETED"
-        ),
+        message("Ann", "hi", "10:44:25\u202fAM"),
+        message("Bob", "ok", "10:45:25 PM"),
+        message("B", "beep", "10:46:25 PM"),
+        message("Bob", "", "10:47:25 PM", message_state="DELETED"),
     ]
     entries, left_out = convert({"DM abc/messages.json": {"messages": messages}})
-    assert said(entries) == [("Ann", "hi"), ("Bob", "ok")]
-    assert [e["time"] for e in entries] == ["2026-11-24T10:44:25", "2026-11-24T22:45:25"]
+    assert said(entries) == ["Ann: hi", "Bob: ok"]
+    assert of("time", entries) == ["2026-11-24T10:44:25", "2026-11-24T22:45:25"]
     assert entries[0]["conversation"] == "DM abc" and left_out == {"bot": 1, "deleted": 1}
 
 
 def test_matrix(convert):
-    def event(name, form="m.room.message", **content):
-        when = 1795513440000
-        return {
-            "type": form,
-            "sender": f"@{name}:a.org",
-            "origin_server_ts": when,
-            "content": content,
-        }
+    def event(name, form="m.room.message", relates=None, **content):
+        content |= {"m.relates_to": relates} if relates else {}
+        event = {"type": form, "sender": f"@{name}:a.org", "content": content}
+        return event | {"origin_server_ts": 1795513440000}
 
+    answer = "> <@ann:a.org> hi\n> all\n\nyes\n> no quotation"
     messages = [
         event("ann", msgtype="m.text", body="hi"),
-        event(
-            "bob",
-            msgtype="m.text",
-            body="> <@ann:a.org> hi\n> all\n\nyes\n> no quotation",
-            **{"m.relates_to": {"m.in_reply_to": {"event_id": "$1"}}},
-        ),
-        event("ann", msgtype="m.text", body="* hi!", **{"m.relates_to": {"rel_type": "m.replace"}}),
+        event("bob", msgtype="m.text", body=answer, relates={"m.in_reply_to": {"event_id": "$1"}}),
+        event("ann", msgtype="m.text", body="* hi!", relates={"rel_type": "m.replace"}),
         event("ann", msgtype="m.notice", body="beep"),
         event("ann", msgtype="m.image", body="a.png"),
         event("cy", "m.room.member", membership="join"),
         event("ann"),
     ]
     entries, left_out = convert({"export.json": {"room_name": "Home", "messages": messages}})
-    assert said(entries) == [("ann", "hi"), ("bob", "yes\n> no quotation")]
+    assert said(entries) == ["ann: hi", "bob: yes\n> no quotation"]
     assert entries[0]["conversation"] == "Home"
     assert left_out == {"app": 2, "bot": 1, "media": 1, "deleted": 1}
 
 
 # ---- lists, CSV, training sets -----------------------------------------------------------------
-@pytest.mark.parametrize("author", ["author", "sender", "username", "user", "from", "name", "Nick"])
-@pytest.mark.parametrize("text", ["message", "text", "content", "Body"])
-def test_a_list_of_messages_under_the_keys_of_other_programs(convert, author, text):
-    log = [{"date": "26/12/24", "time": "6:06", author: name, text: "hi"} for name in "AB"]
-    for content in (log, {"messages": log}, "\n".join(json.dumps(entry) for entry in log)):
-        entries, _ = convert({"a.json": content})
-        assert said(entries) == [("A", "hi"), ("B", "hi")]
-        assert entries[0]["time"] == "2024-12-26T06:06:00"
+def test_a_list_of_messages_under_the_keys_of_other_programs(convert):
+    for author in ("author", "sender", "username", "user", "from", "name", "Nick"):
+        for text in ("message", "text", "content", "Body"):
+            log = [{"date": "26/12/24", "time": "6:06", author: name, text: "hi"} for name in "AB"]
+            for content in (log, {"messages": log}, "\n".join(map(json.dumps, log))):
+                entries, _ = convert({"a.json": content})
+                assert said(entries) == ["A: hi", "B: hi"]
+                assert entries[0]["time"] == "2024-12-26T06:06:00"
 
 
 @pytest.mark.parametrize(
@@ -656,72 +573,57 @@ def test_a_list_of_messages_under_the_keys_of_other_programs(convert, author, te
 )
 def test_times_of_lists(convert, value, time):
     log = [{"timestamp": value, "user": {"name": name, "id": 7}, "text": "hi"} for name in "AB"]
-    assert [entry.get("time") for entry in convert({"a.json": log})[0]] == [time, time]
+    assert of("time", convert({"a.json": log})[0]) == [time, time]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_with_a_header(convert, delimiter):
-    rows = [["Date", "Chat", "From", "Text"], ["24/11/26 10:44", "Home", "Ann", "hi"]]
-    rows += [["24/11/26 10:45", "Home", "Bob", "ok"], ["", "", "", ""]]
-    text = "\n".join(delimiter.join(row) for row in rows)
+    rows = [
+        "Date,Chat,From,Text",
+        "24/11/26 10:44,Home,Ann,hi",
+        "24/11/26 10:45,Home,Bob,ok",
+        ",,,",
+    ]
+    text = "\n".join(rows).replace(",", delimiter)
     for content in (text, text.encode("utf-16"), "\ufeff" + text.replace("\n", "\r\n")):
         entries, _ = convert({"a.csv": content})
-        assert said(entries) == [("Ann", "hi"), ("Bob", "ok")]
-        assert entries[0]["conversation"] == "Home"
+        assert said(entries) == ["Ann: hi", "Bob: ok"] and entries[0]["conversation"] == "Home"
 
 
 def test_a_log_that_runs_backwards_is_turned(convert):
-    rows = [
-        "time,author,message",
-        "2026-11-24 10:45,B,3",
-        "2026-11-24 10:44,A,2",
-        "2026-11-24 10:44,B,1",
-    ]
-    assert [message for _, message in said(convert({"a.csv": "\n".join(rows)})[0])] == list("123")
+    csv = "time,author,message\n2026-11-24 10:45,B,3\n2026-11-24 10:44,A,2\n2026-11-24 10:44,B,1"
+    assert of("message", convert({"a.csv": csv})[0]) == ["1", "2", "3"]
 
 
-TURNS = [("system", "You are Ann."), ("user", "hi?"), ("assistant", "hello"), ("user", "so?")]
-TURNS = [*TURNS, ("assistant", "soup")]
+ROLES = ["system", "user", "assistant", "user", "assistant"]
+TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", strict=True)]
 
 
 @pytest.mark.parametrize(
-    ("rows", "pairs"),
+    ("row", "pairs"),
     [
-        ([{"prompt": "a", "completion": "b"}], [("a", "b")]),
-        ([{"instruction": "a", "input": "", "output": "b"}], [("a", "b")]),
-        ([{"instruction": "a", "input": "c", "output": "b"}], [("a\n\nc", "b")]),
-        ([{"question": "a", "answer": "b", "id": 7}], [("a", "b")]),
-        ([{"prompt": "a", "response": "b"}], [("a", "b")]),
+        ({"prompt": "a", "completion": "b"}, [("a", "b")]),
+        ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
+        ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
+        ({"question": "a", "answer": "b", "id": 7}, [("a", "b")]),
+        ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
+        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
+        ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
         (
-            [{"text": "Q: a\nA: b"}, {"text": "Q: c\nA: d\nQ: e\nA: f"}],
-            [("a", "b"), ("c\nA: d\nQ: e", "f")],
-        ),
-        ([{"text": "### Instruction:\na\n\n### Response:\nb"}], [("a\n", "b")]),
-        (
-            [{"messages": [{"role": role, "content": text} for role, text in TURNS]}],
-            [
-                ("You are Ann.\n\nhi?", "hello"),
-                ("You are Ann.\n\nhi?\n\nhello\n\nso?", "soup"),
-            ],
-        ),
-        (
-            [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
             [("a", "b")],
         ),
     ],
 )
-def test_a_training_set_becomes_pairs(convert, rows, pairs):
-    for content in (json.dumps(rows), "\n".join(json.dumps(row) for row in rows)):
+def test_a_training_set_becomes_pairs(row, pairs):
+    for content in (json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n"):
         read = from_export.read("a.jsonl", content.encode())[1]
-        assert [(pair["prompt"], pair["completion"]) for pair in read] == pairs
+        assert [(pair["prompt"], pair["completion"]) for pair in read] == pairs * 2
 
 
 def test_texts_without_questions_are_messages(convert):
     entries, _ = convert({"a.json": [{"text": "hi"}, {"text": "you"}]})
-    assert entries == [
-        {"conversation": "a", "message": "hi"},
-        {"conversation": "a", "message": "you"},
-    ]
+    assert entries == [{"conversation": "a", "message": text} for text in ("hi", "you")]
 
 
 # ---- several files -----------------------------------------------------------------------------
@@ -729,23 +631,21 @@ def test_a_message_that_two_exports_hold_is_read_once(convert):
     old = "24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: hi\n24/11/26, 10:45 - Bob: ok"
     new = old.split("\n", 1)[1] + "\n24/11/26, 10:46 - Ann: more\n24/11/26, 10:46 - Ann: more"
     entries, left_out = convert({"Ann.txt": old, "Ann (1).txt": new})
-    assert said(entries) == [("Ann", "hi")] * 2 + [("Bob", "ok")] + [("Ann", "more")] * 2
+    assert said(entries) == ["Ann: hi"] * 2 + ["Bob: ok"] + ["Ann: more"] * 2
     assert left_out == {"copy": 2}
 
 
 def test_without_times_nothing_is_a_copy(convert):
     files = {f"{folder}/chat.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
-    assert len(convert(files)[0]) == 4 and len(convert({"c/chat.json": [{"text": "ok"}]})[0]) == 5
+    assert len(convert(files)[0]) == 4
 
 
 def test_conversations_are_named_by_file_or_folder(convert):
     chat = "24/11/26, 10:44 - A: a\n24/11/26, 10:44 - B: b"
     names = ["Chat WhatsApp con Ann.txt", "Чат WhatsApp с Bob.txt", "Cy/_chat.txt", "Cy/notes.txt"]
     entries, _ = convert({name: chat for name in names})
-    expected = ["Chat WhatsApp con Ann", "Cy", "notes", "Чат WhatsApp с Bob"]
-    assert sorted({entry["conversation"] for entry in entries}) == expected
-    log = [{"channel": "\u202e", "user": name, "text": "hi"} for name in "AB"]
-    assert {e["conversation"] for e in convert({"no name.json": log})[0]} == {*expected, "no name"}
+    expected = {"Chat WhatsApp con Ann", "Cy", "notes", "Чат WhatsApp с Bob"}
+    assert set(of("conversation", entries)) == expected
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -756,16 +656,14 @@ CHAT = """\
 24/11/26, 10:46 - Ann Lee: <Media omitted>
 25/11/26, 10:46 - Ann Lee: soup?
 """
-ENTRY = '{"conversation": "WhatsApp Chat with Bob", "time": "2026-11-24T10:44:00", '
-WRITTEN = ENTRY + '"author": "Ann Lee", "message": "hi"}'
+FOLDER = "my project/data/raw"
 
 
 @pytest.fixture
 def home(tmp_path):
     """A project of the script alone, in a folder whose name holds a space, and an export."""
-    raw = tmp_path / "my project/data/raw"
-    raw.mkdir(parents=True)
-    (raw / "from_export.py").write_bytes(SCRIPT.read_bytes())
+    (tmp_path / FOLDER).mkdir(parents=True)
+    (tmp_path / FOLDER / "from_export.py").write_bytes(SCRIPT.read_bytes())
     (tmp_path / "chat.txt").write_text(CHAT, "utf-8")
     return tmp_path
 
@@ -775,17 +673,14 @@ def export(home, run):
     """Return export("chat.txt", …): the finished run on files of `home`."""
 
     def export(*arguments, **kwargs):
-        return run(home / "my project", "data/raw/from_export.py", *arguments, cwd=home, **kwargs)
+        return run(home / FOLDER, "from_export.py", *arguments, cwd=home, **kwargs)
 
     return export
 
 
-def raw(home):
-    """Return what lies in data/raw, locks aside."""
-    folder = home / "my project/data/raw"
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    del files["from_export.py"]
-    return {name: content for name, content in files.items() if not name.endswith(".lock")}
+def written(home):
+    """Return {"messages_sample.json": content, …}, of all versions."""
+    return {path.name: path.read_text("utf-8") for path in (home / FOLDER).glob("messages_*")}
 
 
 def failed(result):
@@ -796,17 +691,26 @@ def failed(result):
     return error
 
 
+def pack(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
-    with zipfile.ZipFile(home / "WhatsApp Chat with Bob.zip", "w") as archive:
-        archive.writestr("_chat.txt", CHAT)
-        archive.writestr("__MACOSX/._chat.txt", "x")
-        archive.writestr("a.jpg", "x")
+    members = {"_chat.txt": CHAT, "__MACOSX/._chat.txt": "x", "a.jpg": "x"}
+    pack(home / "WhatsApp Chat with Bob.zip", **members)
     result = export("WhatsApp Chat with Bob.zip")
     assert result.returncode == 0 and result.stderr == ""
-    lines = raw(home)["messages_sample.json"].decode().splitlines()
-    assert lines[0] == "[" and lines[1] == WRITTEN + "," and lines[-1] == "]" and len(lines) == 5
-    told = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert told == [
+    lines = written(home)["messages_sample.json"].splitlines()
+    assert lines[0] == "[" and lines[-1] == "]" and len(lines) == 5
+    assert json.loads(lines[1].removesuffix(",")) == {
+        "conversation": "WhatsApp Chat with Bob",
+        "time": "2026-11-24T10:44:00",
+        "author": "Ann Lee",
+        "message": "hi",
+    }
+    assert [" ".join(line.split()) for line in result.stdout.splitlines()] == [
         "read 1 WhatsApp, WhatsApp Chat with Bob.zip/_chat.txt",
         "conversations 1",
         "3 WhatsApp Chat with Bob",
@@ -818,71 +722,52 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
         "left out 1 media without words (media): <Media omitted>",
         "",
         "wrote my project/data/raw/messages_sample.json: 3 entries; delete what it must not learn",
-        "next VERSION=sample python build_train.py --only-author 'Ann Lee' # to answer as one of"
-        " them",
+        "next VERSION=sample python build_train.py --only-author 'Ann Lee'"
+        " # to answer as one of them",
         "VERSION=sample python build_train.py # to answer as anybody",
     ]
 
 
 def test_the_author_of_most_conversations_is_the_one_to_learn(home, export):
-    for number in range(3):
-        lines = [f"24/11/26, 10:44 - Me: hi {number}"] + [
-            f"24/11/26, 10:44 - {'XYZ'[number]}: ok"
-        ] * 9
-        (home / f"{number}.txt").write_text("\n".join(lines))
-    assert "--only-author Me " in export("0.txt", "1.txt", "2.txt").stdout
-
-
-def test_without_an_argument_it_says_what_to_type(home, export):
-    result = export()
-    assert result.returncode == 2
-    assert result.stderr.endswith("from_export.py' 'WhatsApp Chat with Ann.zip'\n")
-    (home / "my project/data/raw/My chat.txt").write_text(CHAT)
-    typed = export().stderr.splitlines()[-1]
-    done = subprocess.run(["bash", "-c", typed], cwd=home, env=os.environ | {"VERSION": "two"})
-    assert done.returncode == 0 and "messages_two.json" in raw(home)
+    for name in "XYZ":
+        lines = ["24/11/26, 10:44 - Me: hi", *[f"24/11/26, 10:44 - {name}: ok"] * 9]
+        (home / f"{name}.txt").write_text("\n".join(lines))
+    assert "--only-author Me " in export("X.txt", "Y.txt", "Z.txt").stdout
 
 
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'; known"),
+        ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'"),
         ("a.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
         ("a.json", '{"messages": [{"type": "mess', "a.json is damaged JSON"),
         ("a.json", "[" * 100000, "not as its app writes it"),
-        ("a.json", '{"a": ' * 100000, "not as its app writes it"),
         ("a.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
-        ("a.json", "[]", "JSON with the keys (none)"),
         ("a.json", "[1, null]", "JSON with the keys (none)"),
         ("a.json", '[{"previous_messages": ["a"], "message": "b"}]', "copy it into data/raw"),
-        ("a.json", '{"messages": [{"type": 1, "text": 2}, 3]}', "not as its app writes it"),
         ("a.json", '{"chats": {"list": 7}}', "not as its app writes it"),
-        ("a.csv", "a,b\n1,2\n", "a text that begins with 'a,b"),
         ("a.txt", "", "a.txt is empty"),
         ("a.txt", b"\x00\x01\x02", "a.txt is no text"),
         ("a.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
         ("a.zip", b"PK\x05\x06" + bytes(18), "holds no such file"),
-        ("a.zip", b"PK\x03\x04" + bytes(100), "a.zip is no text"),
     ],
-)  # fmt: skip
+)
 def test_what_no_reader_knows_gets_an_error(home, name, content, what):
     (home / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(SystemExit) as end:
         from_export.read_files([str(home / name)], None)
-    assert what in end.value.code and "FIX: export the chat again" in end.value.code
+    assert what in end.value.code and "; known are WhatsApp .txt; Telegram" in end.value.code
+    assert "FIX: export the chat again" in end.value.code
 
 
-def test_an_error_writes_nothing_and_is_one_line_with_its_fix(home, export):
+def test_what_cannot_be_read_is_told_and_nothing_is_written(home, export):
     (home / "chat.txt").write_text("24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you")
     assert "nothing is left that people said to each other" in failed(export("chat.txt"))
-    (home / "chat.txt").write_text("Dear\ndiary")
-    assert "chat.txt is a text that begins with 'Dear\\ndiary'" in failed(export("chat.txt"))
-    assert raw(home) == {}
-
-
-def test_a_file_that_is_not_there_gets_the_nearest_name(home, export):
-    assert failed(export("chatt.txt")).endswith("from_export.py' chat.txt")
-    assert failed(export("elsewhere/x.zip")).endswith("drag the file into this window")
+    os.mkfifo(home / "pipe.txt")
+    assert "pipe.txt is not there, or no file" in failed(export("pipe.txt", timeout=20))
+    assert "x.zip is not there, or no file" in failed(export("elsewhere/x.zip"))
+    assert "is not a name for a file" in failed(export("chat.txt", env={"VERSION": "../x"}))
+    assert export().returncode == 2 and written(home) == {}
 
 
 def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export):
@@ -893,125 +778,78 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export):
     (folder / ".hidden.txt").write_text(CHAT)
     (folder / "loop").symlink_to(folder)
     result = export("Downloads")
-    assert (
-        result.returncode == 0
-        and "not read              1  Downloads/bill.txt: a text" in result.stdout
-    )
-    assert len(json.loads(raw(home)["messages_sample.json"])) == 3
+    assert result.returncode == 0 and "1  Downloads/bill.txt: a text" in result.stdout
+    assert len(json.loads(written(home)["messages_sample.json"])) == 3
     assert "Dear customer" in failed(export("Downloads/deep er", "Downloads/bill.txt"))
 
 
 def test_chats_and_training_sets_do_not_mix(home, export):
     (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert "chats and training sets" in failed(export("chat.txt", "set.jsonl"))
-    assert (
-        export("set.jsonl").stdout.splitlines()[-1] == "next  VERSION=sample python build_train.py"
-    )
-    assert json.loads(raw(home)["messages_sample.json"]) == [{"prompt": "a", "completion": "b"}]
+    result = export("set.jsonl", env={"VERSION": None})
+    assert result.stdout.splitlines()[-1] == "next  VERSION=v1 python build_train.py"
+    assert list(written(home)) == ["messages_v1.json"]
+    assert json.loads(*written(home).values()) == [{"prompt": "a", "completion": "b"}]
 
 
 def test_another_export_is_not_written_over_unless_told(home, export):
     assert export("chat.txt").returncode == 0
-    first = raw(home)
-    assert export("chat.txt").returncode == 0 and raw(home) == first
+    first = written(home)
+    assert export("chat.txt").returncode == 0 and written(home) == first
     (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
-    assert "edited by hand. FIX: add --replace" in failed(export("chat.txt")) and raw(home) == first
+    assert "FIX: add --replace" in failed(export("chat.txt")) and written(home) == first
     assert export("chat.txt", "--version", "two").returncode == 0
-    assert raw(home)["messages_sample.json"] == first["messages_sample.json"]
+    assert written(home)["messages_sample.json"] == first["messages_sample.json"]
     assert export("chat.txt", "--replace").returncode == 0
-    assert raw(home)["messages_sample.json"] == raw(home)["messages_two.json"]
+    assert written(home)["messages_sample.json"] == written(home)["messages_two.json"]
 
 
 def test_kinds_can_be_kept(home, export):
     assert export("chat.txt", "--keep", "app, media").returncode == 0
-    assert len(json.loads(raw(home)["messages_sample.json"])) == 5
+    assert len(json.loads(written(home)["messages_sample.json"])) == 5
     result = export("chat.txt", "--keep", "apps")
     assert result.returncode == 2 and "choose from app, deleted, call" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("version", "fix"), [("my chat", "my_chat"), ("../x", "_x"), (".x", "x"), ("-", "v1")]
-)
-def test_a_version_is_a_name_for_a_file(export, version, fix):
-    error = failed(export("chat.txt", env={"VERSION": version}))
-    assert error.endswith(f"is not a name for a file. FIX: --version {fix}")
-
-
-def test_v1_is_the_default(home, export):
-    assert export("chat.txt", env={"VERSION": None}).returncode == 0
-    assert list(raw(home)) == ["messages_v1.json"]
-
-
 # ---- whole or not at all, and nowhere else -----------------------------------------------------
 def test_a_second_run_on_the_same_name_is_refused(home, export):
-    with open(home / "my project/data/raw/.messages_sample.json.lock", "w") as lock:
+    with open(home / FOLDER / ".messages_sample.json.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another run is writing" in failed(export("chat.txt"))
         assert export("chat.txt", "--version", "two").returncode == 0
     assert export("chat.txt").returncode == 0
 
 
-@pytest.mark.parametrize("kind", ["folder", "dangling link", "link", "lines"])
-def test_a_target_that_cannot_be_replaced_is_told_before_the_work(home, export, kind):
-    target = home / "my project/data/raw/messages_sample.json"
-    other = home / "other.json"
-    other.write_text("[]")
-    {
-        "folder": target.mkdir,
-        "dangling link": lambda: target.symlink_to("nowhere"),
-        "link": lambda: target.symlink_to(other),
-        "lines": target.with_suffix(".jsonl").touch,
-    }[kind]()
-    assert "is not there" not in failed(export("there is no such file"))
-    assert other.read_text() == "[]"
-
-
 def test_a_full_disk_leaves_what_was_there(home, export):
     assert export("chat.txt").returncode == 0
-    first = raw(home)
+    first = written(home)
     (home / "chat.txt").write_text(CHAT * 1000)
-    limit = 'ulimit -f 4; exec "$0" "$@"'
-    command = [
-        sys.executable,
-        str(home / "my project/data/raw/from_export.py"),
-        "chat.txt",
-        "--replace",
-    ]
-    env = os.environ | {"VERSION": "sample"}
-    result = subprocess.run(
-        ["bash", "-c", limit, *command], cwd=home, env=env, capture_output=True, encoding="utf-8"
-    )
-    assert "File too large" in failed(result)
-    assert raw(home)["messages_sample.json"] == first["messages_sample.json"]
+    limited = 'ulimit -f 4; VERSION=sample exec "$0" "$@" chat.txt --replace'
+    command = ["bash", "-c", limited, sys.executable, home / FOLDER / "from_export.py"]
+    result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
+    assert "File too large" in failed(result) and written(home) == first
 
 
 def test_ctrl_c_ends_it_quietly(home, export):
     (home / "chat.txt").write_text(CHAT * 20000)
-    process = export(
-        "chat.txt", start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    lock = home / "my project/data/raw/.messages_sample.json.lock"
-    while not lock.exists():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = export("chat.txt", start=subprocess.Popen, **pipes)
+    while not (home / FOLDER / ".messages_sample.json.lock").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.communicate() == (b"", b"") and process.returncode == 130
-    assert raw(home) == {}
+    assert written(home) == {}
 
 
 def test_nothing_of_a_zip_is_unpacked(home, export):
-    with zipfile.ZipFile(home / "a.zip", "w") as archive:
-        archive.writestr("../../outside.txt", CHAT)
-        archive.writestr("/tmp/from_export_outside.txt", CHAT.replace("Bob", "Cy"))
-    before = {path for path in home.rglob("*") if "data/raw" not in str(path)}
+    pack(home / "a.zip", **{"../../outside.txt": CHAT, f"{home}/b.txt": CHAT.replace("Bob", "Cy")})
+    before = {path for path in home.rglob("*") if FOLDER not in str(path)}
     assert export("a.zip").returncode == 0
-    assert {path for path in home.rglob("*") if "data/raw" not in str(path)} == before
-    assert not Path("/tmp/from_export_outside.txt").exists()
+    assert {path for path in home.rglob("*") if FOLDER not in str(path)} == before
 
 
 def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
-    with zipfile.ZipFile(home / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(3):
-            archive.writestr(f"{number}.txt", bytes(1 << 20))
+    pack(home / "bomb.zip", **{f"{number}.txt": bytes(1 << 20) for number in range(3)})
     monkeypatch.setattr(from_export, "MOST_BYTES", 3 << 20)
     assert len(list(from_export.files_in(home / "bomb.zip"))) == 3
     monkeypatch.setattr(from_export, "MOST_BYTES", (3 << 20) - 1)
@@ -1020,117 +858,67 @@ def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
 
 
 def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, export):
-    with zipfile.ZipFile(home / "a.zip", "w") as archive:
-        archive.writestr("chat.txt", CHAT)
+    pack(home / "a.zip", **{"chat.txt": CHAT})
     content = (home / "a.zip").read_bytes()
-    where = content.index(b"PK\x01\x02")
     (home / "a.zip").write_bytes(content.replace(b"Ann Lee", b"Ann Lea"))
     assert "cannot be unpacked: Bad CRC-32" in failed(export("a.zip"))
     locked = bytearray(content)
     locked[6] |= 1
-    locked[where + 8] |= 1
+    locked[content.index(b"PK\x01\x02") + 8] |= 1
     (home / "a.zip").write_bytes(locked)
     assert "cannot be unpacked" in failed(export("a.zip"))
 
 
 # ---- untrusted text, odd surroundings ----------------------------------------------------------
 def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, export):
-    name = "A\x1b[2J\u202e'; rm -rf ~; '"
-    log = [
-        {"author": who, "text": text}
-        for who, text in [(name, "\ud800\x07\x9b\x00hi"), ("B", "ok")] * 2
-    ]
+    texts = {"A\x1b[2J\u202e'; rm -rf ~; '": "\ud800\x07\x9b\x00hi", "B": "ok"}
+    log = [{"author": name, "text": text} for name, text in texts.items()] * 2
     (home / "a\x1b[2J.json").write_text(json.dumps(log))
     result = export("a\x1b[2J.json")
     assert result.returncode == 0
     assert all(c.isprintable() or c == "\n" for c in result.stdout)
-    entries = json.loads(raw(home)["messages_sample.json"].decode("utf-8"))
-    assert entries[0]["author"] == "A[2J'; rm -rf ~; '" and entries[0]["message"] == "?hi"
+    entries = json.loads(written(home)["messages_sample.json"])
+    assert said(entries)[0] == "A[2J'; rm -rf ~; ': ?hi"
     assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"'' """ in result.stdout
 
 
 @pytest.mark.parametrize(
     "env",
     [
-        {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
-        {"PYTHONOPTIMIZE": "2", "PYTHONHASHSEED": "7"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "1"},
+        {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONOPTIMIZE": "2"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"},
     ],
 )
 def test_the_same_bytes_in_any_surroundings(home, export, env):
-    chat = CHAT.replace("Bob", "Zoë 🙂")
-    (home / "chat.txt").write_text(chat, "utf-8")
+    (home / "chat.txt").write_text(CHAT.replace("Bob", "Zoë 🙂"), "utf-8")
     assert export("chat.txt").returncode == 0
-    first = raw(home)
+    first = written(home)
     result = export("chat.txt", env=env, stdin=subprocess.DEVNULL)
-    assert result.returncode == 0 and result.stderr == "" and raw(home) == first
-
-
-def test_head_ends_it_quietly(home):
-    script = str(home / "my project/data/raw/from_export.py")
-    command = f"'{sys.executable}' '{script}' chat.txt | true; echo ${{PIPESTATUS[0]}}"
-    env = os.environ | {"VERSION": "sample"}
-    result = subprocess.run(
-        ["bash", "-c", command], cwd=home, env=env, capture_output=True, text=True
-    )
-    assert (result.stdout, result.stderr) == ("0\n", "") and "messages_sample.json" in raw(home)
+    assert result.returncode == 0 and result.stderr == "" and written(home) == first
 
 
 def test_files_beside_the_script_are_not_its_modules(home, export):
-    for folder in (home, home / "my project/data/raw"):
+    for folder in (home, home / FOLDER):
         for name in ("json", "signal", "csv", "dateutil", "argparse"):
             (folder / f"{name}.py").write_text("raise SystemExit('ran')")
     assert export("chat.txt").returncode == 0
 
 
-def test_it_finds_its_project_through_a_link(home, run):
-    (home / "bin").mkdir()
-    (home / "bin/from_export.py").symlink_to(home / "my project/data/raw/from_export.py")
-    assert run(home / "bin", "from_export.py", home / "chat.txt", cwd="/").returncode == 0
-    assert "messages_sample.json" in raw(home)
-
-
 def test_without_the_environment_it_says_so(home):
-    command = [sys.executable, "-I", "-S", home / "my project/data/raw/from_export.py", "chat.txt"]
+    command = [sys.executable, "-I", "-S", home / FOLDER / "from_export.py", "chat.txt"]
     result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
     assert failed(result).endswith("FIX: source venv/bin/activate; pip install -r requirements.txt")
 
 
-def test_a_pipe_is_not_waited_for(home, export):
-    os.mkfifo(home / "pipe.txt")
-    assert "pipe.txt is not there, or no file" in failed(export("pipe.txt", timeout=20))
-    assert "holds no such file" in failed(export("my project", timeout=20))
+TEXTS = " ", "\n", "!", "<", "a <", "\u200e<", "(1 ", "1", "1/", "1/2/26, 10:44", ":", "\t", "«"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        " ",
-        "\n",
-        "!",
-        "<",
-        "a <",
-        "\u200e<",
-        "(1 ",
-        "1",
-        "1/",
-        "1/2/26, 10:44",
-        ":",
-        "\t",
-        "a ",
-        "«",
-    ],
-)
-@pytest.mark.parametrize(
-    "head", ["24/11/26, 10:44 - Ann: ", "[10:44:25] <ann> ", "", "from,text\na,"]
-)
-def test_no_text_takes_long(head, text):
-    content = (head + text * (50_000 // len(text))).encode()
-    start = time.monotonic()
-    try:
-        _, messages = from_export.read("a.txt", content)
-        from_export.sort_out([("a.txt", "", from_export.read_times(messages, None, "a"))], set())
-    except from_export.UnknownFileError:
-        pass
-    assert time.monotonic() - start < 2
+@pytest.mark.parametrize("head", [ANDROID.format("Ann: "), "[10:44:25] <ann> ", "from,text\na,"])
+def test_no_text_takes_long(head):
+    for text in TEXTS:
+        content = head + text * (50_000 // len(text))
+        start = time.monotonic()
+        _, messages = from_export.read("a.txt", content.encode())
+        messages = from_export.read_times(messages, None, "a")
+        from_export.sort_out([("a.txt", "", messages)], set())
+        assert time.monotonic() - start < 2, text

@@ -39,7 +39,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -608,16 +608,16 @@ LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
 
 def read_log(text, name):
     """Read a log of IRC or Twitch, a message a line; the day has lines of its own, if at all."""
-    last = datetime.combine(day_in(Path(name).stem, datetime(1970, 1, 1)), time())
+    last = day_in(Path(name).stem, datetime(1970, 1, 1))
     for line in filter(str.strip, text.split("\n")):
         found = LOG_LINE.match(line)
         if not found:
             if LOG_DAY.match(line):
-                last = datetime.combine(day_in(line, last), time())
+                last = day_in(line, last)
             yield Message(last, "", line, "app")
             continue
         hour, minute, second = (int(found[part] or 0) for part in ("hour", "minute", "second"))
-        now = datetime.combine(day_in(found["day"] or "", last), time())
+        now = day_in(found["day"] or "", last)
         now += timedelta(hours=hour, minutes=minute, seconds=second)
         if now < last - timedelta(minutes=1) and not found["day"]:  # past midnight
             now += timedelta(days=1)
@@ -626,13 +626,14 @@ def read_log(text, name):
 
 
 def day_in(text, otherwise):
-    """Return the day that a line of a log names, as in "--- Day changed Tue Jan 02 2024"."""
-    if not re.search(r"(19|20)\d\d-\d\d-\d\d|\b[A-Z][a-z]{2} [ \d]\d\b", text):
-        return otherwise
-    try:
-        return date_parser.parse(text.strip("#-* "), fuzzy=True, default=otherwise)
-    except (ValueError, OverflowError):
-        return otherwise
+    """Return the midnight of the day in a text, as in "--- Day changed Tue Jan 02 2024"."""
+    when = otherwise
+    if re.search(r"(19|20)\d\d-\d\d-\d\d|\b[A-Z][a-z]{2} [ \d]\d\b", text):
+        try:
+            when = date_parser.parse(text.strip("#-* "), fuzzy=True, default=otherwise)
+        except (ValueError, OverflowError):
+            when = otherwise
+    return when.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
 
 
 IMESSAGE_DATE = re.compile(r"([A-Z][a-z]{2} \d\d, \d{4} +\d\d?:\d\d:\d\d [AP]M)(.*)")
@@ -703,6 +704,11 @@ def stamp_of(text):
     return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
 
 
+MORNING = r"(am|午前|上午|早上|凌晨|오전|ص|πμ|morning|mañana|madrugada)$"
+AFTERNOON = r"(pm|午後|下午|中午|오후|م|μμ|afternoon|evening|noon|tarde)$"
+NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 3
+
+
 @functools.cache
 def hour_of_day(hour, words):
     """Return the hour of 24: (9, " in the afternoon") → 21, (12, " a. m.") → 0, (9, ", ") → 9."""
@@ -711,11 +717,6 @@ def hour_of_day(hour, words):
     if re.search(AFTERNOON, words) or (at_night and 6 <= hour < 12):
         return hour % 12 + 12
     return 0 if hour == 12 and (at_night or re.search(MORNING, words)) else hour
-
-
-MORNING = r"(am|午前|上午|早上|凌晨|오전|ص|πμ|morning|mañana|madrugada)$"
-AFTERNOON = r"(pm|午後|下午|中午|오후|م|μμ|afternoon|evening|noon|tarde)$"
-NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 3
 
 
 def date_order(dates):
@@ -922,8 +923,8 @@ def main():
     report(files, not_read, left_out, entries)
     if not entries:
         fail("nothing is left that people said to each other", "--keep KIND, of those above")
-    where = os.path.relpath(target)
-    print(f"\nwrote {where}: {len(entries):,} entries; delete what it must not learn")
+    what = f"{len(entries):,} entries; delete what it must not learn"
+    print(f"\nwrote {os.path.relpath(target)}: {what}")
     next_steps(entries, s.version)
 
 

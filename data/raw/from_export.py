@@ -117,7 +117,10 @@ def files_in(path):
             if child.is_dir() or child.suffix.lower() in READABLE | {".zip"}:
                 yield from files_in(child)
     elif not path.is_file():
-        fail(f"{path} is not there, or no file", "drag the file into this window for its path")
+        fail(
+            f"{path} is not there, or no file",
+            "name a file that is there: drag it into this window",
+        )
     elif zipfile.is_zipfile(path):
         try:
             yield from files_in_zip(path)
@@ -1110,4 +1113,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # what reads the output has enough, as in "| head -1"
         os._exit(0)
     except OSError as e:
-        fail(f"{e.filename or RAW}: {e.strerror}", "make room on the disk, or make it accessible")
+        fix = "make it accessible, free space on its disk, or move away what stands in its place"
+        fail(f"{e.filename or RAW}: {e.strerror}", fix)

@@ -569,12 +569,15 @@ def whatsapp_words(text, is_iphone, tags):
 
 def kind_of_sentence(text):
     """Return the kind of a message that the app wrote from beginning to end, or ""."""
+    start = plain(text[:200])
+    if start.startswith(NOTICES):
+        return "app"
     if LOCATION.fullmatch(text):
         return "location"
     if POLL.fullmatch(text):
         return "poll"
-    kind = SENTENCES.get(plain(text)) if len(text) < 200 else ""
-    return kind if kind in KINDS else ""
+    kind = SENTENCES.get(start)
+    return kind if kind in KINDS and len(text) < 200 else ""
 
 
 def is_tag(words, tags):
@@ -1089,11 +1092,26 @@ csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | 
 dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 | 添付ファイル有り | 파일 첨부됨 |
 bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto | datoteka u privitku | priložena datoteka
 | прикачен файл | прикачена датотека | arxiu adjunt | faili limeambatanishwa | lêer aangeheg
+
+notice:
+Messages and calls are end-to-end encrypted | Messages you send to this chat and calls are now
+secured | Messages to this chat and calls are now secured | Messages to this group are now secured |
+Your security code with | Nachrichten und Anrufe sind Ende-zu-Ende-verschlüsselt | Nachrichten in
+diesem Chat sowie Anrufe sind jetzt mit | Los mensajes y las llamadas están cifrados | Les messages
+et les appels sont chiffrés | Les messages envoyés dans cette discussion et les appels | I messaggi
+e le chiamate sono crittografati | I messaggi inviati a questa chat e le chiamate sono | As
+mensagens e as chamadas são protegidas | As mensagens e chamadas são encriptadas | Berichten en
+gesprekken worden end-to-end | Сообщения и звонки защищены | Повідомлення й дзвінки захищено |
+Wiadomości i połączenia są | Mesajlar ve aramalar uçtan uca | ההודעות והשיחות מוצפנות | الرسائل
+والمكالمات مشفرة | Pesan dan panggilan terenkripsi | मैसेजेस और कॉल्स एंड-टू-एंड |
+メッセージと通話はエンドツーエンド | 메시지 및 전화는 종단간 | 消息和通话都进行端到端加密 |
+訊息和通話經端對端加密
 """
-SENTENCES = {}  # "this message was deleted" → "deleted"
+SENTENCES = {}  # "this message was deleted" → "deleted"; a notice only begins with its words
 for block in TABLE.strip().split("\n\n"):
     kind, _, sentences = block.partition(":\n")
     SENTENCES |= {plain(sentence): kind for sentence in sentences.replace("\n", " ").split("|")}
+NOTICES = tuple(sentence for sentence, kind in SENTENCES.items() if kind == "notice")
 META = re.compile(  # what Instagram and Messenger write under a person's name
     r"(?i)(reacted .{1,20} to your message|liked a message|(audio|video) call ended"
     r"|you (missed a (video |voice )?call|sent an attachment|(named|left|created) the group.{0,60})"

@@ -821,6 +821,9 @@ def entries_of(conversations):
 # ---- write --------------------------------------------------------------------------------------
 def claim(target):
     """Return an open file whose lock keeps a second run on the same target away."""
+    log = target.with_suffix(".jsonl")
+    if log.exists():
+        fail(f"{log} holds data of this version", "--version NAME, another one")
     lock = open(target.with_name(f".{target.name}.lock"), "w")  # noqa: SIM115 (open until the end)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

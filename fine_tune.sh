@@ -55,7 +55,6 @@ main() {
   ADAPTER=models/adapters/adapter-${VERSION}_$MODEL
   OLD=models/adapters/.adapter-${VERSION}_$MODEL.old
   export WORK=models/adapters/.adapter-${VERSION}_$MODEL.partial # the run happens here
-  export SCRIPT=$$                                               # nothing outlives this process
   trap interrupted INT
   lock "models/adapters/.adapter-${VERSION}_$MODEL.lock"
   finish_last_run
@@ -183,7 +182,7 @@ if sys.argv[1] != "watch":  # there ONE_CARD chooses
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 VERSION, MODEL = os.environ["VERSION"], os.environ["MODEL"]
 BASE, DATA = Path("models/base", MODEL), Path("data/for_train", VERSION)
-WORK, SCRIPT = Path(os.environ["WORK"]), int(os.environ["SCRIPT"])
+WORK, SCRIPT = Path(os.environ["WORK"]), os.getppid()
 LOG, LOSSES = WORK / "training.log", WORK / "losses.csv"
 DOWNLOAD = f"hf download mlx-community/{MODEL} --local-dir {BASE}"
 BUILD = f"VERSION={VERSION} MODEL={MODEL} python build_train.py"
@@ -250,14 +249,14 @@ def read_settings():
     return s
 
 
-def look_for(file, setting, make):
+def look_for(what, file, setting, make):
     """Refuse a folder without its file; name the one there is that was probably meant."""
     there = [path for path in file.parent.parent.glob(f"*/{file.name}") if path.stat().st_size]
     if file not in there:
         names = sorted(path.parent.name for path in there)
         meant = difflib.get_close_matches(file.parent.name, names, 1, cutoff=0)
         fixes = [*(f"export {setting}={name}" for name in meant), make]
-        what = f"{file} is missing or empty (there: {', '.join(names) or 'none'})"
+        what = f"there is no {what} in {file.parent} (there: {', '.join(names) or 'none'})"
         fail(what, ", or ".join(fixes))
 
 
@@ -478,22 +477,20 @@ def set_up(s, rate, lines, done):
 def check(*arguments):
     """Check all that can be checked before a model is loaded, and set up the run."""
     s = read_settings()
-    look_for(BASE / "config.json", "MODEL", DOWNLOAD)
-    look_for(DATA / "train.jsonl", "VERSION", BUILD)
-    look_for(DATA / "valid.jsonl", "VERSION", BUILD)
+    look_for("base model", BASE / "config.json", "MODEL", DOWNLOAD)
+    for name in ("train.jsonl", "valid.jsonl"):
+        look_for(name, DATA / name, "VERSION", BUILD)
     size = read_base()
     train, valid = read_rows(DATA / "train.jsonl"), read_rows(DATA / "valid.jsonl")
     longest = check_rows(s, size, train, valid)
 
     epochs = s.ITERS * s.BATCH_SIZE / len(train)
-    megabytes = 4 * trained_numbers(s, size) / 1e6
     other = [f"{name}={value}" for name, value in vars(s).items() if value != SETTINGS[name][1]]
     print(f"base model  {MODEL}")
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
     print(f"run         {s.ITERS} batches of {s.BATCH_SIZE} = {epochs:.3g} epochs")
     print(f"settings    {' '.join(other) or 'all as usual'}")
-    print(f"checkpoints every {s.EVAL_EVERY} batches, of {megabytes:.3g} MB")
     check_memory(s, size, longest)
     rate = learning_rate(s, size)
 

@@ -38,16 +38,16 @@ OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "8e-3"}
 LOOK = {"RESUME": "1"}  # all checks, and then there is no run to go on with
 
 
-def prompt_and_completion(prompt, completion):
+def as_prompt(prompt, completion):
     return {"prompt": prompt, "completion": completion}
 
 
-def messages(prompt, completion):
+def as_messages(prompt, completion):
     turns = [("user", prompt), ("assistant", completion)]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def write_data(project, train=TRAIN, valid=VALID, shape=prompt_and_completion):
+def write_data(project, train=TRAIN, valid=VALID, shape=as_prompt):
     (project / DATA).mkdir(parents=True, exist_ok=True)
     for name, rows in [("train", train), ("valid", valid)]:
         lines = [json.dumps(shape(*row)) + "\n" for row in rows]
@@ -140,7 +140,7 @@ def loss_of_replies(project, adapter=None):
     model, tokenizer = load(str(project / BASE), adapter_path=adapter and str(adapter))
     total = count = 0
     for prompt, completion in VALID:
-        chat = messages(prompt, completion)["messages"]
+        chat = as_messages(prompt, completion)["messages"]
         start = len(
             tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
         )
@@ -165,7 +165,7 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(trained):
 
 @pytest.mark.slow
 def test_rows_of_messages_on_a_quantised_base_train_as_well(project, train):
-    write_data(project, shape=messages)
+    write_data(project, shape=as_messages)
     result = train(MODEL="tiny-gemma-3-4bit")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "kept        iteration 6: " in result.stdout
@@ -257,21 +257,17 @@ def test_a_resumed_run_does_the_rest(project, train, run):
     [
         ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 6 batches"),
         ('"$@" & "$@"; wait', "error: the processes of LAUNCH do not find each other"),
+        (None, "error: ./launch cannot be used: FileNotFoundError"),
     ],
 )
-def test_a_launcher_that_fails_without_saying_so(project, train, launcher, error):
+def test_a_launcher_that_fails(project, train, launcher, error):
     older = put_older_adapter(project)
-    (project / "launch").write_text("#!/bin/sh\n" + launcher)
-    (project / "launch").chmod(0o755)
+    if launcher:
+        (project / "launch").write_text("#!/bin/sh\n" + launcher)
+        (project / "launch").chmod(0o755)
     result = train(LAUNCH="./launch")
     assert result.returncode == 1 and last_error(result).startswith(error)
     assert contents(project / ADAPTER) == older
-
-
-def test_a_launcher_that_is_not_there(train):
-    result = train(LAUNCH="nowhere --")
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: nowhere cannot be used: FileNotFoundError")
 
 
 @pytest.mark.slow
@@ -344,15 +340,12 @@ def test_a_second_run_of_the_same_adapter_is_refused(project, train):
     ],
 )
 def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
-    mine = [f"{ADAPTER}.old", f"{ADAPTER}.partial"]  # names that users give
-    for folder, adapter in [*left.items(), *((name, "mine") for name in mine)]:
+    for folder, adapter in left.items():
         (project / folder).mkdir()
         (project / folder / "adapters.safetensors").write_text(adapter)
     assert train(ITERS="none").returncode == 1  # any later run, even one that ends at once
     assert contents(project / ADAPTER) == {"adapters.safetensors": kept.encode()}
     assert not (project / OLD).exists() and not (project / WORK).exists()
-    for name in mine:
-        assert contents(project / name) == {"adapters.safetensors": b"mine"}
 
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -362,14 +355,10 @@ def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
         ("ITERS=100", "run         100 batches"),
         ('ITERS="100"', "run         100 batches"),
         ("ITERS=100  # note", "run         100 batches"),
-        (
-            "ITERS = 100",
-            "error: 'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\"",
-        ),
-        ("ITERS= 100", "error: 'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
-        ("ITERS=abc", "error: ITERS=abc is not a whole number from 1. FIX: ITERS=600 ./fine_tune"),
-        ("ITERS=10,000", "error: ITERS=10,000 is not a whole number from 1. FIX: ITERS=10000 ./"),
-        ("ITERS=", "error: ITERS= is not a whole number from 1. FIX: ITERS=600 ./fine_tune.sh"),
+        ("ITERS = 100", "'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
+        ("ITERS= 100", "'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
+        ("ITERS=abc", "ITERS=abc is not a whole number from 1. FIX: ITERS=600 ./fine_tune.sh"),
+        ("ITERS=10,000", "ITERS=10,000 is not a whole number from 1. FIX: ITERS=10000 ./fine_tu"),
     ],
 )
 def test_a_setting_edited_by_hand(project, train, line, outcome):
@@ -387,12 +376,13 @@ def test_another_interpreter_says_what_to_type(project, shell):
     assert result.returncode in (1, 2) and "FIX: ./fine_tune.sh" in result.stdout + result.stderr
 
 
-def change_config(**values):
-    def change(project):
-        path = project / BASE / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def test_the_usual_values_are_those_of_the_settings_block(project, run):
+    assert "settings    RESUME=1\n" in run(project, "fine_tune.sh", env=LOOK).stdout
 
-    return change
+
+def change_config(project, **values):
+    path = project / BASE / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +390,7 @@ def change_config(**values):
     [(640, "0.0002"), (1152, "0.00013"), (2560, "6.8e-05"), (5376, "3.8e-05")],
 )
 def test_the_learning_rate_follows_the_size_of_the_model(project, train, hidden_size, rate):
-    change_config(hidden_size=hidden_size)(project)
+    change_config(project, hidden_size=hidden_size)
     result = train(**LOOK, LEARNING_RATE="auto")
     assert f"rate        {rate} = 2e-4 x (640 / {hidden_size})^0.78" in result.stdout
 
@@ -408,7 +398,6 @@ def test_the_learning_rate_follows_the_size_of_the_model(project, train, hidden_
 # ---- memory ------------------------------------------------------------------------------------
 GEMMA_3 = {  # layers, hidden, intermediate, heads, key-value heads, head size; GB of 4-bit weights
     "4B": ((34, 2560, 10240, 8, 4, 256), 2.2),
-    "12B": ((48, 3840, 15360, 16, 8, 256), 6.6),
     "27B": ((62, 5376, 21504, 32, 16, 128), 15.2),
 }
 NAMES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -418,7 +407,7 @@ NAMES += ("num_key_value_heads", "head_dim")
 def pretend_to_be(project, model):
     """Give the tiny base the config and the size, in a file that is all holes, of a Gemma 3."""
     shape, gigabytes = GEMMA_3[model]
-    change_config(**dict(zip(NAMES, shape, strict=True)), vocab_size=262144)(project)
+    change_config(project, **dict(zip(NAMES, shape, strict=True)), vocab_size=262144)
     size = int(gigabytes * 1e9)
     tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
     header = json.dumps({"x": tensor}).encode()
@@ -432,7 +421,6 @@ def pretend_to_be(project, model):
     ("model", "measured", "settings"),  # the table of tests/benchmarks/README.md
     [
         ("4B", 16.9, {}),
-        ("12B", 34.6, {}),
         ("27B", 61.2, {}),
         ("27B", 32.9, {"GRAD_CHECKPOINT": "1"}),
         ("27B", 18.3, {"GRAD_CHECKPOINT": "1", "BATCH_SIZE": "1", "RANK": "8"}),
@@ -453,9 +441,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(project, train):
     assert result.returncode == 1 and "Loading" not in result.stdout
     if "error: no settings make it fit" in last_error(result):
         pytest.skip("this machine is too small for 27B")
-    (fix,) = re.findall(
-        r"does not fit, and a Mac may crash. FIX: (.*) ./fine_tune.sh", result.stderr
-    )
+    fix = re.search("a Mac may crash. FIX: (.*) ./fine_tune.sh", last_error(result))[1]
     smaller = dict(setting.split("=") for setting in fix.split())
     result = train(**{"RANK": "32", "BATCH_SIZE": "16"} | LOOK | smaller)
     assert "no interrupted run" in last_error(result)
@@ -473,15 +459,15 @@ def assert_error(project, result, what, fix):
 @pytest.mark.parametrize(
     ("name", "value", "what", "fix"),
     [
-        ("MODEL", None, "models/base/gemma-3-text-27b-it-4bit/config.json is missing or empty "
+        ("MODEL", None, "there is no base model in models/base/gemma-3-text-27b-it-4bit "
          "(there: tiny-gemma-3, tiny-gemma-3-4bit)", "export MODEL=tiny-gemma-3-4bit, or hf down"),
-        ("MODEL", "tiny-gema-3", "models/base/tiny-gema-3/config.json is missing or empty",
+        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3 (there",
          "export MODEL=tiny-gemma-3, or hf download mlx-community/tiny-gema-3 --local-dir models/"),
         ("MODEL", "me/gemma", "MODEL is not a name", "MODEL=gemma ./fine_tune.sh"),
         ("MODEL", "./models/base/gemma/", "MODEL is not a name", "MODEL=gemma ./fine_tune.sh"),
         ("VERSION", "\x1b[31m/v2", "VERSION is not a name", "VERSION=v2 ./fine_tune.sh"),
         ("VERSION", "my chat", "VERSION is not a name", "VERSION=my_chat ./fine_tune.sh"),
-        ("VERSION", None, "data/for_train/v1/train.jsonl is missing or empty (there: sample)",
+        ("VERSION", None, "there is no train.jsonl in data/for_train/v1 (there: sample)",
          "export VERSION=sample, or VERSION=v1 MODEL=tiny-gemma-3 python build_train.py"),
         ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
         ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not a number", "LEARNING_RATE=0.1 ./fine"),
@@ -494,30 +480,21 @@ def test_a_wrong_setting(project, train, name, value, what, fix):
     assert_error(project, train(**{name: value}), what, fix)
 
 
-THINKS = (
-    "{% for m in messages %}{{ m.content }}!{% endfor %}{% if add_generation_prompt %}?{% endif %}"
-)
-
-
 @pytest.mark.parametrize(
     ("file", "text", "error"),
     [
         ("config.json", "[3]", "AttributeError"),
-        ("config.json", {"vocab_size": "\x1b[31m"}, "ValueError: "),
-        ("model.safetensors", "cut off", "SafetensorError"),
+        ("config.json", '{"hidden_size": 64}', "KeyError"),
+        ("model.safetensors", None, "SafetensorError"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
-        ("tokenizer.json", None, ""),
+        ("tokenizer.json", "{}", ""),
         ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
     ],
 )
 def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
     path = project / BASE / file
-    if isinstance(text, dict):
-        text = json.dumps(json.loads(path.read_text()) | text)
-    if text == "cut off":
+    if text is None:
         cut_off(path)
-    elif text is None:
-        path.unlink()
     else:
         path.write_text(text)
     result = train()
@@ -536,27 +513,29 @@ def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
     ],
 )
 def test_a_row_that_cannot_be_trained_on(project, train, line, error):
-    good = json.dumps(prompt_and_completion("a", "b"))
+    good = json.dumps(as_prompt("a", "b"))
     (project / DATA / "valid.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
     what = f"{DATA}/valid.jsonl, line 2, cannot be used: {error}"
     assert_error(project, train(), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
 
 
 def test_a_template_that_begins_a_reply_otherwise_than_it_writes_one(project, train):
-    (project / BASE / "chat_template.jinja").write_text(THINKS)
+    opens_otherwise = "{% if add_generation_prompt %}?{% endif %}"
+    template = "{% for m in messages %}{{ m.content }}!{% endfor %}" + opens_otherwise
+    (project / BASE / "chat_template.jinja").write_text(template)
     what = "the chat template of tiny-gemma-3 does not tell which tokens are the reply"
     assert_error(project, train(), what, "another base model")
 
 
 def test_code_that_a_base_brings_is_never_run(project, train):
-    change_config(model_file="evil.py")(project)
+    change_config(project, model_file="evil.py")
     (project / BASE / "evil.py").write_text("print('evil')")
     what = "tiny-gemma-3 brings code of its own, which is never run"
     assert_error(project, train(), what, "another base model")
 
 
 def test_more_logits_in_a_batch_than_cuda_can_count_are_refused(project, train):
-    change_config(vocab_size=9_999_999)(project)
+    change_config(project, vocab_size=9_999_999)
     what = "MLX computes no more than 5 rows of 39 tokens rightly"
     assert_error(project, train(BATCH_SIZE="8"), what, "BATCH_SIZE=5 ./fine_tune.sh")
 

@@ -655,7 +655,7 @@ def thin_out(rows, s, dropped):
     for row in reversed(rows):
         is_near = kept and kept[-1].talk == row.talk and kept[-1].end - row.end < s.stride
         if is_near and not row.prompt:
-            dropped.append((row, "stride"))
+            dropped.append((row, "between rows (--stride)"))
         else:
             kept.append(row)
     return kept[::-1]

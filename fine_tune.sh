@@ -26,7 +26,7 @@ set -a                                       # Python sees them too
 # ---- settings: NAME=value, no spaces around the = ----------------------------------------------
 VERSION=v1                     # which data: data/for_train/VERSION
 MODEL=gemma-3-text-27b-it-4bit # which base model: models/base/MODEL
-ITERS=600                      # batches to train on
+ITERS=auto                     # batches to train on; auto: one epoch, of 1,200 rows at most
 BATCH_SIZE=2                   # rows in a batch; out of memory: 1
 GRAD_CHECKPOINT=0              # 1 takes about 0.6 of the memory, and a third more time
 MAX_SEQ_LENGTH=1024            # most tokens in a row, as in build_train.py
@@ -188,7 +188,7 @@ DOWNLOAD = f"hf download mlx-community/{MODEL} --local-dir {BASE}"
 BUILD = f"VERSION={VERSION} MODEL={MODEL} python build_train.py"
 
 SETTINGS = {  # the least that a setting can be, and a usual value
-    "ITERS": (1, 600),
+    "ITERS": (1, "auto"),
     "BATCH_SIZE": (1, 2),
     "GRAD_CHECKPOINT": (0, 0),
     "MAX_SEQ_LENGTH": (1, 1024),
@@ -377,6 +377,25 @@ def check_memory(s, size, longest):
     fail("no settings make it fit", f"a smaller base, or MAX_SEQ_LENGTH={longest // 2} {BUILD}")
 
 
+def print_iterations(s, rows):
+    """Print how far the run goes; make a number of ITERS=auto.
+
+    One epoch was the best in the measurements of tests/benchmarks/README.md; the bound is for the
+    time that a large model takes.
+    """
+    epoch = rows // s.BATCH_SIZE
+    if not epoch:
+        what = f"train.jsonl has {rows} rows, fewer than BATCH_SIZE={s.BATCH_SIZE}"
+        fail(what, f"BATCH_SIZE={rows} ./fine_tune.sh")
+    if s.ITERS == "auto":
+        s.ITERS = min(epoch, max(1, 1200 // s.BATCH_SIZE))
+    print(f"run         {s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
+    if s.ITERS < epoch:
+        print(f"            more lowers the loss, up to one epoch: ITERS={epoch}")
+    elif s.ITERS > 1.5 * epoch:
+        print(f"            more than one epoch learns by heart: ITERS={epoch}")
+
+
 def learning_rate(s, size):
     """Return LEARNING_RATE; auto is 2e-4, the best of our sweeps, and less for larger models.
 
@@ -484,12 +503,11 @@ def check(*arguments):
     train, valid = read_rows(DATA / "train.jsonl"), read_rows(DATA / "valid.jsonl")
     longest = check_rows(s, size, train, valid)
 
-    epochs = s.ITERS * s.BATCH_SIZE / len(train)
     other = [f"{name}={value}" for name, value in vars(s).items() if value != SETTINGS[name][1]]
     print(f"base model  {MODEL}")
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
-    print(f"run         {s.ITERS} batches of {s.BATCH_SIZE} = {epochs:.3g} epochs")
+    print_iterations(s, len(train))
     print(f"settings    {' '.join(other) or 'all as usual'}")
     check_memory(s, size, longest)
     rate = learning_rate(s, size)
@@ -527,7 +545,7 @@ def follow(output):
     mlx_lm.lora prints a line for each batch, "    20    6.516 ▼    1,528      6.0k" (the loss,
     tokens a second, tokens so far), and for each checkpoint "  save  0000200_adapters.safetensors".
     """
-    iters, every = int(os.environ["ITERS"]), int(os.environ["EVAL_EVERY"])
+    iters, every = all_batches(), int(os.environ["EVAL_EVERY"])
     done = iteration = max(checkpoints(), default=0)
     recent = []
     with (
@@ -560,6 +578,11 @@ def follow(output):
     return iteration
 
 
+def all_batches():
+    """Return how many batches the run has, as check() wrote it down."""
+    return int(re.search(r"\niters: (\d+)", (WORK / "lora_config.yaml").read_text())[1])
+
+
 def keep_checkpoint(name, iteration):
     """Move a checkpoint that is complete to where a resumed run looks for it."""
     shutil.copy(WORK / "run/adapter_config.json", WORK)
@@ -577,7 +600,7 @@ def judge(code, iteration):
     fix = f"look at the end of {LOG}"
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
         fix = "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh; then RANK=8 or NUM_LAYERS=8 too"
-    what = f"mlx_lm.lora ended with code {code} after {iteration} of {os.environ['ITERS']} batches"
+    what = f"mlx_lm.lora ended with code {code} after {iteration} of {all_batches()} batches"
     fail(f"{what}: {why[:200]}", fix)
 
 

@@ -74,6 +74,8 @@ add("--names", type=int, default=1, help="1: the model sees who says what; 0: it
 add("--only-author", default="", help="learn the replies of this author alone; '' of everyone")
 add("--shape", default="", help="of a row: prompt, or turns of one author and the others")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
+add("--stride", type=int, default=0, help="messages from one trained reply to the next; 0 as "
+    "--window: each message is trained once (with --only-author 1: every reply)")
 add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0 none do")
 add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
 add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
@@ -98,7 +100,7 @@ def settings(arguments=None):
     s = parser.parse_args(arguments)
     for name, value in vars(s).items():
         flag = f"--{name.replace('_', '-')}"
-        least = 0 if name in ("names", "gap", "burst", "min_context", "min_chars", "seed") else 1
+        least = 0 if name in ("names", "gap", "burst", "min_context", "min_chars", "seed", "stride") else 1
         if name in ("stock_share", "valid_size"):
             if not 0 < value < 1:
                 parser.error(f"{flag} is {value}, not between 0 and 1")
@@ -114,6 +116,7 @@ def settings(arguments=None):
         parser.error(f"--shape is {s.shape!a}, not prompt or turns")
     if s.shape == "turns" and not s.only_author:
         parser.error("--shape turns needs --only-author, the one whom the model learns to be")
+    s.stride = s.stride or (1 if s.only_author else s.window)
     s.block = s.block and os.path.abspath(s.block)
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
     if unknown := set(s.off) - set(ALL_RULES):
@@ -643,6 +646,21 @@ def drop_copies(train, valid, dropped):
     return [row for row, is_copy in rows if not is_copy]
 
 
+def thin_out(rows, s, dropped):
+    """Return training rows whose replies are --stride messages apart, from the end of each talk.
+
+    Of replies at 1, 2, … 20 with windows of ten: 10 (its window is 0 to 10) and 20 (10 to 20).
+    """
+    kept = []
+    for row in reversed(rows):
+        is_near = kept and kept[-1].talk == row.talk and kept[-1].end - row.end < s.stride
+        if is_near and not row.prompt:
+            dropped.append((row, "between rows (--stride)"))
+        else:
+            kept.append(row)
+    return kept[::-1]
+
+
 # ---- rows as the trainer reads them --------------------------------------------------------------
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -942,8 +960,7 @@ def report(train, valid, dropped, s, raw):
         mean = sum(tokens) / len(tokens)
         say(f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}")
     epoch = len(train) // s.batch_size
-    advice = f"three: ITERS={3 * epoch} ./fine_tune.sh"
-    say(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}; {advice}")
+    say(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}")
 
 
 def build(s, raw, folder):
@@ -969,6 +986,7 @@ def build(s, raw, folder):
         fail(f"{raw} is not in the order of time: {what}", fix)
     valid = shuffled(valid, s.seed)
     dropped.extend((row, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
+    train = thin_out(train, s, dropped)
     train = order(fit(train, s, count, dropped), s.seed)
     valid = order(fit(valid[: s.valid_rows], s, count, dropped), s.seed)
     dropped.sort(key=lambda item: item[0].entry)

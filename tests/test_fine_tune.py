@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,20 +34,20 @@ DATA = "data/for_train/sample"
 TRAIN = [("ciao raga", "tutto bene bro"), ("che gioco fai stasera", "sempre lo stesso LULW")] * 4
 VALID = [("ciao raga", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")]
 FAST = {"ITERS": "6", "EVAL_EVERY": "3", "LEARNING_RATE": "1e-3", "RANK": "8", "SCALE": "20.0"}
-OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "3e-3", "SCHEDULE": "constant"}
+OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "8e-3"}
 LOOK = {"RESUME": "1"}  # all checks, and then there is no run to go on with
 
 
-def prompt_and_completion(prompt, completion):
+def as_prompt(prompt, completion):
     return {"prompt": prompt, "completion": completion}
 
 
-def messages(prompt, completion):
+def as_messages(prompt, completion):
     turns = [("user", prompt), ("assistant", completion)]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def write_data(project, train=TRAIN, valid=VALID, shape=prompt_and_completion):
+def write_data(project, train=TRAIN, valid=VALID, shape=as_prompt):
     (project / DATA).mkdir(parents=True, exist_ok=True)
     for name, rows in [("train", train), ("valid", valid)]:
         lines = [json.dumps(shape(*row)) + "\n" for row in rows]
@@ -74,34 +75,22 @@ def put_older_adapter(project):
 # ---- a whole run -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trained(template, tmp_path_factory):
-    """A project after one run, called by a link from elsewhere, in an environment full of traps."""
+    """A project after one run, called from elsewhere, in an environment full of traps."""
     home = tmp_path_factory.mktemp("home")
     project = Path(shutil.copytree(template, home / "my project"))
     write_data(project)
-    (home / "json.py").write_text("raise SystemExit('the wrong json')")
-    (home / "env.sh").write_text("set -f -C\nIFS=a\n")
-    (home / "bin").symlink_to(project)
-    (home / "tune").symlink_to("bin/fine_tune.sh")
     traps = {
-        "BASH_ENV": str(home / "env.sh"),
         "CDPATH": str(home),
-        "IFS": "e",
-        "MLXLM_USE_MODELSCOPE": "True",
-        "MPLBACKEND": "bogus",
-        "PYTHONIOENCODING": "ascii",
-        "PYTHONOPTIMIZE": "2",
-        "SHELLOPTS": "braceexpand:hashall",
         "FORCE_COLOR": "1",
-        "LINES_OF_TEXT": "a\ndeclare -x ITERS=1; exit 7\n'\"$(exit 8)`",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "SHELLOPTS": "braceexpand:hashall",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "LINES_OF_TEXT": "a\ndeclare -x ITERS=1; exit 7\n'\"$(exit 8)`",
     }
     settings = FAST | OVERFIT | {"VERSION": "sample", "MODEL": "tiny-gemma-3"}
     result = subprocess.run(
-        ["./tune", "--project-name", "mine"],
+        ["my project/fine_tune.sh", "--project-name", "mine"],
         cwd=home,
-        env=os.environ | traps | settings | {"KEEP_CHECKPOINTS": "1"},
-        stdin=subprocess.DEVNULL,
+        env=os.environ | traps | settings,
         capture_output=True,
         text=True,
     )
@@ -115,16 +104,14 @@ def losses_of(project):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_adapter_settings_losses_and_log(trained):
-    files = {path.name for path in (trained / ADAPTER).iterdir()}
-    assert {name for name in files if name[0] != "0"} == {
+def test_a_run_leaves_adapter_settings_losses_and_log_and_nothing_else(trained):
+    assert {path.name for path in (trained / ADAPTER).iterdir()} == {
         "adapters.safetensors",
         "adapter_config.json",
         "lora_config.yaml",
         "losses.csv",
         "training.log",
     }
-    assert f"wrote       {ADAPTER}/adapters.safetensors" in (trained / "stdout").read_text()
     assert not (trained / WORK).exists() and not (trained / OLD).exists()
     losses = losses_of(trained)
     assert list(losses.columns) == ["train_loss", "val_loss", "tokens_per_second"]
@@ -138,11 +125,9 @@ def test_a_run_leaves_adapter_settings_losses_and_log(trained):
 def test_the_settings_of_the_run_stand_beside_the_adapter(trained):
     text = (trained / ADAPTER / "lora_config.yaml").read_text()
     for name in ("train.jsonl", "valid.jsonl"):
-        sum_of = subprocess.run(
-            ["cksum"], stdin=(trained / DATA / name).open(), capture_output=True
-        )
-        assert f"# {name}: {sum_of.stdout.decode()}" in text
-    assert "# arguments: --project-name mine" in text
+        checksum = subprocess.check_output("cksum", stdin=(trained / DATA / name).open(), text=True)
+        assert f'# {name}: "{checksum.strip()}"\n' in text
+    assert '# arguments: "--project-name mine"' in text
     settings = yaml.safe_load(text)
     assert settings["iters"] == 25 and settings["lora_parameters"]["rank"] == 8
     assert "model.embed_tokens" in settings["lora_parameters"]["keys"]
@@ -155,7 +140,7 @@ def loss_of_replies(project, adapter=None):
     model, tokenizer = load(str(project / BASE), adapter_path=adapter and str(adapter))
     total = count = 0
     for prompt, completion in VALID:
-        chat = messages(prompt, completion)["messages"]
+        chat = as_messages(prompt, completion)["messages"]
         start = len(
             tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
         )
@@ -171,8 +156,6 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(trained):
     losses = losses_of(trained).val_loss.dropna()
     best = losses[1:].idxmin()
     assert best < 25 and losses[best] < losses[25] and losses[best] < losses[0]
-    files = contents(trained / ADAPTER)
-    assert files["adapters.safetensors"] == files[f"{best:07d}_adapters.safetensors"]
     said = f"kept        iteration {best}: validation loss ([0-9.]+), base ([0-9.]+)\n"
     said = re.search(said, (trained / "stdout").read_text())
     assert list(map(float, said.groups())) == pytest.approx([losses[best], losses[0]], abs=1e-3)
@@ -182,14 +165,10 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(trained):
 
 @pytest.mark.slow
 def test_rows_of_messages_on_a_quantised_base_train_as_well(project, train):
-    write_data(project, shape=messages)
-    result = train(MODEL="tiny-gemma-3-4bit", GRAD_ACCUMULATION="3")
+    write_data(project, shape=as_messages)
+    result = train(MODEL="tiny-gemma-3-4bit")
     assert result.returncode == 0, result.stdout + result.stderr
-    files = contents(project / "models/adapters/adapter-sample_tiny-gemma-3-4bit")
-    assert not [name for name in files if name[0] == "0"]  # no checkpoint besides the best
     assert "kept        iteration 6: " in result.stdout
-    said = float(re.search(r"of ([\d.]+) MB", result.stdout)[1])
-    assert said == pytest.approx(len(files["adapters.safetensors"]) / 1e6, rel=0.1)
 
 
 # ---- what goes wrong while it trains -----------------------------------------------------------
@@ -197,14 +176,13 @@ def test_rows_of_messages_on_a_quantised_base_train_as_well(project, train):
 @pytest.mark.parametrize(
     ("iters", "error"),
     [
-        ("9", "error: the loss became NaN or infinite at iteration 2. FIX: "),
+        ("9", "error: the loss became NaN or infinite at iteration "),
         ("1", "error: all weights became NaN or infinite. FIX: "),  # no loss comes after it
     ],
 )
 def test_nan_ends_the_run_and_spares_the_older_adapter(project, train, iters, error):
     older = put_older_adapter(project)
-    hot = {"LEARNING_RATE": "1e38", "SCALE": "1e10", "WARMUP": "0", "OPTIMIZER": "sgd"}
-    result = train(ITERS=iters, **hot)
+    result = train(ITERS=iters, LEARNING_RATE="1e38", SCALE="1e10")
     assert result.returncode == 1 and last_error(result).startswith(error)
     assert contents(project / ADAPTER) == older
 
@@ -253,7 +231,7 @@ def test_the_trainer_ends_with_its_script(project, run, number, code):
 
 @pytest.mark.slow
 def test_a_resumed_run_does_the_rest(project, train, run):
-    settings = {"ITERS": "4000", "EVAL_EVERY": "4", "GRAD_ACCUMULATION": "2", "WARMUP": "2"}
+    settings = {"ITERS": "4000", "EVAL_EVERY": "4"}
     start_and_kill(project, run, signal.SIGKILL, settings)
     wait_until(lambda: is_over(project))
     changed = train(**settings | {"RESUME": "1", "RANK": "4"})
@@ -270,7 +248,7 @@ def test_a_resumed_run_does_the_rest(project, train, run):
     config = json.loads((project / ADAPTER / "adapter_config.json").read_text())
     first, last, updates = config["lr_schedule"]["arguments"]  # the rest of the line
     assert (first, last) == (pytest.approx(1e-3 * 8 / 4000), 0)
-    assert updates + config["lr_schedule"]["warmup"] == 4
+    assert updates + config["lr_schedule"]["warmup"] == 8
 
 
 @pytest.mark.slow
@@ -279,21 +257,17 @@ def test_a_resumed_run_does_the_rest(project, train, run):
     [
         ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 6 batches"),
         ('"$@" & "$@"; wait', "error: the processes of LAUNCH do not find each other"),
+        (None, "error: ./launch cannot be used: FileNotFoundError"),
     ],
 )
-def test_a_launcher_that_fails_without_saying_so(project, train, launcher, error):
+def test_a_launcher_that_fails(project, train, launcher, error):
     older = put_older_adapter(project)
-    (project / "launch").write_text("#!/bin/sh\n" + launcher)
-    (project / "launch").chmod(0o755)
+    if launcher:
+        (project / "launch").write_text("#!/bin/sh\n" + launcher)
+        (project / "launch").chmod(0o755)
     result = train(LAUNCH="./launch")
     assert result.returncode == 1 and last_error(result).startswith(error)
     assert contents(project / ADAPTER) == older
-
-
-def test_a_launcher_that_is_not_there(train):
-    result = train(LAUNCH="nowhere --")
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: nowhere cannot be started: No such file")
 
 
 @pytest.mark.slow
@@ -321,19 +295,16 @@ def test_a_narrow_terminal_has_a_live_bar_and_ctrl_c_says_how_to_go_on(project, 
     )
     os.close(follower)
     seen, pressed = b"", False
-    while True:
-        try:
+    with suppress(OSError):  # the other side is closed
+        while True:
             seen += os.read(leader, 65536)
-        except OSError:  # the other side is closed
-            break
-        if not pressed and list((project / WORK).glob("0*")):
-            pressed = os.write(leader, b"\x03") == 1
+            if not pressed and list((project / WORK).glob("0*")):
+                pressed = os.write(leader, b"\x03") == 1
     assert process.wait() == 130
     text = seen.decode()
     assert re.search(r"\rtraining: +\d+%\|", text) and "Traceback" not in text
     assert "RESUME=1 in front of the same command" in text
     assert contents(project / ADAPTER) == older
-    assert "\r" not in (project / WORK / "training.log").read_text("utf-8")
 
 
 def test_when_nobody_reads_the_output_any_more_it_ends_quietly(project, run):
@@ -369,15 +340,12 @@ def test_a_second_run_of_the_same_adapter_is_refused(project, train):
     ],
 )
 def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
-    mine = [f"{ADAPTER}.old", f"{ADAPTER}.partial"]  # names that users give
-    for folder, adapter in [*left.items(), *((name, "mine") for name in mine)]:
+    for folder, adapter in left.items():
         (project / folder).mkdir()
         (project / folder / "adapters.safetensors").write_text(adapter)
     assert train(ITERS="none").returncode == 1  # any later run, even one that ends at once
     assert contents(project / ADAPTER) == {"adapters.safetensors": kept.encode()}
     assert not (project / OLD).exists() and not (project / WORK).exists()
-    for name in mine:
-        assert contents(project / name) == {"adapters.safetensors": b"mine"}
 
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -387,14 +355,10 @@ def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
         ("ITERS=100", "run         100 batches"),
         ('ITERS="100"', "run         100 batches"),
         ("ITERS=100  # note", "run         100 batches"),
-        (
-            "ITERS = 100",
-            "error: 'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\"",
-        ),
-        ("ITERS= 100", "error: 'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
-        ("ITERS=abc", "error: ITERS=abc is not a whole number above 0. FIX: ITERS=600 "),
-        ("ITERS=10,000", "error: ITERS=10,000 is not a whole number above 0. FIX: ITERS=10000 "),
-        ("ITERS=", "error: ITERS= is not a whole number above 0. FIX: ITERS=600 "),
+        ("ITERS = 100", "'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
+        ("ITERS= 100", "'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
+        ("ITERS=abc", "ITERS=abc is not a whole number from 1. FIX: ITERS=600 ./fine_tune.sh"),
+        ("ITERS=10,000", "ITERS=10,000 is not a whole number from 1. FIX: ITERS=10000 ./fine_tu"),
     ],
 )
 def test_a_setting_edited_by_hand(project, train, line, outcome):
@@ -412,12 +376,13 @@ def test_another_interpreter_says_what_to_type(project, shell):
     assert result.returncode in (1, 2) and "FIX: ./fine_tune.sh" in result.stdout + result.stderr
 
 
-def change_config(**values):
-    def change(project):
-        path = project / BASE / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def test_the_usual_values_are_those_of_the_settings_block(project, run):
+    assert "settings    RESUME=1\n" in run(project, "fine_tune.sh", env=LOOK).stdout
 
-    return change
+
+def change_config(project, **values):
+    path = project / BASE / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize(
@@ -425,7 +390,7 @@ def change_config(**values):
     [(640, "0.0002"), (1152, "0.00013"), (2560, "6.8e-05"), (5376, "3.8e-05")],
 )
 def test_the_learning_rate_follows_the_size_of_the_model(project, train, hidden_size, rate):
-    change_config(hidden_size=hidden_size)(project)
+    change_config(project, hidden_size=hidden_size)
     result = train(**LOOK, LEARNING_RATE="auto")
     assert f"rate        {rate} = 2e-4 x (640 / {hidden_size})^0.78" in result.stdout
 
@@ -433,7 +398,6 @@ def test_the_learning_rate_follows_the_size_of_the_model(project, train, hidden_
 # ---- memory ------------------------------------------------------------------------------------
 GEMMA_3 = {  # layers, hidden, intermediate, heads, key-value heads, head size; GB of 4-bit weights
     "4B": ((34, 2560, 10240, 8, 4, 256), 2.2),
-    "12B": ((48, 3840, 15360, 16, 8, 256), 6.6),
     "27B": ((62, 5376, 21504, 32, 16, 128), 15.2),
 }
 NAMES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -443,7 +407,7 @@ NAMES += ("num_key_value_heads", "head_dim")
 def pretend_to_be(project, model):
     """Give the tiny base the config and the size, in a file that is all holes, of a Gemma 3."""
     shape, gigabytes = GEMMA_3[model]
-    change_config(**dict(zip(NAMES, shape, strict=True)), vocab_size=262144)(project)
+    change_config(project, **dict(zip(NAMES, shape, strict=True)), vocab_size=262144)
     size = int(gigabytes * 1e9)
     tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
     header = json.dumps({"x": tensor}).encode()
@@ -457,7 +421,6 @@ def pretend_to_be(project, model):
     ("model", "measured", "settings"),  # the table of tests/benchmarks/README.md
     [
         ("4B", 16.9, {}),
-        ("12B", 34.6, {}),
         ("27B", 61.2, {}),
         ("27B", 32.9, {"GRAD_CHECKPOINT": "1"}),
         ("27B", 18.3, {"GRAD_CHECKPOINT": "1", "BATCH_SIZE": "1", "RANK": "8"}),
@@ -478,9 +441,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(project, train):
     assert result.returncode == 1 and "Loading" not in result.stdout
     if "error: no settings make it fit" in last_error(result):
         pytest.skip("this machine is too small for 27B")
-    (fix,) = re.findall(
-        r"does not fit, and a Mac may crash. FIX: (.*) ./fine_tune.sh", result.stderr
-    )
+    fix = re.search("a Mac may crash. FIX: (.*) ./fine_tune.sh", last_error(result))[1]
     smaller = dict(setting.split("=") for setting in fix.split())
     result = train(**{"RANK": "32", "BATCH_SIZE": "16"} | LOOK | smaller)
     assert "no interrupted run" in last_error(result)
@@ -498,27 +459,20 @@ def assert_error(project, result, what, fix):
 @pytest.mark.parametrize(
     ("name", "value", "what", "fix"),
     [
-        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3 (there: "
-         "tiny-gemma-3, tiny-gemma-3-4bit)", "MODEL=tiny-gemma-3 ./fine_tune.sh"),
-        ("MODEL", "Qwen", "there is no base", "hf download mlx-community/Qwen --local-dir models/"),
-        ("MODEL", "me/gemma", "MODEL=me/gemma is a path or a repository, not a name",
-         "hf download me/gemma --local-dir models/base/gemma; MODEL=gemma ./fine_tune.sh"),
-        ("MODEL", "./models/base/gemma/", "MODEL=./models/base/gemma/ is a path", "MODEL=gemma "),
-        ("MODEL", "models/base/gemma", "MODEL=models/base/gemma is a path", "MODEL=gemma ./fine"),
-        ("MODEL", "\x1b[31m/a", "MODEL=??31m/a has other signs than letters", "MODEL=a ./fine"),
-        ("MODEL", "", "MODEL= is empty", "unset MODEL"),
-        ("VERSION", "../v2", "VERSION=../v2 is a path, not a name", "VERSION=v2 ./fine_tune.sh"),
-        ("VERSION", "my chat", "VERSION=my?chat has other signs", "VERSION=my_chat ./fine_tune"),
-        ("VERSION", ".v2", "VERSION=.v2 begins with a '.'", "VERSION=v2 ./fine_tune.sh"),
-        ("VERSION", "v2", "data/for_train/v2/train.jsonl is missing or empty (there: sample)",
-         "VERSION=v2 MODEL=tiny-gemma-3 python build_train.py"),
-        ("BATCH_SIZE", "9", "train.jsonl has 8 rows, fewer than BATCH_SIZE=9", "BATCH_SIZE=8 ./"),
+        ("MODEL", None, "there is no base model in models/base/gemma-3-text-27b-it-4bit "
+         "(there: tiny-gemma-3, tiny-gemma-3-4bit)", "export MODEL=tiny-gemma-3-4bit, or hf down"),
+        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3 (there",
+         "export MODEL=tiny-gemma-3, or hf download mlx-community/tiny-gema-3 --local-dir models/"),
+        ("MODEL", "me/gemma", "MODEL is not a name", "MODEL=gemma ./fine_tune.sh"),
+        ("MODEL", "./models/base/gemma/", "MODEL is not a name", "MODEL=gemma ./fine_tune.sh"),
+        ("VERSION", "\x1b[31m/v2", "VERSION is not a name", "VERSION=v2 ./fine_tune.sh"),
+        ("VERSION", "my chat", "VERSION is not a name", "VERSION=my_chat ./fine_tune.sh"),
+        ("VERSION", None, "there is no train.jsonl in data/for_train/v1 (there: sample)",
+         "export VERSION=sample, or VERSION=v1 MODEL=tiny-gemma-3 python build_train.py"),
         ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
-        ("NUM_LAYERS", "7", "NUM_LAYERS=7, but tiny-gemma-3 has 6 layers", "NUM_LAYERS=-1 ./fine"),
-        ("GRAD_ACCUMULATION", "2", "EVAL_EVERY=3 is not a multiple of", "EVAL_EVERY=20 ./fine"),
-        ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not auto or", "LEARNING_RATE=0.1 ./fine"),
-        ("SCHEDULE", "cosine", "SCHEDULE=cosine is not linear or", "SCHEDULE=linear ./fine"),
-        ("RANK", "\x1b[2J8", "RANK=\\x1b[2J8 is not a whole number above 0", "RANK=32 ./fine"),
+        ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not a number", "LEARNING_RATE=0.1 ./fine"),
+        ("BATCH_SIZE", "0", "BATCH_SIZE=0 is not a whole number from 1", "BATCH_SIZE=2 ./fine_tu"),
+        ("RANK", "\x1b[2J8", "RANK=?[2J8 is not a whole number", "RANK=32 ./fine_tune.sh"),
         ("RESUME", "1", "there is no interrupted run with a checkpoint", "RESUME=0 ./fine_tune"),
     ],
 )  # fmt: skip
@@ -526,41 +480,21 @@ def test_a_wrong_setting(project, train, name, value, what, fix):
     assert_error(project, train(**{name: value}), what, fix)
 
 
-def test_a_forgotten_model_is_named_if_it_is_the_only_one(project, train):
-    shutil.rmtree(project / f"{BASE}-4bit")
-    what = "there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-3)"
-    assert_error(project, train(MODEL=None), what, "export MODEL=tiny-gemma-3")
-
-
-THINKS = (
-    "{% for m in messages %}{{ m.content }}!{% endfor %}{% if add_generation_prompt %}?{% endif %}"
-)
-
-
 @pytest.mark.parametrize(
     ("file", "text", "error"),
     [
         ("config.json", "[3]", "AttributeError"),
-        ("config.json", "[" * 100_000, "RecursionError"),
-        ("config.json", {"num_hidden_layers": 10**9}, "ValueError: layers: 1000000000"),
-        ("config.json", {"vocab_size": "\x1b[31m"}, "ValueError: vocabulary: \\x1b[31m"),
-        ("config.json", {"text_config": None}, ""),
-        ("model.safetensors", "cut off", "SafetensorError"),
+        ("config.json", '{"hidden_size": 64}', "KeyError"),
+        ("model.safetensors", None, "SafetensorError"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
-        ("tokenizer.json", None, ""),
         ("tokenizer.json", "{}", ""),
         ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("chat_template.jinja", "{% if", "TemplateSyntaxError"),
     ],
 )
 def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
     path = project / BASE / file
-    if isinstance(text, dict):
-        text = json.dumps(json.loads(path.read_text()) | text)
-    if text == "cut off":
+    if text is None:
         cut_off(path)
-    elif text is None:
-        path.unlink()
     else:
         path.write_text(text)
     result = train()
@@ -573,89 +507,52 @@ def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
     ("line", "error"),
     [
         ('{"prompt": 3}', "KeyError"),
-        ('{"prompt": "a", "completion": 3}', "TypeError"),
-        ('{"prompt": "\\ud800", "completion": "b"}', "UnicodeEncodeError"),
-        (json.dumps(messages("a", "b")), "ValueError: neither a prompt and a completion nor"),
-        ('{"messages": []}', "ValueError"),
         ("[" * 100_000, "RecursionError"),
         ("\xff", "UnicodeDecodeError"),
         ("", "JSONDecodeError"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on(project, train, line, error):
-    good = json.dumps(prompt_and_completion("a", "b"))
+    good = json.dumps(as_prompt("a", "b"))
     (project / DATA / "valid.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
     what = f"{DATA}/valid.jsonl, line 2, cannot be used: {error}"
     assert_error(project, train(), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
 
 
-@pytest.mark.parametrize("content", ["a file", "a link"])
-def test_something_else_in_the_place_of_the_adapter(project, train, content):
-    path = project / ADAPTER
-    path.write_text("mine") if content == "a file" else path.symlink_to("nowhere")
-    what = f"{ADAPTER} is a link or a file, where a folder goes"
-    assert_error(project, train(), what, f"mv {ADAPTER} {ADAPTER}.mine")
-
-
-def test_another_base_whose_adapter_has_the_same_name(project, train):
-    put_older_adapter(project)
-    (project / ADAPTER / "adapter_config.json").write_text('{"model": "models/base/gemma-3"}')
-    what = f"{ADAPTER} is that of the base gemma-3"
-    assert_error(project, train(), what, "a VERSION other than sample")
-
-
 def test_a_template_that_begins_a_reply_otherwise_than_it_writes_one(project, train):
-    (project / BASE / "chat_template.jinja").write_text(THINKS)
+    opens_otherwise = "{% if add_generation_prompt %}?{% endif %}"
+    template = "{% for m in messages %}{{ m.content }}!{% endfor %}" + opens_otherwise
+    (project / BASE / "chat_template.jinja").write_text(template)
     what = "the chat template of tiny-gemma-3 does not tell which tokens are the reply"
     assert_error(project, train(), what, "another base model")
 
 
 def test_code_that_a_base_brings_is_never_run(project, train):
-    change_config(model_file="evil.py")(project)
+    change_config(project, model_file="evil.py")
     (project / BASE / "evil.py").write_text("print('evil')")
     what = "tiny-gemma-3 brings code of its own, which is never run"
     assert_error(project, train(), what, "another base model")
 
 
 def test_more_logits_in_a_batch_than_cuda_can_count_are_refused(project, train):
-    change_config(vocab_size=9_999_999)(project)
+    change_config(project, vocab_size=9_999_999)
     what = "MLX computes no more than 5 rows of 39 tokens rightly"
     assert_error(project, train(BATCH_SIZE="8"), what, "BATCH_SIZE=5 ./fine_tune.sh")
 
 
 def test_without_the_virtual_environment(project, tmp_path):
-    """A PATH with the system's tools and a python3 that says its version, but no mlx_lm.lora."""
-    for name in ["dirname", "cat", "sed", "bash"]:
+    """A PATH with the system's tools, but no mlx_lm.lora."""
+    for name in ["dirname", "bash"]:
         (tmp_path / name).symlink_to(shutil.which(name))
     command = [str(tmp_path / "bash"), str(project / "fine_tune.sh")]
-    for python, error in [
-        ("exit 0", "error: mlx_lm.lora was not found, so the virtual environment is not active. "),
-        ("echo Python 3.9.6; exit 1", "error: python3 is Python 3.9.6, and 3.11 or newer is "),
-    ]:
-        (tmp_path / "python3").write_text(f"#!{shutil.which('sh')}\n{python}\n")
-        (tmp_path / "python3").chmod(0o755)
-        result = subprocess.run(
-            command, env={"PATH": str(tmp_path)}, capture_output=True, text=True
-        )
-        assert result.returncode == 1 and last_error(result).startswith(error)
+    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "mlx_lm.lora was not found" in last_error(result)
+    assert ". FIX: source venv/bin/activate" in last_error(result)
 
 
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ("--iters", "error: --iters is not known. FIX: for a setting: ITERS=60 "),
-        ("--trust-remote-code", "error: --trust-remote-code is not known. "),
-        ("ITERS=7", "error: ITERS=7 stands behind the command. FIX: ITERS=7 ./fine_tune.sh"),
-    ],
-)
-def test_wrong_usage(train, argument, expected):
+@pytest.mark.parametrize("argument", ["--iters", "--trust-remote-code", "ITERS=7"])
+def test_arguments_that_do_not_go_through(train, argument):
     result = train(argument)
-    assert result.returncode == 2 and last_error(result).startswith(expected)
-
-
-def test_help_shows_purpose_and_settings(train):
-    result = train("--help")
-    assert result.returncode == 0
-    assert result.stdout.startswith("Stage 2: train a LoRA adapter")
-    assert "\nLEARNING_RATE=auto " in result.stdout and "\nRESUME=0 " in result.stdout
-    assert "set -euo" not in result.stdout
+    assert result.returncode == 2
+    assert last_error(result).startswith(f"error: it takes no {argument}. FIX: settings go in ")

@@ -568,8 +568,9 @@ def keep_checkpoint(name, iteration):
 
 def judge(code, iteration):
     """Keep the last weights of a run that came to its end; say why another did not."""
-    if code == 0 and (WORK / "run/adapters.safetensors").exists():
-        keep_checkpoint("adapters.safetensors", iteration)
+    iters = int(os.environ["ITERS"])
+    if code == 0 and iteration == iters and (WORK / "run/adapters.safetensors").exists():
+        keep_checkpoint("adapters.safetensors", iters)
         shutil.rmtree(WORK / "run")
         return
     said = [line.strip() for line in LOG.read_text().splitlines() if line.strip()]
@@ -577,7 +578,7 @@ def judge(code, iteration):
     fix = f"look at the end of {LOG}"
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
         fix = "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh; then RANK=8 or NUM_LAYERS=8 too"
-    what = f"mlx_lm.lora ended with code {code} after {iteration} of {os.environ['ITERS']} batches"
+    what = f"mlx_lm.lora ended with code {code} after {iteration} of {iters} batches"
     fail(f"{what}: {why[:200]}", fix)
 
 

@@ -178,8 +178,6 @@ import contextlib, difflib, json, math, os, re, shutil, signal, subprocess, sys,
 from pathlib import Path
 from types import SimpleNamespace
 
-if sys.argv[1] != "watch":  # there ONE_CARD chooses
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 VERSION, MODEL = os.environ["VERSION"], os.environ["MODEL"]
 BASE, DATA = Path("models/base", MODEL), Path("data/for_train", VERSION)
 WORK, SCRIPT = Path(os.environ["WORK"]), os.getppid()
@@ -225,10 +223,13 @@ def readable(what, fix):
 
 
 with readable("python3", "source venv/bin/activate (README.md, Install, says how it is made)"):
-    import mlx.core as mx
-    import mlx.nn as nn
     from safetensors import safe_open
     from tqdm import tqdm
+
+    if sys.argv[1] != "watch":  # there ONE_CARD chooses a card for each process
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        import mlx.core as mx
+        import mlx.nn as nn
 
 
 # ---- checks before a model is loaded -----------------------------------------------------------

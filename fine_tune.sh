@@ -178,8 +178,6 @@ import contextlib, difflib, json, math, os, re, shutil, signal, subprocess, sys,
 from pathlib import Path
 from types import SimpleNamespace
 
-if sys.argv[1] != "watch":  # there ONE_CARD chooses
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 VERSION, MODEL = os.environ["VERSION"], os.environ["MODEL"]
 BASE, DATA = Path("models/base", MODEL), Path("data/for_train", VERSION)
 WORK, SCRIPT = Path(os.environ["WORK"]), os.getppid()
@@ -225,10 +223,13 @@ def readable(what, fix):
 
 
 with readable("python3", "source venv/bin/activate (README.md, Install, says how it is made)"):
-    import mlx.core as mx
-    import mlx.nn as nn
     from safetensors import safe_open
     from tqdm import tqdm
+
+    if sys.argv[1] != "watch":  # there ONE_CARD chooses a card for each process
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        import mlx.core as mx
+        import mlx.nn as nn
 
 
 # ---- checks before a model is loaded -----------------------------------------------------------
@@ -591,8 +592,9 @@ def keep_checkpoint(name, iteration):
 
 def judge(code, iteration):
     """Keep the last weights of a run that came to its end; say why another did not."""
-    if code == 0 and (WORK / "run/adapters.safetensors").exists():
-        keep_checkpoint("adapters.safetensors", iteration)
+    iters = all_batches()
+    if code == 0 and iteration == iters and (WORK / "run/adapters.safetensors").exists():
+        keep_checkpoint("adapters.safetensors", iters)
         shutil.rmtree(WORK / "run")
         return
     said = [line.strip() for line in LOG.read_text().splitlines() if line.strip()]
@@ -600,7 +602,7 @@ def judge(code, iteration):
     fix = f"look at the end of {LOG}"
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
         fix = "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh; then RANK=8 or NUM_LAYERS=8 too"
-    what = f"mlx_lm.lora ended with code {code} after {iteration} of {all_batches()} batches"
+    what = f"mlx_lm.lora ended with code {code} after {iteration} of {iters} batches"
     fail(f"{what}: {why[:200]}", fix)
 
 

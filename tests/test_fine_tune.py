@@ -255,7 +255,11 @@ def test_a_resumed_run_does_the_rest(project, train, run):
 @pytest.mark.parametrize(
     ("launcher", "error"),
     [
-        ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 6 batches"),
+        ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 4000 "),
+        (
+            f'"$@" & until ls {WORK}/0*; do sleep 0.1; done; kill -9 $!',
+            "error: mlx_lm.lora ended with code 0 after ",
+        ),
         ('"$@" & "$@"; wait', "error: the processes of LAUNCH do not find each other"),
         (None, "error: ./launch cannot be used: FileNotFoundError"),
     ],
@@ -265,7 +269,7 @@ def test_a_launcher_that_fails(project, train, launcher, error):
     if launcher:
         (project / "launch").write_text("#!/bin/sh\n" + launcher)
         (project / "launch").chmod(0o755)
-    result = train(LAUNCH="./launch")
+    result = train(LAUNCH="./launch", ITERS="4000", EVAL_EVERY="2")
     assert result.returncode == 1 and last_error(result).startswith(error)
     assert contents(project / ADAPTER) == older
 

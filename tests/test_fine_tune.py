@@ -361,7 +361,7 @@ def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
         ("ITERS=100  # note", "run         100 batches"),
         ("ITERS = 100", "'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
         ("ITERS= 100", "'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
-        ("ITERS=abc", "ITERS=abc is not a whole number from 1. FIX: ITERS=600 ./fine_tune.sh"),
+        ("ITERS=abc", "ITERS=abc is not a whole number from 1. FIX: ITERS=auto ./fine_tune.sh"),
         ("ITERS=10,000", "ITERS=10,000 is not a whole number from 1. FIX: ITERS=10000 ./fine_tu"),
     ],
 )

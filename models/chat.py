@@ -225,7 +225,7 @@ def make_sampler(args, folder):
     if args.seed is not None:
         mx.random.seed(args.seed)
     said = {}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         said = json.loads((folder / "generation_config.json").read_text("utf-8"))
     values = dict(SAMPLING)
     for source in said, vars(args):

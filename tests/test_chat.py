@@ -38,14 +38,9 @@ ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
 FUSED = "models/fused/fused-sample_tiny-gemma-3"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("chat", REPOSITORY / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-chat = load_script()
+spec = importlib.util.spec_from_file_location("chat", REPOSITORY / SCRIPT)
+chat = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chat)
 
 
 def write_json(path, value):
@@ -77,15 +72,12 @@ def invented_log(people, several_lines):
     """Return [(author, text)], no text twice; those of whom `several_lines` holds write two."""
     draw, log, author = random.Random(0), [], ""
     for number in range(300):
-        author = draw.choice(
-            [name for name in people if name != author or name not in several_lines]
-        )
-        lines = (
-            [f"word{number}", f"again{number}"] if author in several_lines else [f"word{number}"]
-        )
-        odd = [draw.choice([*ODD, ("abcdefghij" * 6)[: draw.randint(40, 60)]]) for _ in lines]
-        text = "\n".join(f"{line} {word} end" for line, word in zip(lines, odd, strict=True))
-        log.append((author, text))
+        author = draw.choice([name for name in people if name not in {author} & {*several_lines}])
+        lines = []
+        for word in ["word", "again"] if author in several_lines else ["word"]:
+            odd = draw.choice([*ODD, "abcdefghij" * draw.randint(4, 6)])
+            lines.append(f"{word}{number} {odd} end")
+        log.append((author, "\n".join(lines)))
     return log
 
 
@@ -246,20 +238,16 @@ def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tin
 
 @pytest.mark.slow
 def test_hostile_surroundings_change_nothing(project, run):
-    """No code of the folders runs, nothing is asked of a network, all bytes are taken."""
-    (project / "json.py").write_text("raise SystemExit('the wrong json')")
+    """Through a link, in a folder with a json.py, with variables that would break an import."""
     arguments = ["--seed", 1, "--max-tokens", 8]
     expected = run(project, SCRIPT, *arguments, input="perché\n").stdout
-    hostile = {
-        "PYTHONIOENCODING": "ascii",
-        "LC_ALL": "C",
-        "MLXLM_USE_MODELSCOPE": "True",
-        "HF_HUB_OFFLINE": "0",
-    }
+    hostile = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HF_HUB_ETAG_TIMEOUT": "soon"}
+    hostile |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0"}
     link = project / "linked"
     link.mkdir()
-    (link / "chat.py").symlink_to(project / SCRIPT)
-    result = run(link, "chat.py", *arguments, env=hostile, cwd=project, input="perché\n")
+    (link / "json.py").write_text("raise SystemExit('the wrong json')")
+    (project.parent / "chat.py").symlink_to(project / SCRIPT)
+    result = run(project.parent, "chat.py", *arguments, env=hostile, cwd=link, input="perché\n")
     assert (result.returncode, result.stdout) == (0, expected)
     assert run(project, SCRIPT, stdin=subprocess.DEVNULL).returncode == 0
 

@@ -68,7 +68,7 @@ if [ ! -f "$BASE/config.json" ]; then
   if [[ $there && $there != *$'\n'* && $given != *" MODEL="* ]]; then
     fix="export MODEL=$there" # it was forgotten
   fi
-  fail "there is no base model in $BASE (there: ${there//$'\n'/, })" "$fix"
+  fail "there is no base model in $BASE (there: ${there//$'\n'/ })" "$fix"
 fi
 [ -f "$ADAPTER/adapters.safetensors" ] ||
   fail "there is no adapter in $ADAPTER" "$RETRAIN, or export another VERSION"
@@ -185,12 +185,12 @@ step() { # a command; of what it prints, the line that matters is shown, and onl
   fail "$1 ended with code $code: $why" "$fix"
 }
 say "running     mlx_lm.fuse"
-fuse=(mlx_lm.fuse --model "$BASE" --adapter-path "$PARTIAL/adapter" --save-path)
+fuse() { step mlx_lm.fuse --model "$BASE" --adapter-path "$PARTIAL/adapter" --save-path "$@"; }
 case $BITS in
-  base) step "${fuse[@]}" "$PARTIAL/model" ;;
-  16) step "${fuse[@]}" "$PARTIAL/model" --dequantize ;;
+  base) fuse "$PARTIAL/model" ;;
+  16) fuse "$PARTIAL/model" --dequantize ;;
   8) # rounding the sum to the 4 bits of the base would lose most of the update
-    step "${fuse[@]}" "$PARTIAL/exact" --dequantize
+    fuse "$PARTIAL/exact" --dequantize
     say "running     mlx_lm.convert"
     step mlx_lm.convert --hf-path "$PARTIAL/exact" --mlx-path "$PARTIAL/model" -q --q-bits 8
     rm -r "$PARTIAL/exact"

@@ -190,13 +190,10 @@ def wait_for(project, name, process):
 
 
 def children(process):
-    """Return the command lines of what still runs in the session of a script."""
-    command = ["ps", "-A", "-o", "sess=,stat=,args="]
+    """Return the states of the processes that run in the session of a script, but for zombies."""
+    command = ["ps", "-A", "-o", "sess=,stat="]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    fields = [line.split(None, 2) for line in lines]
-    return [
-        args for session, state, args in fields if session == str(process.pid) and "Z" not in state
-    ]
+    return [line for line in lines if line.split()[0] == str(process.pid) and "Z" not in line]
 
 
 @pytest.mark.slow
@@ -214,17 +211,15 @@ def test_a_signal_to_the_script_alone_ends_its_children_too(project, run, fuse, 
     wait_for(project, moment, process)
     os.kill(process.pid, getattr(signal, name))
     assert process.wait(timeout=10) == code
+    wait_until(lambda: children(process) == [])
     if name == "SIGKILL":
-        wait_until(lambda: children(process) == [])
         assert contents(project / FUSED) == {"model.safetensors": b"older"}
         assert fuse().returncode == 0
         assert {"config.json", "fused_from.json"} <= set(contents(project / FUSED))
         names = {path.name for path in (project / "models/fused").iterdir()}
         assert names == {FUSED[13:], f".{FUSED[13:]}.lock"}
     else:
-        last = "interrupted: the previous fused model is as it was\n"
-        assert process.stderr.read() == last
-        assert children(process) == []
+        assert process.stderr.read() == "interrupted: the previous fused model is as it was\n"
         assert older_model_is_as_it_was(project)
 
 
@@ -284,7 +279,7 @@ ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
     "MODEL not downloaded": (
         None,
         {"MODEL": "Qwen3-4B"},
-        "there is no base model in models/base/Qwen3-4B (there: tiny-gemma-3, tiny-gemma-3-2bit, ",
+        "there is no base model in models/base/Qwen3-4B (there: tiny-gemma-3 tiny-gemma-3-2bit ",
         "hf download mlx-community/Qwen3-4B --local-dir models/base/Qwen3-4B",
     ),
     "MODEL a path": (None, {"MODEL": BASE}, f"MODEL={BASE} is not a name", "use letters"),
@@ -384,17 +379,10 @@ def test_only_a_process_that_was_killed_or_said_so_ran_out_of_memory(
     assert "FIX: FUSED_BITS=base ./fuse.sh" in last_error(result)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a read-only disk")
 @pytest.mark.slow
-def test_a_read_only_disk(project, fuse):
-    folder = project / "models/fused"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], check=True)
-    try:
-        result = fuse()
-    finally:
-        subprocess.run(["umount", folder], check=True)
-    assert result.returncode == 1
-    assert last_error(result).startswith("error: models/fused cannot be written to. FIX: ")
+def test_a_place_that_cannot_be_written_to(project, fuse):
+    (project / f"{HIDDEN}.lock").mkdir()  # root may write to all folders
+    assert "error: models/fused cannot be written to. FIX: chmod" in last_error(fuse())
 
 
 # ---- how it is called ---------------------------------------------------------------------------
@@ -420,10 +408,8 @@ def test_a_setting_edited_wrongly(template, run, tmp_path, line, fix):
     assert last_error(result).endswith(f" is not NAME=value. FIX: {fix}")
 
 
-@pytest.mark.parametrize("program", ["dash", "zsh", "python3"])
+@pytest.mark.parametrize("program", [*filter(shutil.which, ["dash", "zsh", "python3"])])
 def test_another_program_than_bash_says_what_to_type(program):
-    if not shutil.which(program):
-        pytest.skip(f"{program} is not here")
     result = subprocess.run([program, REPOSITORY / "fuse.sh"], capture_output=True, text=True)
     assert result.returncode != 0
     assert "./fuse.sh" in result.stderr and "Traceback" not in result.stderr
@@ -449,18 +435,10 @@ def test_modules_come_from_pythonpath_too_and_one_that_fails_to_is_told(project,
 
 
 @pytest.mark.slow
-def test_it_works_through_a_link_from_anywhere(project, fuse, tmp_path):
+def test_it_works_through_a_link_from_anywhere(project, run, tmp_path):
     (tmp_path / "fuse.sh").symlink_to(project / "fuse.sh")
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
-    result = subprocess.run(
-        ["bash", "fuse.sh"],
-        cwd=tmp_path,
-        env=os.environ
-        | {"VERSION": "sample", "MODEL": COARSE, "FUSED_BITS": "base"}
-        | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
-        capture_output=True,
-        text=True,
-    )
+    result = run(tmp_path, "fuse.sh", env={"MODEL": COARSE, "FUSED_BITS": "base"})
     assert result.returncode == 0, result.stderr
     assert "config.json" in contents(project / FUSED)
 

@@ -97,7 +97,7 @@ def read_settings(version):
     """Return what build_train.py wrote down about the training data."""
     path = Path(f"data/for_train/{version}/settings.json")
     make = f"VERSION={version} python build_train.py"
-    if not path.exists():
+    if not path.parent.exists():
         missing(path.parent, "VERSION", make)
     try:
         settings = json.loads(path.read_text("utf-8"))

@@ -174,6 +174,7 @@ ERRORS = [
     (remove(FUSED), {}, [], "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
     (remove(FUSED), {"MODEL": "zephyr"}, [], DOWNLOAD),
     (remove(FUSED, BASE + "-4bit"), {"MODEL": None}, [], "export MODEL=tiny-gemma-3"),
+    (lambda p: (p / "data/for_train/sample/settings.json").unlink(), {}, [], BUILD),
     (settings_file(""), {}, [], BUILD),
     (settings_file("[1]"), {}, [], BUILD),
     (settings_file('{"shape": "turns"}'), {}, [], BUILD),

@@ -21,13 +21,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until it talks to a person
-    if not sys.flags.safe_path:
-        del sys.path[0]  # the folder of this script: a json.py in it must not run
 
 import argparse
 import contextlib
-import difflib
-import hashlib
 import json
 import re
 import select
@@ -37,8 +33,6 @@ from pathlib import Path
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (it gives input() its editing keys and its history)
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
 DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}  # of these variables
@@ -47,12 +41,7 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}  # if generation_conf
 
 def arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = lambda what: parser.exit(
-        2, f"error: {what}. FIX: python models/chat.py --help\n"
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     version, model = (os.environ.get(name) or default for name, default in DEFAULTS.items())
     add = parser.add_argument
@@ -62,29 +51,22 @@ def arguments():
     add("--me", default="me", help="your name in the chat")
     add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")
     add("--top-p", type=float, help="share of the likeliest words, 1 all")
-    add("--top-k", type=int, help="number of the likeliest words, 0 all")
+    add("--top-k", type=int, help="number of the likeliest words up to 1000, 0 all")
     add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
     add("--seed", type=int, help="the same number, the same replies")
     args = parser.parse_args()
-    if not 0 <= (args.temperature or 0) <= 2 or args.max_tokens < 1 or (args.seed or 0) < 0:
-        parser.error("--temperature is 0 to 2, --max-tokens 1 or more, --seed 0 or more")
+    if not (0 <= (args.temperature or 0) <= 2 and 0 <= (args.top_k or 0) <= 1000):
+        parser.error("--temperature is 0 to 2, --top-k 0 to 1000")
+    if args.max_tokens < 1 or (args.seed or 0) < 0:
+        parser.error("--max-tokens is 1 or more, --seed 0 or more")
     for name in args.version, args.model:
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             what = f"VERSION or MODEL is {name!a}, which is not the name of a folder"
             fail(what, "use letters, digits, '.', '_' and '-' alone")
     return args
 
 
 # ---- helpers -------------------------------------------------------------------------------------
-def fail(what, fix):
-    sys.exit(f"error: {what}. FIX: {fix}")
-
-
-def note(text):
-    """Print what is not part of the talk."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def visible(text):
     r"""Return text that can only be read: an escape character, for example, becomes \x1b."""
     fine = "\n\xa0\u3000\u200c\u200d"  # wide spaces, and what joins emoji
@@ -93,41 +75,36 @@ def visible(text):
     )
 
 
-def read_json(path):
-    """Return the object in a file, an empty one if there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def fail(what, fix):
+    sys.exit(visible(f"error: {what}. FIX: {fix}"))
+
+
+def note(text):
+    """Print what is not part of the talk."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def find(pattern, variable, name, make):
-    """Return the path that a pattern and a name make; else fail, with the name that was meant."""
-    there = sorted(filter(NAME.fullmatch, (path.parts[2] for path in Path().glob(pattern))))
-    if name in there:
-        return Path(pattern.replace("*", name))
-    near = difflib.get_close_matches(name, there, 1)
-    if len(there) == 1 and name == DEFAULTS[variable] and not os.environ.get(variable):
-        near = there  # it was forgotten
-    what = f"there is no {pattern.replace('*', name)}"
-    what += f"; {variable} can be {', '.join(there) or 'nothing yet'}"
-    fail(what, f"export {variable}={near[0]}" if near else make)
+def missing(folder, variable, make):
+    """Fail because a folder is not there; the variable that names it may have been forgotten."""
+    there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
+    is_default = folder.name == DEFAULTS[variable] and not os.environ.get(variable)
+    fix = f"export {variable}={there[0]}" if is_default and len(there) == 1 else make
+    fail(f"there is no {folder} (there: {', '.join(there) or 'none'})", fix)
 
 
 def read_settings(version):
     """Return what build_train.py wrote down about the training data."""
+    path = Path(f"data/for_train/{version}/settings.json")
     make = f"VERSION={version} python build_train.py"
-    path = find("data/for_train/*/settings.json", "VERSION", version, make)
-    settings = read_json(path)
-    needed = {"shape": str, "names": bool, "authors": list, "prompt": str}
-    needed |= {"window": int, "max_context_chars": int, "max_seq_length": int}
-    for name, kind in needed.items():
-        value = settings.get(name)
-        if type(value) is not kind or (kind is int and value < 1):
-            fail(f'{path} has no "{name}" that build_train.py could have written', make)
-    return settings
+    if not path.parent.exists():
+        missing(path.parent, "VERSION", make)
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+        needed = "shape names authors prompt window max_context_chars max_seq_length"
+        return {name: settings[name] for name in needed.split()}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        fail(f"{path} cannot be used: {e!r}", make)
 
 
 def find_model(version, model):
@@ -136,52 +113,28 @@ def find_model(version, model):
     adapter = Path(f"models/adapters/adapter-{name}")
     fused = Path(f"models/fused/fused-{name}")
     if fused.is_dir():
-        origin = origin_of(fused / "fused_from.json", "base", model)
         weights = adapter / "adapters.safetensors"
-        if weights.exists() and origin.get("adapter_sha256") != checksum(weights):
-            note(f"warning: {fused} does not seem to be of the present adapter: {run} ./fuse.sh")
+        if weights.exists() and weights.stat().st_mtime > fused.stat().st_mtime:
+            note(f"warning: {fused} is older than the adapter. To renew it: {run} ./fuse.sh")
         return [(fused, f"{run} ./fuse.sh")]
-    download = f"hf download mlx-community/{model} --local-dir models/base/{model}"
-    base = find("models/base/*/config.json", "MODEL", model, download).parent
+    base = Path(f"models/base/{model}")
+    download = f"hf download mlx-community/{model} --local-dir {base}"
+    if not base.is_dir():
+        missing(base, "MODEL", download)
     if not adapter.is_dir():
         fail(f"there is no {adapter}, and no {fused}", f"{run} ./fine_tune.sh")
-    origin_of(adapter / "adapter_config.json", "model", model)
     return [(base, download), (adapter, f"{run} ./fine_tune.sh")]
-
-
-def origin_of(path, key, model):
-    """Return what stands beside a model; fail if it was made from another base.
-
-    subtle: VERSION=a_b MODEL=c and VERSION=a MODEL=b_c have one folder.
-    """
-    origin = read_json(path)
-    base = Path(str(origin.get(key, model))).name
-    if base != model:
-        what = f"{path.parent} was made from {visible(base)}, not from {model}"
-        fail(what, "give one of the two another VERSION, from build_train.py on")
-    return origin
-
-
-def checksum(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def speakers(args, settings):
     """Return the names of who replies and of who types."""
-    learned = [tidy(str(name)) for name in settings["authors"]]
+    learned = [tidy(name) for name in settings["authors"]] or ["model"]
+    author = tidy(args.author)[:60] or learned[0]
     has_one_voice = settings["shape"] == "turns" or not settings["names"]
-    usual = "model"
-    if len(learned) == 1 or (learned and not has_one_voice):
-        usual = learned[0]
-    author = tidy(args.author)[:60] or usual
-    if has_one_voice and author != usual:
-        fail(
-            f"--as {author!a}, but this model was not taught to be one of several", "leave --as out"
-        )
-    if author not in learned and args.author:
-        known = visible(", ".join(learned[:5]))
-        note(f"warning: nothing of {visible(author)} was learned, but of {known}")
+    if has_one_voice and author != learned[0]:
+        fail(f"this model was not taught to reply as {author}", "leave --as out")
+    if author not in learned:
+        note(f"warning: nothing of {author} was learned, but of {', '.join(learned[:5])}")
     me = tidy(args.me)[:60] or "me"
     return author, me if me != author else f"{me}_"
 
@@ -193,24 +146,15 @@ CONTROL = (  # what the chat templates of models are made of
 )
 
 
-def control_of(tokenizer):
-    """Return the pattern of what this model takes for the end of a message, and its like."""
-    special = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    tokens = {token.content for token in special if token.special}
-    tokens = {token for token in tokens if token in str(tokenizer.chat_template)}
-    tokens = sorted(token for token in {*tokens, *tokenizer.all_special_tokens} if len(token) > 2)
-    return "|".join([CONTROL, *map(re.escape, tokens)])
-
-
-def tidy(text, control=CONTROL):
+def tidy(text):
     """Return a line as those that were learned are: "  Perche\u0301  <eos>" → "Perché < eos>"."""
     text = "".join(c for c in text if c.isprintable() or c.isspace() or c in "\u200c\u200d")
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    return re.sub(control, lambda token: f"{token[0][0]} {token[0][1:]}", text)
+    return re.sub(CONTROL, lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
 
-def tidy_lines(text, control=CONTROL):
-    return "\n".join(filter(None, (tidy(line, control) for line in text.split("\n"))))
+def tidy_lines(text):
+    return "\n".join(filter(None, map(tidy, text.split("\n"))))
 
 
 def make_chat(log, author, settings):
@@ -242,76 +186,51 @@ def make_chat(log, author, settings):
 
 
 def make_prompt(log, author, settings, tokenizer):
-    """Return the tokens of the prompt; a log that is too long loses its oldest messages."""
-    while True:
-        del log[: -settings["window"]]
-        chat = make_chat(log, author, settings)
+    """Return the tokens of the prompt, without the oldest messages if it would be too long."""
+    for start in range(max(0, len(log) - settings["window"]), len(log)):
+        chat = make_chat(log[start:], author, settings)
         tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-        if len(tokens) <= settings["max_seq_length"] or len(log) == 1:
-            return tokens
-        del log[0]
+        if len(tokens) <= settings["max_seq_length"]:
+            break
+    return tokens
 
 
 # ---- the model -----------------------------------------------------------------------------------
-def too_slow(*_):
-    raise TimeoutError("it does not come to an end")
-
-
-def load(parts, chat):
-    """Return the model and its tokenizer, tried on a chat; parts: see find_model()."""
+def load(parts):
+    """Return the model and its tokenizer; parts: see find_model()."""
     try:
         import mlx_lm  # here, because it takes a second
     except ImportError as e:
         fail(e, "source venv/bin/activate; pip install -r requirements.txt")
-    signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(60)  # a template may have no end
+    note("loading " + " with ".join(str(folder) for folder, _ in parts))
     try:
         folder, fix = parts[0]
-        layers = read_json(folder / "config.json").get("num_hidden_layers")
-        if type(layers) is int and layers > 1000:  # it would fill the memory
-            raise ValueError(f"config.json says {layers} layers")
-        model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False}, lazy=True)
+        model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False})
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
         if len(parts) == 2:
             folder, fix = parts[1]
             model = mlx_lm.utils.load_adapters(model, str(folder))
             model.eval()
-        folder, fix = parts[0][0], "train a MODEL that is made to chat (-it, -Instruct)"
-        start = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "hi"}])
-        if whole[: len(start)] != start:
-            raise ValueError("its chat template begins a reply otherwise than it writes one")
     except Exception as e:  # whatever is wrong with the files
-        reason = visible(" ".join(str(e).split()))[:200].rstrip(".")
+        reason = " ".join(str(e).split())[:200].rstrip(".")
         fail(f"{folder} does not load: {reason}", fix)
-    signal.alarm(0)
     return model, tokenizer
 
 
-def read_weights(model):
-    """Read the weights from the disk now, with a bar, and not with the first reply."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from tqdm import tqdm
-
-    weights = tree_flatten(model.parameters())
-    for _, weight in tqdm(weights, "reading", delay=1, leave=False, disable=None):
-        mx.eval(weight)
-
-
-def make_sampler(args, folder, vocabulary):
+def make_sampler(args, folder):
     """Return what draws a token: as the flags say, or generation_config.json, or SAMPLING."""
     import mlx.core as mx
     from mlx_lm import sample_utils
 
     if args.seed is not None:
         mx.random.seed(args.seed)
+    said = {}
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads((folder / "generation_config.json").read_text("utf-8"))
     values = dict(SAMPLING)
-    for name, said in read_json(folder / "generation_config.json").items():
-        if name in values and type(said) in (int, float) and said >= 0:
-            values[name] = said
-    values |= {name: given for name in values if (given := getattr(args, name)) is not None}
-    top_k = int(min(vocabulary - 1, values["top_k"]))
-    return sample_utils.make_sampler(values["temperature"], values["top_p"], top_k=top_k)
+    for source in said, vars(args):
+        values |= {name: source[name] for name in SAMPLING if source.get(name) is not None}
+    return sample_utils.make_sampler(values["temperature"], values["top_p"], top_k=values["top_k"])
 
 
 # ---- the talk ------------------------------------------------------------------------------------
@@ -346,19 +265,19 @@ def show(parts, indent):
     return text
 
 
-def talk(answer, author, me, control):
+def talk(answer, author, me):
     """Read messages and answer them until the input ends."""
     typed = sys.stdin.isatty()
     before, after = (f"{visible(name)}: " if typed else "" for name in (me, author))
     log = []  # [("me", "hi"), ("ann", "hello"), …]
     while True:
         try:
-            message = tidy_lines(read_message(before), control)
+            message = tidy_lines(read_message(before))
             if not message:
                 continue
             log.append((me, message))
             print(after, end="", flush=True)
-            reply = tidy_lines(show(answer(log), " " * len(after)), control)
+            reply = tidy_lines(show(answer(log), " " * len(after)))
             if reply:
                 log.append((author, reply))
         except EOFError:
@@ -374,10 +293,8 @@ def main():
     settings = read_settings(args.version)
     parts = find_model(args.version, args.model)
     author, me = speakers(args, settings)
-    with contextlib.redirect_stdout(sys.stderr):  # warnings of libraries are no replies
-        model, tokenizer = load(parts, make_chat([(me, "hello")], author, settings))
-    read_weights(model)
-    sampler = make_sampler(args, parts[0][0], tokenizer.vocab_size)
+    model, tokenizer = load(parts)
+    sampler = make_sampler(args, parts[0][0])
 
     def answer(log):
         from mlx_lm import stream_generate
@@ -385,10 +302,9 @@ def main():
         prompt = make_prompt(log, author, settings, tokenizer)
         return stream_generate(model, tokenizer, prompt, args.max_tokens, sampler=sampler)
 
-    note("talking to " + " with ".join(str(folder) for folder, _ in parts))
     if sys.stdin.isatty():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # talk() takes it from here
-    talk(answer, author, me, control_of(tokenizer))
+    talk(answer, author, me)
 
 
 if __name__ == "__main__":
@@ -396,7 +312,6 @@ if __name__ == "__main__":
         del os.environ[name]  # a wrong one would break an import, another hub would be asked
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     for stream in sys.stdin, sys.stdout:
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -406,5 +321,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # as of | head -1
         os._exit(0)
     except (OSError, RuntimeError) as e:
-        note(f"error: {visible(str(e))}. FIX: make room on the disk or in memory")
+        note(f"error: {e}. FIX: make room on the disk or in memory")
         os._exit(1)

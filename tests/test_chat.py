@@ -1,7 +1,6 @@
 """models/chat.py: a talk in the shape that was trained, with keys that do what people expect."""
 
 import fcntl
-import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY, last_error
+from conftest import REPOSITORY, cut_off, last_error
 
 SCRIPT = "models/chat.py"
 SETTINGS = {
@@ -39,14 +38,9 @@ ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
 FUSED = "models/fused/fused-sample_tiny-gemma-3"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("chat", REPOSITORY / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-chat = load_script()
+spec = importlib.util.spec_from_file_location("chat", REPOSITORY / SCRIPT)
+chat = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chat)
 
 
 def write_json(path, value):
@@ -78,15 +72,12 @@ def invented_log(people, several_lines):
     """Return [(author, text)], no text twice; those of whom `several_lines` holds write two."""
     draw, log, author = random.Random(0), [], ""
     for number in range(300):
-        author = draw.choice(
-            [name for name in people if name != author or name not in several_lines]
-        )
-        lines = (
-            [f"word{number}", f"again{number}"] if author in several_lines else [f"word{number}"]
-        )
-        odd = [draw.choice([*ODD, ("abcdefghij" * 6)[: draw.randint(40, 60)]]) for _ in lines]
-        text = "\n".join(f"{line} {word} end" for line, word in zip(lines, odd, strict=True))
-        log.append((author, text))
+        author = draw.choice([name for name in people if name not in {author} & {*several_lines}])
+        lines = []
+        for word in ["word", "again"] if author in several_lines else ["word"]:
+            odd = draw.choice([*ODD, "abcdefghij" * draw.randint(4, 6)])
+            lines.append(f"{word}{number} {odd} end")
+        log.append((author, "\n".join(lines)))
     return log
 
 
@@ -134,9 +125,8 @@ def test_a_long_talk_loses_its_oldest_messages():
     settings = TURNS | {"max_seq_length": 20, "window": 4}
     log = [("me", f"message {number}") for number in range(9)]
     assert chat.make_prompt(log, "ann", settings, tokenizer) == "message 7\nmessage 8"
-    assert log == [("me", "message 7"), ("me", "message 8")]
     log = [("me", "a message that is too long alone")]
-    assert chat.make_prompt(log, "ann", settings, tokenizer) == "a message that is too long alone"
+    assert chat.make_prompt(log, "ann", settings, tokenizer) == log[0][1]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +138,6 @@ def test_a_long_talk_loses_its_oldest_messages():
         (SETTINGS, "", "ann", ("ann", "ann_")),
         (SETTINGS | {"authors": ["me"]}, "", "me", ("me", "me_")),
         (SETTINGS | {"authors": []}, "", "me", ("model", "me")),
-        (SETTINGS | {"names": False}, "", "me", ("model", "me")),
-        (SETTINGS | {"names": False, "authors": ["ann"]}, "ann", "me", ("ann", "me")),
         (SETTINGS, "<eos>", "\x1b", ("< eos>", "me")),
         (TURNS, "", "me", ("ann", "me")),
     ],
@@ -165,103 +153,52 @@ def test_text_that_could_command_the_terminal_is_only_shown():
 
 
 # ---- what is missing or wrong, before a model is loaded ------------------------------------------
-def no_settings(project):
-    shutil.rmtree(project / "data/for_train/sample")
+def remove(*folders):
+    return lambda project: [shutil.rmtree(project / folder) for folder in folders]
 
 
-def no_model(project):
-    shutil.rmtree(project / FUSED)
+def settings_file(content):
+    path = "data/for_train/sample/settings.json"
+    return lambda project: (project / path).write_text(content)
 
 
-def no_model_and_one_base(project):
-    no_model(project)
-    shutil.rmtree(project / "models/base/tiny-gemma-3-4bit")
-
-
-def other_base_was_fused(project):
-    write_json(project / FUSED / "fused_from.json", {"base": "models/base/b_tiny-gemma-3"})
-
-
-def other_base_was_adapted(project):
-    no_model(project)
-    write_json(project / ADAPTER / "adapter_config.json", {"model": "x/other\x1b"})
-
-
-def odd_settings(value):
-    return lambda project: write_json(project / "data/for_train/sample/settings.json", value)
-
-
+BASE = "models/base/tiny-gemma-3"
 DOWNLOAD = "hf download mlx-community/zephyr --local-dir models/base/zephyr"
-TRAIN = "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"
 BUILD = "VERSION=sample python build_train.py"
 ERRORS = [
-    (no_settings, {}, "there is no data/for_train/sample/settings.json", BUILD),
-    (
-        None,
-        {"VERSION": None},
-        "there is no data/for_train/v1/settings.json",
-        "export VERSION=sample",
-    ),
-    (None, {"VERSION": "v1"}, "VERSION can be sample", "VERSION=v1 python build_train.py"),
-    (None, {"VERSION": "simple"}, "VERSION can be sample", "export VERSION=sample"),
-    (None, {"VERSION": "my chat"}, "'my chat', which is not the name of a folder", "use letters"),
-    (None, {"MODEL": "../x"}, "'../x', which is not the name of a folder", "use letters"),
-    (no_model, {}, f"there is no {ADAPTER}", TRAIN),
-    (no_model, {"MODEL": "tiny-gemma3"}, "MODEL can be tiny", "export MODEL=tiny-gemma-3"),
-    (no_model, {"MODEL": "zephyr"}, "there is no models/base/zephyr", DOWNLOAD),
-    (no_model_and_one_base, {"MODEL": None}, "MODEL can be tiny", "export MODEL=tiny-gemma-3"),
-    (other_base_was_fused, {}, "was made from b_tiny-gemma-3, not from tiny", "another VERSION"),
-    (other_base_was_adapted, {}, "was made from other\\x1b, not from tiny", "another VERSION"),
-    (odd_settings([1]), {}, 'has no "shape"', BUILD),
-    (odd_settings(SETTINGS | {"authors": "ann"}), {}, 'has no "authors"', BUILD),
-    (odd_settings(SETTINGS | {"window": 0}), {}, 'has no "window"', BUILD),
-    (odd_settings(SETTINGS | {"max_seq_length": True}), {}, 'has no "max_seq_length"', BUILD),
+    (remove("data/for_train/sample"), {}, [], BUILD),
+    (None, {"VERSION": None}, [], "export VERSION=sample"),
+    (None, {"VERSION": "v1"}, [], "VERSION=v1 python build_train.py"),
+    (None, {"VERSION": "my chat"}, [], "use letters"),
+    (None, {"MODEL": "../x"}, [], "use letters"),
+    (remove(FUSED), {}, [], "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
+    (remove(FUSED), {"MODEL": "zephyr"}, [], DOWNLOAD),
+    (remove(FUSED, BASE + "-4bit"), {"MODEL": None}, [], "export MODEL=tiny-gemma-3"),
+    (lambda p: (p / "data/for_train/sample/settings.json").unlink(), {}, [], BUILD),
+    (settings_file(""), {}, [], BUILD),
+    (settings_file("[1]"), {}, [], BUILD),
+    (settings_file('{"shape": "turns"}'), {}, [], BUILD),
+    (settings_file(json.dumps(TURNS)), {}, ["--as", "zoe\x1b"], "leave --as out"),
+    (settings_file(json.dumps(SETTINGS | {"names": False})), {}, ["--as", "bob"], "leave --as out"),
 ]
 
 
-@pytest.mark.parametrize(("change", "env", "what", "fix"), ERRORS)
-def test_error_names_the_fix(project, run, change, env, what, fix):
+@pytest.mark.parametrize(("change", "env", "arguments", "fix"), ERRORS)
+def test_error_names_the_fix(project, run, change, env, arguments, fix):
     if change:
         change(project)
-    result = run(project, SCRIPT, env=env, input="hi\n")
-    error = last_error(result)
+    result = run(project, SCRIPT, *arguments, env=env, input="hi\n")
     assert (result.returncode, result.stdout) == (1, "")
-    assert error.startswith("error: ")
-    assert what in error.partition(" FIX: ")[0]
-    assert fix in error.partition(" FIX: ")[2]
-
-
-@pytest.mark.parametrize("content", ["", "null", "[" * 100_000, '{"shape": "turns"', "\ud800"])
-def test_settings_that_cannot_be_read(project, run, content):
-    path = project / "data/for_train/sample/settings.json"
-    path.write_bytes(content.encode("utf-8", "surrogatepass"))
-    assert BUILD in last_error(run(project, SCRIPT, input="hi\n"))
+    assert re.fullmatch(f"error: .+[.] FIX: {re.escape(fix)}.*", last_error(result))
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--temperature", "3"],
-        ["--temperature", "nan"],
-        ["--max-tokens", "0"],
-        ["--seed", "-1"],
-        ["--top-k", "x"],
-        ["--temp", "1"],
-    ],
+    "flag", ["--temperature=3", "--temperature=nan", "--max-tokens=0", "--seed=-1", "--top-k=x"]
 )
-def test_wrong_usage(project, run, arguments):
-    result = run(project, SCRIPT, *arguments)
+def test_wrong_usage(template, run, flag):
+    result = run(template, SCRIPT, flag)
     assert result.returncode == 2
-    assert last_error(result).endswith("FIX: python models/chat.py --help")
-
-
-@pytest.mark.parametrize("settings", [TURNS, SETTINGS | {"names": False}])
-def test_a_model_of_one_voice_replies_as_nobody_else(project, run, settings):
-    write_json(project / "data/for_train/sample/settings.json", settings)
-    result = run(project, SCRIPT, "--as", "zoe\x1b", input="hi\n")
-    assert result.returncode == 1
-    assert "--as 'zoe" in last_error(result)
-    assert last_error(result).endswith("FIX: leave --as out")
+    assert flag.partition("=")[0] in last_error(result)
 
 
 # ---- in a pipe -----------------------------------------------------------------------------------
@@ -297,78 +234,53 @@ def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tin
         expected += chat.visible(reply) + " …\n"  # cut off at 8 tokens
     result = run(project, SCRIPT, *GREEDY, input="hi <eos>\n\nhow are\\\nyou", cwd=project.parent)
     assert (result.returncode, result.stdout) == (0, expected)
-    assert result.stderr == f"talking to {FUSED}\n"
+    assert result.stderr == f"loading {FUSED}\n"
 
 
 @pytest.mark.slow
 def test_hostile_surroundings_change_nothing(project, run):
-    """No code of the folders runs, nothing is asked of a network, all bytes are taken."""
-    for folder in [project, project / "models"]:
-        (folder / "json.py").write_text("raise SystemExit('the wrong json')")
+    """Through a link, in a folder with a json.py, with variables that would break an import."""
     arguments = ["--seed", 1, "--max-tokens", 8]
     expected = run(project, SCRIPT, *arguments, input="perché\n").stdout
-    hostile = {
-        "PYTHONIOENCODING": "ascii",
-        "PYTHONUTF8": "0",
-        "LC_ALL": "C",
-        "PYTHONOPTIMIZE": "2",
-        "MLXLM_USE_MODELSCOPE": "True",
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "MPLBACKEND": "bogus",
-    }
+    hostile = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HF_HUB_ETAG_TIMEOUT": "soon"}
+    hostile |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0"}
     link = project / "linked"
     link.mkdir()
-    (link / "chat.py").symlink_to(project / SCRIPT)
-    result = run(link, "chat.py", *arguments, env=hostile, cwd=project, input="perché\n")
+    (link / "json.py").write_text("raise SystemExit('the wrong json')")
+    (project.parent / "chat.py").symlink_to(project / SCRIPT)
+    result = run(project.parent, "chat.py", *arguments, env=hostile, cwd=link, input="perché\n")
     assert (result.returncode, result.stdout) == (0, expected)
     assert run(project, SCRIPT, stdin=subprocess.DEVNULL).returncode == 0
 
 
-@pytest.mark.slow
-def test_a_reader_that_leaves_ends_it_quietly(project, run):
-    process = run(
-        project,
-        SCRIPT,
-        "--max-tokens",
-        "500",
-        start=subprocess.Popen,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdin.write(b"hi\nhi\nhi\n")
-    process.stdin.close()
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.wait(60) == 0
-    assert process.stderr.read() == f"talking to {FUSED}\n".encode()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["argparse", "mlx.core", "mlx_lm.utils", "talking to"])
-def test_ctrl_c_ends_it_with_130(project, run, moment):
-    process = run(
-        project,
-        SCRIPT,
-        "--max-tokens",
-        "100000",
-        env={"PYTHONPROFILEIMPORTTIME": "1"},  # names each module when it is there
-        start=subprocess.Popen,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+@pytest.fixture
+def started(project, run):
+    """Start it in a pipe, with a message to answer at length."""
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    arguments = ["--max-tokens", "100000"]
+    process = run(project, SCRIPT, *arguments, start=subprocess.Popen, **pipes)
     process.stdin.write(b"hi\n")
     process.stdin.flush()
-    assert any(moment.encode() in line for line in process.stderr)
-    if moment == "talking to":
-        # subtle: before the first token MLX may run a compiler; no signal counts in system(3)
-        process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    assert b"Traceback" not in process.stderr.read()
+    return process
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_it_quietly(started):
+    started.stdout.read(1)
+    started.stdout.close()
+    assert started.wait(60) == 0
+    assert started.stderr.read() == f"loading {FUSED}\n".encode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["loading", "replying"])
+def test_ctrl_c_ends_it_with_130(started, moment):
+    started.stderr.readline()
+    if moment == "replying":
+        started.stdout.read(1)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) == 130
+    assert started.stderr.read() == b""
 
 
 # ---- on a terminal -------------------------------------------------------------------------------
@@ -420,7 +332,7 @@ ENTER, UP, CTRL_C = "\r", "\x1b[A", "\x03"
 def test_a_talk_at_a_terminal(project, run, tiny):
     """Names stand before what is said, a paste is one message, Ctrl-C takes back a line."""
     terminal = Terminal(run, project, "--me", "eve", *GREEDY)
-    terminal.read_to(f"talking to {FUSED}\neve: ")
+    terminal.read_to(f"loading {FUSED}\neve: ")
 
     log = [("eve", "one\ntwo")]
     reply = likeliest(tiny, log, "ann", SETTINGS)
@@ -428,7 +340,9 @@ def test_a_talk_at_a_terminal(project, run, tiny):
     terminal.type("\x1b[200~one\ntwo\x1b[201~" + ENTER)  # as a terminal pastes
     assert terminal.read_to("eve: ") == f"one\ntwo\nann: {shown}"
 
-    terminal.type("not this" + CTRL_C)
+    terminal.type("not this")
+    time.sleep(0.3)  # Python loses a Ctrl-C that comes in the moment before it waits for a key
+    terminal.type(CTRL_C)
     assert "(Ctrl-D ends the talk)" in terminal.read_to("eve: ")
 
     log += [("ann", chat.tidy_lines(reply)), ("eve", "three\nfour")]
@@ -472,30 +386,24 @@ def test_base_and_adapter_if_there_is_no_fused_model(project, run, tiny):
     write_json(project / ADAPTER / "adapter_config.json", config)
     weights = {name: mx.random.normal(weight.shape) for name, weight in weights.items()}
     mx.save_safetensors(str(project / ADAPTER / "adapters.safetensors"), weights)
-    no_model(project)
+    shutil.rmtree(project / FUSED)
 
     result = run(project, SCRIPT, *GREEDY, input="hi\n")
     assert result.returncode == 0
-    assert result.stderr == f"talking to models/base/tiny-gemma-3 with {ADAPTER}\n"
+    assert result.stderr == f"loading models/base/tiny-gemma-3 with {ADAPTER}\n"
     assert likeliest(tiny, [("me", "hi")], "ann", SETTINGS) not in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("origin", "warns"),
-    [
-        ({"adapter_sha256": hashlib.sha256(b"weights").hexdigest()}, False),
-        ({"adapter_sha256": hashlib.sha256(b"other weights").hexdigest()}, True),
-        ({}, True),
-    ],
-)
-def test_a_fused_model_of_another_adapter(project, monkeypatch, capsys, origin, warns):
-    (project / ADAPTER).mkdir()
-    (project / ADAPTER / "adapters.safetensors").write_bytes(b"weights")
-    write_json(project / FUSED / "fused_from.json", origin)
+def test_a_fused_model_that_is_older_than_the_adapter(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
-    warning = f"warning: {FUSED} does not seem to be of the present adapter: "
-    assert capsys.readouterr().err.startswith(warning) == warns
+    weights = Path(ADAPTER, "adapters.safetensors")
+    weights.parent.mkdir()
+    weights.touch()
+    for seconds, warns in [(-9, False), (9, True)]:
+        time_of_change = int(Path(FUSED).stat().st_mtime) + seconds
+        os.utime(weights, (time_of_change, time_of_change))
+        assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
+        assert ("is older than the adapter" in capsys.readouterr().err) == warns
 
 
 @pytest.mark.slow
@@ -508,9 +416,7 @@ def test_a_fused_model_of_another_adapter(project, monkeypatch, capsys, origin, 
         ({"top_p": 1e-9}, {}, True),
         ({}, {"temperature": 0.0}, True),
         ({"temperature": 0}, {"temperature": 1.0}, False),
-        ({"top_k": 1}, {"top_k": 10**9}, False),
-        ({"temperature": "0", "top_k": True, "top_p": None}, {}, False),
-        ({"temperature": -1, "top_k": 1e999}, {}, False),
+        ({"temperature": None, "top_k": None}, {}, False),
     ],
 )
 def test_sampling_is_as_the_flags_or_the_base_say(tmp_path, says, flags, always_the_likeliest):
@@ -518,21 +424,12 @@ def test_sampling_is_as_the_flags_or_the_base_say(tmp_path, says, flags, always_
 
     write_json(tmp_path / "generation_config.json", says)
     args = SimpleNamespace(**dict.fromkeys(["temperature", "top_p", "top_k"]) | flags, seed=1)
-    draw = chat.make_sampler(args, tmp_path, 50)
+    draw = chat.make_sampler(args, tmp_path)
     loglikelihoods = mx.log(mx.array([[0.03] + [0.97 / 49] * 49]))
     drawn = [draw(loglikelihoods).item() for _ in range(60)]
     assert (set(drawn) == {0}) == always_the_likeliest
-    draw = chat.make_sampler(args, tmp_path, 50)
+    draw = chat.make_sampler(args, tmp_path)
     assert [draw(loglikelihoods).item() for _ in range(60)] == drawn  # it is the same seed
-
-
-def without_weights(base):
-    (base / "model.safetensors").unlink()
-
-
-def cut_weights(base):
-    path = base / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def edit(file, **changes):
@@ -545,43 +442,34 @@ def edit(file, **changes):
 
 def own_code(base):
     """Code in the model's folder, under each name by which it can be asked for."""
-    (base / "own.py").write_text("import pathlib; pathlib.Path('/tmp/chat-ran').touch()")
+    (base / "own.py").write_text(f"open({str(base / 'ran')!r}, 'w')")
     auto_map = {name: "own.Own" for name in ["AutoConfig", "AutoModelForCausalLM"]}
     edit("config.json", auto_map=auto_map, model_type="own", model_file="own.py")(base)
     tokenizer = {"AutoTokenizer": ["own.Own", None]}
     edit("tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Own")(base)
 
 
-TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
-NO_PREFIX = TEMPLATE + "{% if add_generation_prompt %}<eos>{% endif %}"
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 BROKEN = [
-    (without_weights, "No safetensors found"),
-    (cut_weights, "does not load: "),
+    (lambda base: (base / "model.safetensors").unlink(), "No safetensors found"),
+    (lambda base: cut_off(base / "model.safetensors"), "does not load: "),
     (edit("config.json", model_type="\x1b[31m"), "\\x1b[31m"),
-    (edit("config.json", hidden_size="wide"), "does not load: "),
-    (edit("config.json", num_hidden_layers=10**9), "says 1000000000 layers"),
     (edit("tokenizer_config.json", chat_template=None), "chat_template is not set"),
     (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "division by zero"),
-    (edit("tokenizer_config.json", chat_template=NO_PREFIX), "begins a reply otherwise"),
-    (edit("tokenizer_config.json", chat_template=ENDLESS), "it does not come to an end"),
     (own_code, "does not load: "),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "what"), BROKEN)
-def test_a_model_that_does_not_load(project, monkeypatch, capfd, change, what):
-    """What is wrong is said, within the time set, and no code of the model runs."""
-    base, alarm = project / "models/base/tiny-gemma-3", signal.alarm
+def test_a_model_that_does_not_load(project, change, what):
+    """What is wrong is said, with a fix, and no code of the model runs."""
+    base = project / BASE
     change(base)
-    monkeypatch.setattr(signal, "alarm", lambda seconds: alarm(min(seconds, 2)))
     with pytest.raises(SystemExit) as stop:
-        chat.load([(base, "the command")], [{"role": "user", "content": "hi"}])
-    alarm(0)
+        chat.load([(base, "the command")])
     assert what in str(stop.value)
-    assert " FIX: " in str(stop.value)
-    assert not Path("/tmp/chat-ran").exists()
+    assert str(stop.value).endswith(" FIX: the command")
+    assert not (base / "ran").exists()
 
 
 # ---- other programs ------------------------------------------------------------------------------

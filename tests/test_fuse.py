@@ -122,26 +122,29 @@ def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(pro
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "bits", "quantization"),
+    ("model", "bits", "expected"),
     [
-        (COARSE, "6", {"bits": 6, "group_size": 32}),
-        ("tiny-gemma-3-4bit", "base", {"bits": 4, "group_size": 64}),
-        ("tiny-gemma-3-4bit", "auto", {"bits": 8, "group_size": 32}),
+        ("tiny-gemma-3-4bit", "base", 4),
+        ("tiny-gemma-3-4bit", "auto", 8),
         ("tiny-gemma-3", "auto", None),
-        ("tiny-gemma-3", "8", {"bits": 8, "group_size": 32}),
+        ("tiny-gemma-3", "8", 8),
     ],
 )
-def test_bits_of_the_result_and_its_origin(project, fuse, model, bits, quantization):
-    result = fuse(MODEL=model, FUSED_BITS=bits, GROUP_SIZE="32")
+def test_bits_of_the_result_and_its_origin(project, fuse, model, bits, expected):
+    result = fuse(MODEL=model, FUSED_BITS=bits)
     assert result.returncode == 0, result.stderr
     fused = project / f"models/fused/fused-sample_{model}"
-    found = json.loads((fused / "config.json").read_text()).get("quantization")
-    assert (found and {key: found[key] for key in ("bits", "group_size")}) == quantization
-    origin = json.loads((fused / "fused_from.json").read_text())
+    quantization = json.loads((fused / "config.json").read_text()).get("quantization")
+    assert (quantization and quantization["bits"]) == expected
+    assert not quantization or quantization["group_size"] == 64
     adapter = project / f"models/adapters/adapter-sample_{model}/adapters.safetensors"
-    assert origin["adapter_sha256"] == hashlib.sha256(adapter.read_bytes()).hexdigest()
-    assert (origin["base"], origin["version"]) == (model, "sample")
-    assert {"mlx", "mlx_lm"} <= set(origin)
+    assert json.loads((fused / "fused_from.json").read_text()) == {
+        "base": model,
+        "adapter_sha256": hashlib.sha256(adapter.read_bytes()).hexdigest(),
+        "version": "sample",
+        "bits": "8" if expected == 8 else "base",
+        "group_size": 64,
+    }
     tokenizer = "tokenizer_config.json"
     base = project / f"models/base/{model}"
     assert (fused / tokenizer).read_bytes() == (base / tokenizer).read_bytes()
@@ -187,13 +190,10 @@ def wait_for(project, name, process):
 
 
 def children(process):
-    """Return the command lines of what still runs in the session of a script."""
-    command = ["ps", "-A", "-o", "sess=,stat=,args="]
+    """Return the states of the processes that run in the session of a script, but for zombies."""
+    command = ["ps", "-A", "-o", "sess=,stat="]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    fields = [line.split(None, 2) for line in lines]
-    return [
-        args for session, state, args in fields if session == str(process.pid) and "Z" not in state
-    ]
+    return [line for line in lines if line.split()[0] == str(process.pid) and "Z" not in line]
 
 
 @pytest.mark.slow
@@ -211,17 +211,15 @@ def test_a_signal_to_the_script_alone_ends_its_children_too(project, run, fuse, 
     wait_for(project, moment, process)
     os.kill(process.pid, getattr(signal, name))
     assert process.wait(timeout=10) == code
+    wait_until(lambda: children(process) == [])
     if name == "SIGKILL":
-        wait_until(lambda: children(process) == [])
         assert contents(project / FUSED) == {"model.safetensors": b"older"}
         assert fuse().returncode == 0
         assert {"config.json", "fused_from.json"} <= set(contents(project / FUSED))
         names = {path.name for path in (project / "models/fused").iterdir()}
         assert names == {FUSED[13:], f".{FUSED[13:]}.lock"}
     else:
-        last = "interrupted: the previous fused model is as it was\n"
-        assert process.stderr.read() == last
-        assert children(process) == []
+        assert process.stderr.read() == "interrupted: the previous fused model is as it was\n"
         assert older_model_is_as_it_was(project)
 
 
@@ -247,279 +245,171 @@ def test_a_swap_that_was_cut_in_the_middle_is_undone(project, fuse):
 
 
 @pytest.mark.slow
-def test_names_that_look_like_work_folders_are_left_alone(project, fuse):
-    theirs = [project / f"{FUSED}.{name}" for name in ["old", "partial"]]
-    for folder in theirs:
-        folder.mkdir()
-        (folder / "mine").write_text("mine")
-    assert fuse().returncode == 0
-    assert all(contents(folder) == {"mine": b"mine"} for folder in theirs)
-
-
-@pytest.mark.slow
 def test_a_disk_that_fills_up_while_fusing(project, fuse):
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500_000, 500_000))
     result = fuse(preexec_fn=full)
     assert result.returncode == 1
-    assert "mlx_lm.fuse ended with code 1: RuntimeError: [write] Unable to" in last_error(result)
     assert last_error(result).endswith("FIX: make room on the disk of models/fused")
     assert older_model_is_as_it_was(project)
 
 
 # ---- errors -------------------------------------------------------------------------------------
-def change_adapter(project, factor):
+def nan_adapter(project):
     path = str(project / ADAPTER / "adapters.safetensors")
-    weights = {name: values * factor for name, values in mx.load(path).items()}
+    weights = {name: values * float("nan") for name, values in mx.load(path).items()}
     mx.eval(weights)
     mx.save_safetensors(path, weights)
 
 
-def replace(path):
-    """Put a file where a folder is."""
-    shutil.rmtree(path)
-    path.write_text("a file")
-
-
-def another_base(project):
-    """Let the older fused model be that of a base whose name begins with a part of VERSION."""
-    (project / FUSED / "fused_from.json").write_text('{"base": "sample_tiny"}')
+def file_for_folder(project):
+    shutil.rmtree(project / FUSED)
+    (project / FUSED).touch()
 
 
 BASE = f"models/base/{COARSE}"
-NAMES = "a name of letters, digits, '.', '_' and '-'"
 RETRAIN = f"VERSION=sample MODEL={COARSE} ./fine_tune.sh"
-DOWNLOAD = f"FIX: hf download mlx-community/{COARSE} --local-dir {BASE}"
-ERRORS = {  # harm, settings, how the last line of stderr begins, how it ends
-    "no base model": (
-        lambda p: shutil.rmtree(p / "models/base"),
-        {},
-        f"error: there is no base model in {BASE} (there: none)",
-        DOWNLOAD,
-    ),
-    "MODEL mistyped": (
-        None,
-        {"MODEL": "tiny-gema-3-2bit"},
-        "error: there is no base model in models/base/tiny-gema-3-2bit (there: tiny-gemma-3-2bit t",
-        "FIX: export MODEL=tiny-gemma-3-2bit",
-    ),
+DOWNLOAD = f"hf download mlx-community/{COARSE} --local-dir {BASE}"
+ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
     "MODEL forgotten": (
         lambda p: [shutil.rmtree(p / f"models/base/{name}") for name in ("tiny-gemma-3", COARSE)],
         {"MODEL": None},
-        "error: there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-",
-        "FIX: export MODEL=tiny-gemma-3-4bit",
+        "there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-3-4bit)",
+        "export MODEL=tiny-gemma-3-4bit",
     ),
     "MODEL not downloaded": (
         None,
         {"MODEL": "Qwen3-4B"},
-        "error: there is no base model in models/base/Qwen3-4B (there: tiny-gemma-3-2bit ",
-        "FIX: hf download mlx-community/Qwen3-4B --local-dir models/base/Qwen3-4B",
+        "there is no base model in models/base/Qwen3-4B (there: tiny-gemma-3 tiny-gemma-3-2bit ",
+        "hf download mlx-community/Qwen3-4B --local-dir models/base/Qwen3-4B",
     ),
-    "MODEL a path": (
+    "MODEL a path": (None, {"MODEL": BASE}, f"MODEL={BASE} is not a name", "use letters"),
+    "VERSION no name": (None, {"VERSION": ".x"}, "VERSION=.x is not a name", "use letters"),
+    "unknown bits": (
         None,
-        {"MODEL": "models/base/tiny/"},
-        "error: MODEL=models/base/tiny/ is a path, not a name. ",
-        "FIX: MODEL=tiny ./fuse.sh",
-    ),
-    "MODEL no name": (None, {"MODEL": "a b"}, f"error: MODEL=a b is not {NAMES}. ", ""),
-    "VERSION no name": (
-        None,
-        {"VERSION": ".x"},
-        f"error: VERSION=.x is not {NAMES}. ",
-        "FIX: VERSION=v1 ./fuse.sh",
+        {"FUSED_BITS": "7"},
+        "FUSED_BITS=7 is not auto, base, 16 or 8",
+        "FUSED_BITS=auto ./fuse.sh",
     ),
     "no adapter": (
         lambda p: shutil.rmtree(p / ADAPTER),
         {},
-        f"error: there is no adapter in {ADAPTER} (there: adapter-sample_tiny-gemma-3 adapter-",
-        f"FIX: {RETRAIN}, or export another VERSION",
+        f"there is no adapter in {ADAPTER}",
+        f"{RETRAIN}, or export another VERSION",
     ),
-    "layers without end": (
-        lambda p: change(p / BASE / "config.json", num_hidden_layers=10**9),
-        {},
-        f"error: {BASE}/config.json is not that of a model: ValueError('more than 1,000 layers')",
-        DOWNLOAD,
-    ),
-    "a config of another kind": (
+    "a base whose config is none": (
         lambda p: change(p / BASE / "config.json", quantization=3),
         {},
-        f"error: {BASE}/config.json is not that of a model: TypeError(",
+        f"{BASE}/config.json cannot be used: TypeError(",
         DOWNLOAD,
     ),
     "an adapter cut off": (
         lambda p: cut_off(p / ADAPTER / "adapters.safetensors"),
         {},
-        "error: the adapter does not open: RuntimeError(",
-        f"FIX: {RETRAIN}",
+        "the adapter cannot be used: RuntimeError(",
+        RETRAIN,
     ),
-    "an adapter without its config": (
-        lambda p: (p / ADAPTER / "adapter_config.json").unlink(),
-        {},
-        "error: the adapter cannot be copied: cp: ",
-        f"FIX: make room, or {RETRAIN}",
-    ),
-    "an adapter with NaN": (
-        lambda p: change_adapter(p, float("nan")),
-        {},
-        "error: the adapter holds NaN or infinite values. ",
-        f"FIX: {RETRAIN} with a smaller LEARNING_RATE",
-    ),
+    "an adapter with NaN": (nan_adapter, {}, "the adapter cannot be used: ", RETRAIN),
     "the adapter of another base": (
         lambda p: change(p / ADAPTER / "adapter_config.json", model="a/tiny\x1b[31m"),
         {},
-        f"error: the adapter was trained on tiny\\x1b[31m, not on {COARSE}. ",
-        "",
-    ),
-    "a fused model of another base": (
-        another_base,
-        {},
-        f"error: {FUSED} is there, and made from sample_tiny. ",
-        "FIX: choose another VERSION for one of them",
+        "the adapter cannot be used: ",
+        RETRAIN,
     ),
     "a file where the fused model comes": (
-        lambda p: replace(p / FUSED),
+        file_for_folder,
         {},
-        f"error: {FUSED} is not a folder of its own. ",
-        f"FIX: mv {FUSED} {FUSED}.other",
-    ),
-    "unknown bits": (
-        None,
-        {"FUSED_BITS": "7"},
-        "error: FUSED_BITS=7 is not auto, base, 16, 8, 6 or 5. ",
-        "FIX: FUSED_BITS=auto ./fuse.sh",
-    ),
-    "unknown group": (
-        None,
-        {"GROUP_SIZE": "48"},
-        "error: GROUP_SIZE=48 is not 32, 64 or 128. ",
-        "FIX: GROUP_SIZE=64 ./fuse.sh",
+        f"{FUSED} is not a folder of its own",
+        f"mv {FUSED} {FUSED}.other",
     ),
 }
 
 
 @pytest.mark.slow  # the adapters are trained
-@pytest.mark.parametrize("name", ERRORS)
-def test_error_before_a_model_is_loaded(project, fuse, name):
-    harm, variables, begins, ends = ERRORS[name]
+@pytest.mark.parametrize(("harm", "settings", "begins", "fix"), ERRORS.values(), ids=ERRORS)
+def test_error_before_a_model_is_loaded(project, fuse, harm, settings, begins, fix):
     if harm:
         harm(project)
     before = contents(project / "models/fused")
-    result = fuse(**variables)
+    result = fuse(**settings)
     assert result.returncode == 1
-    assert last_error(result).startswith(begins) and last_error(result).endswith(ends)
-    assert ". FIX: " in last_error(result)
+    assert last_error(result).startswith(f"error: {begins}")
+    assert f". FIX: {fix}" in last_error(result)
+    assert "\x1b" not in result.stderr
     assert "running" not in result.stdout
     after = contents(project / "models/fused")
     assert {path: after[path] for path in after if not path.endswith(".lock")} == before
 
 
-def shim(folder, name, program):
-    (folder / name).write_text(f"#!/bin/sh\n{program}\n")
-    (folder / name).chmod(0o755)
-    return str(folder) + os.pathsep + os.environ["PATH"]
+def no_chat_template(project):
+    (project / BASE / "chat_template.jinja").unlink()
+    change(project / BASE / "tokenizer_config.json", chat_template=None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("harm", "expected"),
+    ("harm", "why"),
     [
-        (
-            lambda p: (p / BASE / "tokenizer.json").unlink(),
-            f"ValueError: Couldn't instantiate the backend tokenizer from one of: . {DOWNLOAD}",
-        ),
-        (
-            lambda p: (p / BASE / "model.safetensors").unlink(),
-            f"FileNotFoundError: No safetensors found in {BASE}. {DOWNLOAD}",
-        ),
-        (
-            lambda p: cut_off(p / BASE / "model.safetensors"),
-            f"Perhaps an incomplete download or corrupt file?. {DOWNLOAD}",
-        ),
-        (
-            lambda p: change(p / BASE / "config.json", model_type="new\x1b[31m"),
-            f"ValueError: Model type new[31m not supported.. {DOWNLOAD}",
-        ),
+        (lambda p: (p / BASE / "tokenizer.json").unlink(), "Couldn't instantiate the backend"),
+        (lambda p: (p / BASE / "model.safetensors").unlink(), "No safetensors found"),
+        (lambda p: cut_off(p / BASE / "model.safetensors"), "incomplete download"),
+        (no_chat_template, "ValueError: the base has no chat template"),
     ],
 )
-def test_what_failed_is_told_by_its_cause(project, fuse, harm, expected):
+def test_what_failed_is_told_by_its_cause(project, fuse, harm, why):
     harm(project)
-    result = fuse()
+    result = fuse(FUSED_BITS="base")
     assert result.returncode == 1
-    assert last_error(result).startswith("error: mlx_lm.fuse ended with code 1: ")
-    assert last_error(result).endswith(expected)
+    assert " ended with code 1: " in last_error(result)
+    assert why in last_error(result)
+    assert last_error(result).endswith(f"FIX: {DOWNLOAD}")
     assert older_model_is_as_it_was(project)
 
 
 @pytest.mark.slow
-def test_only_a_process_that_was_killed_or_said_so_ran_out_of_memory(project, fuse, tmp_path):
-    less = "FIX: FUSED_BITS=base ./fuse.sh, or use the adapter as it is: both need less"
-    for program, why in [
-        ("kill -9 $$", "137: "),
-        (
-            "echo 'libc++abi: [METAL] Insufficient Memory' >&2; exit 134",
-            "134: libc++abi: [METAL] Ins",
-        ),
-    ]:
-        result = fuse(PATH=shim(tmp_path, "mlx_lm.fuse", program))
-        assert result.returncode == 1
-        assert last_error(result).startswith(f"error: mlx_lm.fuse ended with code {why}")
-        assert last_error(result).endswith(less)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a read-only disk")
-@pytest.mark.slow
-def test_a_read_only_disk(project, fuse):
-    folder = project / "models/fused"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], check=True)
-    try:
-        result = fuse()
-    finally:
-        subprocess.run(["umount", folder], check=True)
+@pytest.mark.parametrize(
+    "program", ["kill -9 $$", "echo 'libc++abi: [METAL] Insufficient Memory' >&2; exit 134"]
+)
+def test_only_a_process_that_was_killed_or_said_so_ran_out_of_memory(
+    project, fuse, tmp_path, program
+):
+    (tmp_path / "mlx_lm.fuse").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "mlx_lm.fuse").chmod(0o755)
+    result = fuse(PATH=os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
     assert result.returncode == 1
-    assert last_error(result) == (
-        "error: models/fused cannot be written to. FIX: chmod u+w models/fused"
-    )
+    assert "FIX: FUSED_BITS=base ./fuse.sh" in last_error(result)
+
+
+@pytest.mark.slow
+def test_a_place_that_cannot_be_written_to(project, fuse):
+    (project / f"{HIDDEN}.lock").mkdir()  # root may write to all folders
+    assert "error: models/fused cannot be written to. FIX: chmod" in last_error(fuse())
 
 
 # ---- how it is called ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        (
-            "--save-path",
-            "error: fuse.sh takes no argument, and --save-path is one. FIX: ./fuse.sh --",
-        ),
-        (
-            "FUSED_BITS=8",
-            "error: FUSED_BITS=8 stands behind the command. FIX: FUSED_BITS=8 ./fuse.sh",
-        ),
-    ],
+    ("argument", "fix"),
+    [("--save-path", "./fuse.sh --help"), ("FUSED_BITS=8", "FUSED_BITS=8 ./fuse.sh")],
 )
-def test_wrong_usage(template, run, argument, expected):
+def test_wrong_usage(template, run, argument, fix):
     result = run(template, "fuse.sh", argument)
     assert result.returncode == 2
-    assert last_error(result).startswith(expected)
+    assert last_error(result).endswith(f"FIX: {fix}")
 
 
 @pytest.mark.parametrize(
     ("line", "fix"),
-    [
-        ("FUSED_BITS = 8", "FUSED_BITS=8"),
-        ("FUSED_BITS= 8 # bits", "FUSED_BITS=8"),
-        ("VERSION=my chat", "VERSION=mychat"),
-    ],
+    [("FUSED_BITS = 8", "FUSED_BITS=8"), ("VERSION=my chat", "VERSION=mychat")],
 )
 def test_a_setting_edited_wrongly(template, run, tmp_path, line, fix):
     script = (template / "fuse.sh").read_text()
-    (tmp_path / "fuse.sh").write_text(script.replace("\nGROUP_SIZE=", f"\n{line}\nGROUP_SIZE="))
+    (tmp_path / "fuse.sh").write_text(script.replace("\nFUSED_BITS=", f"\n{line}\nFUSED_BITS="))
     result = run(tmp_path, "fuse.sh")
     assert result.returncode == 1
     assert last_error(result).endswith(f" is not NAME=value. FIX: {fix}")
 
 
-@pytest.mark.parametrize("program", ["dash", "zsh", "python3"])
+@pytest.mark.parametrize("program", [*filter(shutil.which, ["dash", "zsh", "python3"])])
 def test_another_program_than_bash_says_what_to_type(program):
-    if not shutil.which(program):
-        pytest.skip(f"{program} is not here")
     result = subprocess.run([program, REPOSITORY / "fuse.sh"], capture_output=True, text=True)
     assert result.returncode != 0
     assert "./fuse.sh" in result.stderr and "Traceback" not in result.stderr
@@ -532,9 +422,7 @@ def test_without_the_virtual_environment(template):
     command = ["bash", template / "fuse.sh"]
     result = subprocess.run(command, env=path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert last_error(result).startswith(
-        "error: mlx_lm.fuse was not found. FIX: source venv/bin/activate"
-    )
+    assert "FIX: source venv/bin/activate" in last_error(result)
 
 
 @pytest.mark.slow
@@ -543,7 +431,16 @@ def test_modules_come_from_pythonpath_too_and_one_that_fails_to_is_told(project,
     error = last_error(fuse(PYTHONPATH=str(tmp_path)))
     assert error.startswith("error: No module named 'mlx.core'")
     assert error.endswith("FIX: source venv/bin/activate; pip install -r requirements.txt")
-    older_model_is_as_it_was(project)
+    assert older_model_is_as_it_was(project)
+
+
+@pytest.mark.slow
+def test_it_works_through_a_link_from_anywhere(project, run, tmp_path):
+    (tmp_path / "fuse.sh").symlink_to(project / "fuse.sh")
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    result = run(tmp_path, "fuse.sh", env={"MODEL": COARSE, "FUSED_BITS": "base"})
+    assert result.returncode == 0, result.stderr
+    assert "config.json" in contents(project / FUSED)
 
 
 def test_help_shows_purpose_and_settings(template, run):

@@ -820,8 +820,7 @@ def report(train, valid, dropped):
         tokens = [row.tokens for row in rows]
         mean = sum(tokens) / len(tokens)
         say(f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}")
-    epoch = len(train) // 2
-    say(f"one epoch  {epoch:,} iterations at BATCH_SIZE=2; three: ITERS={3 * epoch} ./fine_tune.sh")
+    say(f"one epoch  {len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
 def build(s, raw, folder):

@@ -452,6 +452,7 @@ BAD = {
     "Windows": ('["perché"]'.encode("cp1252"), r"is not JSON in UTF-8"),
     "an object": (b'{"messages": []}', r"\{\"messages\": \[\]\} is no list of entries"),
     "an empty list": (b"[]", r"0 rows are left"),
+    "a bad line": (b'{"message": "a"}\n\n{"message": 3}\n', r'entry or line 3: "message" is 3'),
     "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
     "no message": (b'[{"message": "a"}, {"msg": "b"}]', r'line 1: no "message" in \{"msg": "b"\}'),
     "context is a text": (b'[{"previous_messages": "a", "message": "b"}]',
@@ -460,10 +461,8 @@ BAD = {
     "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r"line 0: "),
     "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]',
         r'line 1: no "completion"'),
-    "an author that is none": (b'[{"message": "a", "user": {}}]', r'line 0: "user" is \{\}'),
     "a time that is none": (b'[{"message": "a", "date": "noon"}]', r"line 0: .*'noon'"),
     "too deep": (b"[" * 100_000, r"is not JSON .*recursion"),
-    "a number too long": (b"[" + b"9" * 5000 + b"]", r"is not JSON .*digits"),
     "nothing left": (b'["!a", "!b"]', r"0 rows are left, too few to split .*FIX: .*--off"),
     "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
 }  # fmt: skip
@@ -473,17 +472,11 @@ BAD = {
 def test_bad_input_is_answered_with_its_fix_and_leaves_the_output_as_it_was(built, name):
     content, message = BAD[name]
     before = built.content()
-    built.raw(content)
+    (built.root / "data/raw/messages_v1.json").unlink()
+    built.raw(content, "messages_v1.jsonl" if name == "a bad line" else "messages_v1.json")
     error = built.build()
     assert ERROR.fullmatch(error) and re.search(message, error), error
     assert built.content() == before and built.folders() == [".v1.lock", "v1"]
-
-
-def test_a_bad_line_of_a_jsonl_file_is_named_by_its_number(chat):
-    chat.raw(b'{"message": "a"}\n\n{"message": 3}\n', "messages_v1.jsonl")
-    assert 'messages_v1.jsonl, entry or line 3: "message" is 3' in chat.build()
-    chat.raw(b'{"message": "a"}\n{"message"}\n', "messages_v1.jsonl")
-    assert "line 2 is not JSON" in chat.build()
 
 
 @pytest.mark.parametrize(
@@ -557,11 +550,6 @@ def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log,
 
 
 # ---- talks and windows ---------------------------------------------------------------------------
-def test_a_context_has_as_many_messages_as_the_window():
-    data = made(talk(9), "--window", 2, "--prompt", "{context}")[0]
-    assert data[8]["prompt"] == "\n".join(talk(9)[6:8])
-
-
 def test_conversations_are_told_apart(chat):
     chat.raw([{"message": text, "conversation": i % 2} for i, text in enumerate(talk(200))])
     assert chat.build("--window", 3) is None
@@ -638,8 +626,6 @@ def cuts(name, count, size, draw):
     every = [[*range(max(0, i - size), i + 1)] for i in range(1, count)]
     if name == "every fifth":
         return every[4::5]
-    if name == "windows that just meet":
-        return every[size - 1 :: size]
     if name == "a third of them":
         return [places for places in every if draw.random() < 0.33]
     if name == "replies of one, context of the others":
@@ -648,10 +634,6 @@ def cuts(name, count, size, draw):
         return [[*heard[i][-size:], i] for i in sorted(own) if heard[i]]
     if name == "shuffled":
         return draw.sample(every, len(every))
-    if name == "two chats by turns":
-        first = [places for places in every if places[-1] < count // 2]
-        second = [places for places in every if places[0] >= count // 2]
-        return [places for both in zip(first, second, strict=False) for places in both]
     return every
 
 
@@ -662,8 +644,7 @@ def entries_of(log, cut, shape="windows"):
     return [{"prompt": "\n".join([*context, "!"]), "completion": r} for *context, r in texts]
 
 
-IN_ORDER = ["all", "every fifth", "windows that just meet", "a third of them"]
-IN_ORDER += ["replies of one, context of the others"]
+IN_ORDER = ["all", "every fifth", "a third of them", "replies of one, context of the others"]
 
 
 @pytest.mark.parametrize("size", [3, 10])
@@ -698,23 +679,12 @@ def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
 
 
 @pytest.mark.parametrize("shape", ["windows", "pairs"])
-@pytest.mark.parametrize("name", ["shuffled", "two chats by turns"])
-def test_windows_that_are_out_of_order_are_refused(chat, name, shape):
+def test_windows_that_are_out_of_order_are_refused(chat, shape):
     log = talk(900)
-    chat.raw(entries_of(log, cuts(name, len(log), 10, random.Random(1)), shape))
+    chat.raw(entries_of(log, cuts("shuffled", len(log), 10, random.Random(1)), shape))
     what = r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation"
     assert re.search(what, chat.build("--prompt", "{context}\n!"))
     assert not chat.out.exists()
-
-
-def test_two_chats_by_turns_are_told_apart_by_their_conversation(chat):
-    log = talk(900)
-    cut = cuts("two chats by turns", len(log), 10, random.Random(1))
-    entries = zip(entries_of(log, cut), cut, strict=True)
-    chat.raw([entry | {"conversation": places[-1] // 450} for entry, places in entries])
-    assert chat.build("--prompt", "{context}\n!") is None
-    assert true_leaks(chat, log, cut) == []
-    assert len(chat.sides()[0]) > 0.7 * len(cut)
 
 
 def test_a_random_split_of_the_same_log_does_leak(chat):
@@ -750,15 +720,9 @@ def test_a_conversation_is_on_one_side(chat):
     assert chat.lines("dropped.jsonl") == []
 
 
-def test_one_conversation_can_be_the_whole_file(chat):
-    chat.raw([{"message": message, "conversation": "only"} for message in talk(100)])
-    assert chat.build() is None
-    assert len(chat.sides()[0]) >= 60 and 5 <= len(chat.sides()[1]) <= 20
-
-
 @pytest.mark.parametrize(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
 def test_validation_has_its_share_or_the_most_rows_allowed(chat, most, valid):
-    chat.raw(windows(talk(3000)))
+    chat.raw([{"message": message, "conversation": "the only one"} for message in talk(3000)])
     assert chat.build("--valid-rows", most) is None
     assert len(chat.sides()[1]) in valid
     assert len(chat.sides()[0]) > 2400
@@ -933,14 +897,9 @@ def test_order_gives_batches_of_equal_length_in_mlx_lm(batch):
 
     draw = random.Random(0)
     rows = rows_of([int(draw.lognormvariate(5, 0.6)) + 1 for _ in range(1999)])
+    assert {row.entry for row in build_train.order(rows, 0)} == set(range(1999))
     ideal = cost(sorted(rows, key=lambda row: row.tokens))
     assert cost(build_train.order(rows, 0)) <= 1.03 * ideal < 1.2 * ideal < cost(rows)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 16, 1003])
-def test_order_keeps_every_row(count):
-    ordered = build_train.order(rows_of(range(count)), 0)
-    assert sorted(row.entry for row in ordered) == list(range(count))
 
 
 def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
@@ -1073,7 +1032,7 @@ def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
         r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
         r"^leaks .*: 0$",
         r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",
-        r"^one epoch +\d+ iterations at BATCH_SIZE=2; three: ITERS=\d+ \./fine_tune\.sh$",
+        r"^one epoch +\d+ iterations at BATCH_SIZE=2$",
         r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
         r"^next +\./fine_tune\.sh$",
         *(rf"^{rule} +[\d,]+" for rule in build_train.ALL_RULES),

@@ -807,8 +807,11 @@ def print_table(s, dropped):
         say(f"{rule:34}{count:>9}   {first.get(rule, '')}".rstrip())
 
 
-def report(train, valid, dropped):
-    """Print what came out, and end the run if it leaks."""
+def report(train, valid, dropped, raw):
+    """Print what came out, and end the run if it is not enough, or if it leaks."""
+    if not train or not valid:
+        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
+        fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
     counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
     say(f"\nsplit      {counts}")
     held = {place for row in valid for place in row.places}
@@ -849,10 +852,7 @@ def build(s, raw, folder):
     valid = order(fit(valid[: s.valid_rows], s, count, dropped), s.seed)
     dropped.sort(key=lambda item: item[0].entry)
     print_table(s, dropped)
-    if not train or not valid:
-        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
-        fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
-    report(train, valid, dropped)
+    report(train, valid, dropped, raw)
 
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]

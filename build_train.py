@@ -473,7 +473,7 @@ def talks_of(log, s):
 
 def lay_out(conversations, s, dropped):
     """Return the rows, each with its places in one log: all conversations, one after another."""
-    rows, number, place = [], 0, 0
+    rows, ready, number, place = [], [], 0, 0
     for conversation, items in conversations.items():
         log = [item for item in items if type(item) is Message]
         dropped.extend((Row(item.entry, (item,)), "empty") for item in log if not item.text)
@@ -487,6 +487,8 @@ def lay_out(conversations, s, dropped):
         ready = [item for item in items if type(item) is Row]
         number, place = line_up(ready, number, place, bool(conversation))
         rows += ready
+    if ready and s.window != parser.get_default("window"):
+        say("note       --window has no effect: the windows of this file are cut already")
     return rows
 
 

@@ -407,12 +407,13 @@ def test_ready_pairs_keep_their_prompts_and_line_breaks():
     assert made([pair])[0][0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
 
 
-def test_windows_that_are_cut_already_keep_exactly_their_messages():
+def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
     log = talk(99)
     entries = [*windows(log[:50], 4), *windows(log[50:], 30)]
     data = made(entries, "--window", 7, "--prompt", "{context}")[0]
     for i, entry in enumerate(entries):
         assert data[i]["prompt"] == "\n".join(entry["previous_messages"])
+    assert "--window has no effect" in capsys.readouterr().out
 
 
 def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(built):

@@ -18,13 +18,9 @@ Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
 # ruff: noqa: E402, RUF001 (imports need preparations; chat is in many scripts)
-import sys
-
-if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # a json.py that lies beside this script is not Python's
-
 import os
 import signal
+import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
@@ -40,12 +36,11 @@ import re
 import shlex
 import shutil
 import unicodedata
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter, defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -55,7 +50,6 @@ except ImportError as error:
     sys.exit(f"error: {error}. FIX: source venv/bin/activate; pip install -r requirements.txt")
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
-SHAPE_OF_ONE_AUTHOR = "turns"  # what --shape is with --only-author: "prompt" or "turns"
 parser = argparse.ArgumentParser(
     description="Make the training data from a chat.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -72,22 +66,16 @@ add("--question-prompt", default="{context}\n\nAsk the next question in this cha
     help="the same, where the reply is a question")
 add("--names", type=int, default=1, help="1: the model sees who says what; 0: it does not")
 add("--only-author", default="", help="learn the replies of this author alone; '' of everyone")
-add("--shape", default="", help="of a row: prompt, or turns of one author and the others")
+add("--shape", help="prompt, or turns: the only author and the others; that author's default")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
-add("--stride", type=int, default=0, help="messages from one trained reply to the next; 0 as "
-    "--window: each message is trained once (with --only-author 1: every reply)")
+add("--stride", type=int, default=0,
+    help="messages from one trained reply to the next; 0: as --window; of one author, 1")
 add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0 none do")
 add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
 add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
-add("--min-context", type=int, default=1, help="messages that a reply needs before it; 0 none")
-add("--min-chars", type=int, default=2, help="characters of the shortest reply")
-add("--max-chars", type=int, default=1000, help="characters of the longest reply")
-add("--stock-share", type=float, default=0.02, help="of rows with the same reply; 5 always")
-add("--block", default="", help="file with words, one a line, that become […] wherever they stand")
-add("--remove-emoji", action="store_true", help="remove emoji from all messages")
+add("--block", type=os.path.abspath, help="file of words, one a line, that become […] everywhere")
 add("--max-context-chars", type=int, default=300, help="of a message before a reply; the rest is …")
 add("--max-seq-length", type=int, default=env("MAX_SEQ_LENGTH", 1024), help="tokens of a row")
-add("--batch-size", type=int, default=env("BATCH_SIZE", 2), help="for the figures printed")
 add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
 add("--valid-rows", type=int, default=400, help="most rows to validate with")
 add("--seed", type=int, default=0, help="of the split; another whole number, another split")
@@ -98,27 +86,23 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 def settings(arguments=None):
     """Return the settings of this run; end it if one of them cannot be."""
     s = parser.parse_args(arguments)
-    for name, value in vars(s).items():
-        flag = f"--{name.replace('_', '-')}"
-        least = 0 if name in ("names", "gap", "burst", "min_context", "min_chars", "seed", "stride") else 1
-        if name in ("stock_share", "valid_size"):
-            if not 0 < value < 1:
-                parser.error(f"{flag} is {value}, not between 0 and 1")
-        elif type(value) in (int, float) and not least <= value < 2**32:
-            parser.error(f"{flag} is {value}, not {least} or more")
-    for name in "prompt", "question_prompt":
-        template = getattr(s, name).replace("\\n", "\n").encode("utf-8", "replace").decode()
-        setattr(s, name, template)
-        if "{context}" not in template:
-            parser.error("--prompt or --question-prompt does not say where {context} goes")
-    s.shape = s.shape or (SHAPE_OF_ONE_AUTHOR if s.only_author else "prompt")
-    if s.shape not in ("prompt", "turns"):
-        parser.error(f"--shape is {s.shape!a}, not prompt or turns")
-    if s.shape == "turns" and not s.only_author:
-        parser.error("--shape turns needs --only-author, the one whom the model learns to be")
+    s.prompt = s.prompt.replace("\\n", "\n")
+    s.question_prompt = s.question_prompt.replace("\\n", "\n")
+    s.shape = s.shape or ("turns" if s.only_author else "prompt")
     s.stride = s.stride or (1 if s.only_author else s.window)
-    s.block = s.block and os.path.abspath(s.block)
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
+    possible = {
+        "prompt": "{context}" in s.prompt,
+        "question_prompt": "{context}" in s.question_prompt,
+        "shape": s.shape == "prompt" or (s.shape == "turns" and s.only_author),
+        "window": s.window > 0,
+        "stride": s.stride > 0,
+        "valid_size": 0 < s.valid_size < 1,
+        "valid_rows": s.valid_rows > 0,
+    }
+    for name, is_possible in possible.items():
+        if not is_possible:
+            parser.error(f"--{name.replace('_', '-')} cannot be {getattr(s, name)!a}")
     if unknown := set(s.off) - set(ALL_RULES):
         parser.error(f"--off names {min(unknown)!a}, and the rules are: {', '.join(ALL_RULES)}")
     return s
@@ -132,13 +116,13 @@ LINK = re.compile(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/")
 # fmt: off
 RULES = {
     "empty":          lambda row, s: not row.reply,
-    "no context":     lambda row, s: len(row.window) - 1 < s.min_context,
+    "no context":     lambda row, s: len(row.window) < 2,
     "other author":   lambda row, s: s.only_author and row.author != s.only_author,
     "bot":            lambda row, s: row.author.casefold() in BOTS,
     "bot command":    lambda row, s: COMMAND.match(row.reply),
     "link":           lambda row, s: LINK.search(row.reply),
-    "too short":      lambda row, s: len(row.reply) < s.min_chars,
-    "too long":       lambda row, s: len(row.reply) > s.max_chars,
+    "too short":      lambda row, s: len(row.reply) < 2,
+    "too long":       lambda row, s: len(row.reply) > 1000,
     "personal data":  lambda row, s: "[…]" in row.reply,
     "same character": lambda row, s: re.search(r"(.)\1{14}", row.reply),
     "same words":     lambda row, s: repetition(row.reply) >= 3,
@@ -147,6 +131,7 @@ RULES = {
 }
 # fmt: on
 ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply"]  # these: in choose()
+STOCK_SHARE = 0.02  # of the rows that may have one and the same reply; five always may
 PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0] in "PZ"}
 
 
@@ -179,7 +164,7 @@ def choose(rows, s, dropped):
             repeats = {
                 "duplicate": exchange in exchanges,
                 "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
-                "stock reply": replies[reply] >= max(5, s.stock_share * (len(kept) + 1) - 1),
+                "stock reply": replies[reply] >= max(5, STOCK_SHARE * (len(kept) + 1) - 1),
             }
             broken = next((name for name in repeats if repeats[name] and name not in s.off), None)
         if broken:
@@ -244,13 +229,11 @@ def block_list(path):
     """Return the pattern that finds the words of a file, in any case, but not within words."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        fail(f"{path!a} cannot be read: {error!a:.100}", f"ls -l {shlex.quote(path)}; write UTF-8")
+    except (OSError, UnicodeError) as error:
+        fail(f"--block: {error}", f"write words in UTF-8, one a line, to {shlex.quote(path)}")
     words = sorted({clean(line) for line in lines} - {""}, key=len, reverse=True)
-    if not words:
-        fail(f"{path!a} holds no words", "write one a line, or leave --block out")
+    pattern = "|".join(map(re.escape, words)) or "(?!)"  # which nothing is
     letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"  # but of a script that sets no spaces
-    pattern = "|".join(map(re.escape, words))
     return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
 
 
@@ -264,7 +247,6 @@ INVISIBLE = re.compile(
     "|[\u200c\u200d](?![^\\s\u200c\u200d])"
     f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # beyond 30 accents on one letter NFC takes for ever
 )
-EMOJI = re.compile("[\U0001f000-\U0001faff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u20e3]")
 CONTROL = (  # what the chat templates of models are made of
     r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
@@ -289,7 +271,7 @@ def cleaners(s, tokens):
 
     @cache  # so equal messages are one string in memory
     def tidy(text):
-        text = clean(EMOJI.sub("", text) if s.remove_emoji else text)
+        text = clean(text)
         text = text if "personal data" in s.off else hide_personal(text)
         text = blocked.sub("[…]", text) if blocked else text
         return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
@@ -329,9 +311,10 @@ class Row:
     texts = property(lambda row: [message.text for message in row.window])
     reply = property(lambda row: row.window[-1].text)
     author = property(lambda row: row.window[-1].author)
+    places = property(lambda row: range(row.start, row.end + 1))
 
 
-KEYS = {
+KEYS = {  # what the keys of an entry may be called
     "message": ("message", "text", "content"),
     "author": ("author", "sender", "username", "user", "from", "name"),
     "time": ("time", "date", "timestamp"),
@@ -355,64 +338,42 @@ def say(*words):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def bar(items, what):
-    return tqdm(items, what, delay=1, leave=False, disable=None)
+bar = partial(tqdm, delay=1, leave=False, disable=None)
 
 
-def from_export(path):
-    """Return the command that makes raw data of an export that lies in its place."""
+def bad_raw(path, what):
+    """End the run, for raw data that cannot be read; mostly it is an app's export in its place."""
     export = path.with_name(path.name.replace("messages_", "export_"))
-    return f"mv {path} {export}; python data/raw/from_export.py {export}"
+    fix = f"mend it (README.md says what an entry is); an app's export: mv {path} {export}"
+    fail(what, f"{fix}; python data/raw/from_export.py {export}")
 
 
 def read_entries(path):
     """Yield (number, entry) of the list in a .json file, or of the lines of a .jsonl file."""
-    line, entries = 1, []
+    where = path
     try:
         with path.open("rb") as file:
             if path.suffix == ".json":
                 entries = json.load(file)
-            for line, data in enumerate(bar(file, "reading"), 1):
-                if data.strip():
-                    yield line, json.loads(data)
-    except UnicodeDecodeError as error:
-        fix = f"iconv -f WINDOWS-1252 -t UTF-8 {path} > new; mv new {path}"
-        line += error.object.count(10, 0, error.start)
-        fail(f"{path} is not UTF-8 text, line {line}", fix)
-    except (ValueError, RecursionError) as error:  # no JSON; a number too long; too deep
-        what = getattr(error, "msg", error)
-        line += getattr(error, "lineno", 1) - 1
-        column = getattr(error, "colno", 1)
-        fix = f"mend it; if it is an app's export, {from_export(path)}"
-        if path.suffix == ".json":
-            fix += f"; if it holds one entry a line, mv {path} {path}l"
-        fail(f"{path} is not JSON: {what}, line {line}, column {column}", fix)
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}", f"ls -l {path}, and mend its permissions")
-    if not isinstance(entries, list):
-        fail(f"{path} holds {json.dumps(entries)[:60]}, not a list", from_export(path))
-    for number, entry in enumerate(bar(entries, "reading")):
-        entries[number] = None  # its memory is free as soon as its row is made
-        yield number, entry
-
-
-@cache
-def names_of(keys):
-    """Return which key of an entry is which: ("from", "text") → {"author": "from", …}."""
-    return {name: next((key for key in KEYS[name] if key in keys), name) for name in KEYS}
+                if not isinstance(entries, list):
+                    raise ValueError(f"{json.dumps(entries)[:60]} is no list of entries")
+                yield from enumerate(bar(entries, "reading"))
+                return
+            for number, line in enumerate(bar(file, "reading"), 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    yield number, json.loads(line)
+    except (ValueError, RecursionError) as error:
+        bad_raw(path, f"{where} is not JSON in UTF-8: {error}")
 
 
 def get(entry, name, *types):
     """Return a value of the entry; raise ValueError if it is none of the types."""
-    key = names_of(tuple(entry))[name]
+    key = next((key for key in KEYS[name] if key in entry), name)
     value = entry.get(key)
-    if isinstance(value, types) and (type(value) is not list or set(map(type, value)) <= {str}):
+    if isinstance(value, types):
         return value
-    raise ValueError(f'"{key}" is {shown(value)}' if key in entry else f'there is no "{key}"')
-
-
-def shown(value):
-    return json.dumps(value)[:60]
+    raise ValueError(f'"{key}" is {json.dumps(value)[:60]}' if key in entry else f'no "{key}"')
 
 
 def seconds(value):
@@ -422,8 +383,6 @@ def seconds(value):
     except ValueError:
         time = datetime.fromisoformat(value)
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-    if not abs(number) < 1e15:
-        raise ValueError(f"{number} is no time")
     return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
 
 
@@ -449,22 +408,19 @@ def parse(number, entry, tidy, name):
 
 def read(path, tidy, name):
     """Return {conversation: [Message or Row, …]}, in the order of the file."""
-    conversations, unknown = defaultdict(list), Counter()
+    conversations, unknown = defaultdict(list), set()
     for number, entry in read_entries(path):
         entry = entry if isinstance(entry, dict) else {"message": entry}
-        if others := entry.keys() - ALL_KEYS:
-            unknown.update(others)
+        unknown |= entry.keys() - ALL_KEYS
         try:
             conversation = get(entry, "conversation", str, int, type(None))
             item = parse(number, entry, tidy, name)
-        except (ValueError, OverflowError) as error:
-            where = f"{path}, entry or line {number}"
-            fix = f"mend it; README.md says what an entry is; an app's export: {from_export(path)}"
-            fail(f"{where}: {error} in {json.dumps(entry)[:100]}", fix)
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            what = f"{path}, entry or line {number}: {error} in {json.dumps(entry)[:100]}"
+            bad_raw(path, what)
         conversations["" if conversation is None else clean(str(conversation))].append(item)
     if unknown:
-        keys = [f"{shown(key)} ({count:,})" for key, count in sorted(unknown.items())[:9]]
-        say("not used   these keys of entries:", ", ".join(keys))
+        say("not used   these keys of entries:", ", ".join(map(json.dumps, sorted(unknown)[:9])))
     return conversations
 
 
@@ -473,10 +429,10 @@ def in_order(log):
     """Return the log in the order of time, in the order of the file if times are not known."""
     if any(message.time is None for message in log):
         return log
-    forth = sum(a.time < b.time for a, b in pairwise(log))
     back = sum(a.time > b.time for a, b in pairwise(log))
     if back <= 0.01 * len(log):  # not more than when clocks are set or tell no a.m. from p.m.
         return log
+    forth = sum(a.time < b.time for a, b in pairwise(log))
     return sorted(log[::-1] if back > forth else log, key=lambda message: message.time)
 
 
@@ -497,8 +453,9 @@ def cut(messages, belong):
 
 
 def talks_of(log, s):
-    r"""Return the log cut where it was silent, and what one author wrote at a stretch joined.
+    r"""Return the log in the order of time, cut where it was silent.
 
+    What one author wrote at a stretch is one message:
     ann "hi", ann "are you there?", bob "yes" → [[ann "hi\nare you there?", bob "yes"]]
     """
 
@@ -512,16 +469,15 @@ def talks_of(log, s):
         return is_turn or (s.burst and minutes(a, b) <= s.burst)
 
     def join(burst):
-        first = burst[0]
         text = "\n".join(message.text for message in burst)
-        return Message(text, first.author, first.time, first.entry) if len(burst) > 1 else first
+        return replace(burst[0], text=text) if len(burst) > 1 else burst[0]
 
     return [[*map(join, cut(talk, is_one_message))] for talk in cut(in_order(log), is_one_talk)]
 
 
 def lay_out(conversations, s, dropped):
     """Return the rows, each with its places in one log: all conversations, one after another."""
-    rows, number, place, is_cut = [], 0, 0, False
+    rows, ready, number, place = [], [], 0, 0
     for conversation, items in conversations.items():
         log = [item for item in items if type(item) is Message]
         dropped.extend((Row(item.entry, (item,)), "empty") for item in log if not item.text)
@@ -535,8 +491,7 @@ def lay_out(conversations, s, dropped):
         ready = [item for item in items if type(item) is Row]
         number, place = line_up(ready, number, place, bool(conversation))
         rows += ready
-        is_cut = is_cut or bool(ready)
-    if is_cut and s.window != parser.get_default("window"):
+    if ready and s.window != parser.get_default("window"):
         say("note       --window has no effect: the windows of this file are cut already")
     return rows
 
@@ -608,7 +563,7 @@ def split(rows, s, dropped):
     starts = stretches_of(rows)
     reach = [(bisect(starts, row.start), bisect(starts, row.end)) for row in rows]
     sizes = Counter(last for first, last in reach if first == last)
-    wanted = min(s.valid_rows, max(s.batch_size, round(s.valid_size * len(rows))))
+    wanted = min(s.valid_rows, max(2, round(s.valid_size * len(rows))))
     drawn, count = set(), 0
     for stretch in shuffled(range(1, len(starts) + 1), s.seed)[:-1]:
         if count < wanted:
@@ -685,15 +640,12 @@ def line(message, s, with_name):
 
 
 def training_row(row, s):
-    """Return the row as mlx-lm reads it."""
-    return turns(row, s) if s.shape == "turns" else pair(row, s)
-
-
-def pair(row, s):
-    r"""Return the row as a prompt and its reply.
+    r"""Return the row as mlx-lm reads it.
 
     ann "hi", bob "hello" → {"prompt": "ann: hi\n\nWrite …, as bob.", "completion": "hello"}
     """
+    if s.shape == "turns":
+        return {"messages": turns(row, s)}
     if row.prompt:
         return {"prompt": row.prompt, "completion": row.reply}
     context = "\n".join([line(message, s, s.names) for message in row.window[:-1]])
@@ -716,44 +668,10 @@ def turns(row, s):
             messages[-1]["content"] += "\n" + text
         elif messages or not is_own:  # it begins with the user
             messages.append({"role": role, "content": text})
-    return {"messages": [*messages, {"role": "assistant", "content": row.reply}]}
+    return [*messages, {"role": "assistant", "content": row.reply}]
 
 
 # ---- count tokens, fit, order --------------------------------------------------------------------
-@contextmanager
-def untrusted(folder):
-    """Make one error of whatever a broken download or a template without end leads to."""
-
-    def stop(*_):
-        raise TimeoutError("it took more than a minute")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    try:
-        yield
-    except Exception as error:
-        what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
-        fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
-        fail(what, f"{fix} and hf download it again")
-    finally:
-        signal.alarm(0)
-
-
-def load_tokenizer(folder):
-    """Return mlx-lm's tokenizer; a base never runs code of its own, and never asks to."""
-    for config in folder.glob("*config.json"):
-        if b'"auto_map"' in config.read_bytes():
-            what = f"{config} names code of its own (auto_map), which is never run"
-            fail(what, "set MODEL to a base model that mlx-lm knows by itself")
-    for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
-        del os.environ[name]  # a wrong one would break an import, another hub would be asked
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    sys.stdin = None
-    from mlx_lm.utils import load_tokenizer  # here, because it takes a second
-
-    return load_tokenizer(folder, {"trust_remote_code": False})
-
-
 def chat_of(row):
     """Return a row of the data as messages, as mlx-lm does."""
     if "messages" in row:
@@ -770,49 +688,34 @@ def token_counter(folder):
         return [12 + len(text.encode()) // 3 for text in texts]
 
     def count(rows):
-        with untrusted(folder):
-            chats = [tokenizer.apply_chat_template(chat_of(row), tokenize=False) for row in rows]
-            encode = tokenizer.backend_tokenizer.encode_batch_fast
-            return [len(tokens) for tokens in encode(chats, add_special_tokens=False)]
+        chats = [tokenizer.apply_chat_template(chat_of(row), tokenize=False) for row in rows]
+        encode = tokenizer.backend_tokenizer.encode_batch_fast
+        return [len(tokens) for tokens in encode(chats, add_special_tokens=False)]
 
     if not folder.is_dir():
-        print(f"warning: tokens are ESTIMATED, {missing_base(folder)}", file=sys.stderr)
+        there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
+        fix = f"hf download mlx-community/{folder.name} --local-dir {folder}"
+        fix = f"export MODEL={shlex.quote(there[0])}" if len(there) == 1 else fix
+        print(f"warning: tokens are ESTIMATED, there is no {folder}. FIX: {fix}", file=sys.stderr)
         return estimate, []
     say(f"counting   tokens with the tokenizer and chat template of {folder}")
-    with untrusted(folder):
-        tokenizer = load_tokenizer(folder)
+    for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
+        del os.environ[name]  # a wrong one would break an import, another hub would be asked
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    try:
+        from mlx_lm.utils import load_tokenizer  # here, because it takes a second
+
+        tokenizer = load_tokenizer(folder, {"trust_remote_code": False})  # no code of its own runs
+        count([{"prompt": "Hi!", "completion": "Hello"}])
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         template = str(tokenizer.chat_template)
-        control = [token.content for token in added if token.special and token.content in template]
-        control += tokenizer.all_special_tokens
-    count([{"prompt": "Hi!", "completion": "Hello"}])
-    return count, sorted({token for token in control if len(token.strip()) > 2})
-
-
-def missing_base(folder):
-    """Return what to do about it."""
-    there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
-    near = difflib.get_close_matches(folder.name, there, 1)
-    if len(there) == 1 and folder.name == parser.get_default("model"):
-        near = there  # MODEL was forgotten
-    fix = f"export MODEL={shlex.quote(near[0])}" if near else ""
-    fix = fix or f"hf download mlx-community/{folder.name} --local-dir {folder}"
-    return f"there is no {folder} (there: {ascii(', '.join(there) or 'none')[1:-1]}). FIX: {fix}"
-
-
-def shorten(row, s, count):
-    """Take as few of the oldest messages as possible from a row that is too long."""
-    window = row.window[-s.max_seq_length :]  # every message is a token at least
-    too_few, enough = -1, len(window) - 1 - (s.shape == "turns")
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        row.window = window[middle:]
-        if count([training_row(row, s)])[0] > s.max_seq_length:
-            too_few = middle
-        else:
-            enough = middle
-    row.window = window[enough:]
-    row.tokens = count([training_row(row, s)])[0]
+    except Exception as error:  # whatever a broken download leads to
+        what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
+        fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
+        fail(what, f"{fix} and hf download it again")
+    control = [token.content for token in added if token.special and token.content in template]
+    control = {*control, *tokenizer.all_special_tokens}
+    return count, sorted(token for token in control if len(token.strip()) > 2)
 
 
 def fit(rows, s, count, dropped):
@@ -822,13 +725,26 @@ def fit(rows, s, count, dropped):
         part = rows[i : i + 1000]
         for row, tokens in zip(part, count([training_row(row, s) for row in part]), strict=True):
             row.tokens = tokens
-            if tokens > s.max_seq_length and len(row.window) > 1 and not row.prompt:
+            if tokens > s.max_seq_length and not row.prompt:
                 shorten(row, s, count)
             if row.tokens > s.max_seq_length:
                 dropped.append((row, "over --max-seq-length"))
             else:
                 kept.append(row)
     return kept
+
+
+def shorten(row, s, count):
+    """Take as few of the oldest messages as possible from a row that is too long."""
+    window = row.window[-s.max_seq_length :]  # every message is a token at least
+    needed = 2 if s.shape == "turns" else 1
+
+    def fits(first):
+        row.window = window[first:]
+        row.tokens = count([training_row(row, s)])[0]
+        return row.tokens <= s.max_seq_length
+
+    fits(bisect_left(range(len(window) - needed), True, key=fits))
 
 
 def order(rows, seed):
@@ -847,72 +763,46 @@ def beside(folder, word):
     return folder.with_name(f".{folder.name}.{word}")  # no VERSION begins with a dot
 
 
-def cannot_write(folder, error):
-    fix = f"df -h {folder.parent}; ls -ld {folder.parent}; make room or mend the permissions"
-    fail(f"{folder} cannot be written: {error.strerror}", fix)
-
-
 def claim(folder):
     """Take the output for this run alone, and mend what a killed one left; return the open lock."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        fail(f"{folder} is a link or a file, not a folder", f"mv {folder} {folder}.mine")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = beside(folder, "lock").open("a")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = beside(folder, "lock").open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if beside(folder, "old").exists() and not folder.exists():  # killed between two renames
-            beside(folder, "old").rename(folder)
     except BlockingIOError:
         fail(f"another run is writing {folder}", "wait until it is done, or end it")
-    except OSError as error:
-        cannot_write(folder, error)
     shutil.rmtree(beside(folder, "partial"), ignore_errors=True)
+    if beside(folder, "old").exists() and not folder.exists():  # killed between two renames
+        beside(folder, "old").rename(folder)
     return lock
 
 
 def write(folder, files):
     """Write {name: lines} to the folder that claim() took."""
     partial, old = beside(folder, "partial"), beside(folder, "old")
-    try:
-        partial.mkdir()
-        for name, lines in files.items():
-            with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(to_json(line) + "\n" for line in lines)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        cannot_write(folder, error)
+    partial.mkdir()
+    for name, lines in files.items():
+        with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(to_json(line) + "\n" for line in lines)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def check_name(name, variable):
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        meant = re.sub(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9._-]", "", name.rstrip("/").split("/")[-1])
-        fix = f"{variable}={meant or 'v1'} python build_train.py"
-        fail(f"{variable} is {name!a}, not a name alone", fix)
-
-
 def find_raw(version):
     """Return the file to read; if it is not there, say what is, and how it is made."""
     folder = Path("data/raw")
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
         if (folder / name).exists() and (folder / name).stat().st_size:
             return folder / name
-    files = sorted(path.name for path in folder.iterdir())
-    versions = re.findall(r"^messages_([A-Za-z0-9._-]+)\.jsonl?$", "\n".join(files), re.M)
+    files = sorted(path.name for path in folder.iterdir() if path.name.isprintable())
     exports = [f"data/raw/{name}" for name in files if name.endswith((".txt", ".zip"))]
-    export = shlex.quote(exports[0]) if exports and exports[0].isprintable() else "PATH"
-    fix = f"python data/raw/from_export.py {export} --version {version}"
-    if near := difflib.get_close_matches(version, versions, 1):
-        fix = f"VERSION={near[0]} python build_train.py"
-    what = f"data/raw/messages_{version}.json is not there or empty"
-    fail(f"{what}; there are the versions {', '.join(versions) or '(none)'}", fix)
+    export = shlex.quote(exports[0]) if exports else "PATH"
+    what = f"data/raw/messages_{version}.json is not there or empty; there are {', '.join(files)}"
+    fail(what, f"python data/raw/from_export.py {export} --version {version}")
 
 
 def check_author(conversations, s, raw):
@@ -938,29 +828,23 @@ def print_table(s, dropped):
         say(f"{rule:34}{count:>9}   {first.get(rule, '')}".rstrip())
 
 
-def report(train, valid, dropped, s, raw):
+def report(train, valid, dropped, raw):
     """Print what came out, and end the run if it is not enough, or if it leaks."""
-    print_table(s, dropped)
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
         fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
-    places = {place for row in valid for place in range(row.start, row.end + 1)}
-    leaks = sum(not places.isdisjoint(range(row.start, row.end + 1)) for row in train)
     counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
     say(f"\nsplit      {counts}")
-    say(
-        f"leaks      validation rows hold {len(places):,} messages; training rows with one: {leaks}"
-    )
+    held = {place for row in valid for place in row.places}
+    leaks = sum(not held.isdisjoint(row.places) for row in train)
+    say(f"leaks      validation rows hold {len(held):,} messages; training rows with one: {leaks}")
     if leaks:
-        fail(
-            f"{leaks} training rows hold validation messages", "report it, build_train.py is wrong"
-        )
+        fail("the split leaks", "report it, build_train.py is wrong")
     for name, rows in ("train", train), ("valid", valid):
         tokens = [row.tokens for row in rows]
         mean = sum(tokens) / len(tokens)
         say(f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}")
-    epoch = len(train) // s.batch_size
-    say(f"one epoch  {epoch:,} iterations at batch size {s.batch_size}")
+    say(f"one epoch  {len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
 def build(s, raw, folder):
@@ -975,9 +859,8 @@ def build(s, raw, folder):
     rows = lay_out(conversations, s, dropped)
     rows = choose(rows, s, dropped)
     settle_names(rows, s)
-    talks, authors = ({getattr(row, name) for row in rows} for name in ("talk", "author"))
-    seen = "the model sees names" if s.names else "the model sees no names"
-    say(f"rows       {len(rows):,} of {len(talks):,} talks and {len(authors):,} authors; {seen}")
+    talks, seen = len({row.talk for row in rows}), "names" if s.names else "no names"
+    say(f"rows       {len(rows):,} of {talks:,} talks; the model sees {seen}")
     train, drawn = split(rows, s, dropped) if rows else ([], [])
     valid = drop_copies(train, drawn, dropped)
     if len(valid) < len(drawn) / 2:
@@ -990,7 +873,8 @@ def build(s, raw, folder):
     train = order(fit(train, s, count, dropped), s.seed)
     valid = order(fit(valid[: s.valid_rows], s, count, dropped), s.seed)
     dropped.sort(key=lambda item: item[0].entry)
-    report(train, valid, dropped, s, raw)
+    print_table(s, dropped)
+    report(train, valid, dropped, raw)
 
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]
@@ -1008,14 +892,20 @@ def build(s, raw, folder):
 
 def main():
     s = settings()
-    check_name(s.version, "VERSION")
-    check_name(s.model, "MODEL")
+    for variable, name in ("VERSION", s.version), ("MODEL", s.model):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            what = f"{variable} is {name!a}, not a name of letters, digits, '.', '_' and '-'"
+            fail(what, f"export {variable}={re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'v1'}")
     os.chdir(Path(__file__).resolve().parent)
-    raw, folder = find_raw(s.version), Path("data/for_train", s.version)
-    with claim(folder):
-        given = (f"{name} {value!a}" for name, value in vars(s).items())
-        say(f"reading    {raw} with", ", ".join(given))
-        build(s, raw, folder)
+    folder = Path("data/for_train", s.version)
+    try:
+        raw = find_raw(s.version)
+        say(f"reading    {raw} with", ", ".join(f"{n} {value!a}" for n, value in vars(s).items()))
+        with claim(folder):
+            build(s, raw, folder)
+    except OSError as error:
+        fix = "df -h data; ls -ld data data/*; make room, or mend the path or its permissions"
+        fail(f"{folder} was not made: {error}", fix)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ RELAXED = settings(
     deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
 )
 ALL_UNICODE = st.text(st.characters())  # control characters and lone surrogates too
-ERROR = re.compile(r"error: [^\n]+\. FIX: [^\n]+")
+ERROR = re.compile(r"error: .+\. FIX: .+")
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -82,11 +82,11 @@ class Project:
             os.chdir(folder)
             sys.argv = arguments
 
-    def start(self, *flags, python=(), **kwargs):
+    def start(self, *flags, **options):
         """Start the script as a person does."""
-        command = [sys.executable, *python, self.script, "--version", "v1", "--model", "none"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        return subprocess.Popen([*command, *map(str, flags)], **pipes | kwargs)
+        command = [sys.executable, self.script, "--version", "v1", "--model", "none"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        return subprocess.Popen([*command, *map(str, flags)], **options)
 
     def lines(self, name):
         text = (self.out / name).read_text("utf-8")
@@ -94,12 +94,6 @@ class Project:
 
     def sides(self):
         return self.lines("train.jsonl"), self.lines("valid.jsonl")
-
-    def rows(self):
-        return [row for side in self.sides() for row in side]
-
-    def rules(self):
-        return {line["entry"]: line["rule"] for line in self.lines("dropped.jsonl")}
 
     def content(self):
         return {path.name: path.read_bytes() for path in self.out.iterdir()}
@@ -123,9 +117,9 @@ def built(chat):
 
 def windows(log, size=10):
     """Return the guide's entries of a log."""
-    starts = [max(0, i - size) for i in range(len(log))]
     return [
-        {"previous_messages": log[starts[i] : i], "message": log[i]} for i in range(1, len(log))
+        {"previous_messages": log[max(0, i - size) : i], "message": log[i]}
+        for i in range(1, len(log))
     ]
 
 
@@ -140,16 +134,13 @@ def talk(count, seed=0, stock=0.0):
 
 
 def by(names, texts):
-    """Return a log in which these one-letter authors speak by turns."""
+    """Return a log in which these authors speak by turns."""
     return [{"author": names[i % len(names)], "message": text} for i, text in enumerate(texts)]
 
 
 def at(*messages):
     """Return a log of (minute, author, text)."""
-    return [
-        {"time": 60 * minute, "author": author, "message": text}
-        for minute, author, text in messages
-    ]
+    return [{"time": 60 * when, "author": who, "message": text} for when, who, text in messages]
 
 
 def turns(*texts):
@@ -157,225 +148,49 @@ def turns(*texts):
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
 
 
-# ---- input ---------------------------------------------------------------------------------------
-GREETING = {
-    "prompt": "hi all\nhi!\n\nWrite the next message of this chat.",
-    "completion": "we are ready",
-}
-LOG = ["hi all", "hi!", "we are ready", "so?"]
+def cells(table):
+    return table.strip().replace("\n", "|").split("|")
 
 
-@pytest.mark.parametrize(
-    "entries", [windows(LOG), LOG, [{"text": text, "mood": 7} for text in LOG]]
-)
-def test_a_reply_with_what_came_before_becomes_a_pair(entries):
-    assert GREETING in made(entries)[0].values()
+# ---- settings ------------------------------------------------------------------------------------
+USAGE = [
+    (["--valid-size", "1"], 2, "--valid-size cannot be 1.0"),
+    (["--valid-size", "nan"], 2, "--valid-size cannot be nan"),
+    (["--window", "0"], 2, "--window cannot be 0"),
+    (["--window", "four"], 2, "--window"),
+    (["--prompt", "hello"], 2, "--prompt cannot be 'hello'"),
+    (["--shape", "round"], 2, "--shape cannot be 'round'"),
+    (["--shape", "turns"], 2, "--shape cannot be 'turns'"),
+    (["--off", "lnik"], 2, "--off names 'lnik', and the rules are: empty, "),
+    (["--nonsense"], 2, "--nonsense"),
+    (["--model", "mlx-community/gemma"], 1, "FIX: export MODEL=mlx_community_gemma"),
+    (["--version", "../v1"], 1, "FIX: export VERSION=v1"),
+    (["--version", "my chat"], 1, "FIX: export VERSION=my_chat"),
+    (["--version", "…"], 1, "FIX: export VERSION=v1"),
+]  # fmt: skip
 
 
-def test_a_context_has_as_many_messages_as_the_window(chat):
-    assert made(talk(9), "--window", 2, "--prompt", "{context}")[0][8]["prompt"] == "\n".join(
-        talk(9)[6:8]
-    )
-
-
-def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
-    log = talk(99)
-    entries = [*windows(log[:50], 4), *windows(log[50:], 30)]
-    data = made(entries, "--window", 7, "--prompt", "{context}")[0]
-    for i, entry in enumerate(entries):
-        assert data[i]["prompt"] == "\n".join(entry["previous_messages"])
-    assert "--window has no effect" in capsys.readouterr().out
-
-
-def test_conversations_are_told_apart(chat):
-    chat.raw([{"message": text, "conversation": i % 2} for i, text in enumerate(talk(200))])
-    assert chat.build("--window", 3) is None
-    for row in chat.rows():
-        assert len({int(number) % 2 for number in re.findall(r"no(\d+)x", str(row))}) == 1
-
-
-@pytest.mark.parametrize(
-    ("gap", "hours", "rule"),
-    [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")],
-)
-def test_a_long_silence_ends_a_talk(gap, hours, rule):
-    assert (
-        made(at((0, "ann", "hi all"), (60 * hours, "bob", "hi!")), "--gap", gap)[1].get(1) == rule
-    )
-
-
-@pytest.mark.parametrize(
-    "way", ["newest first", "shuffled", "a clock that tells no a.m. from p.m."]
-)
-def test_times_prove_the_order(way):
-    log = [{"message": text, "time": 1e9 + 60 * i} for i, text in enumerate(talk(200))]
-    expected = set(map(str, made(log, "--gap", 0)[0].values()))
-    if way == "newest first":
-        log.reverse()
-    elif way == "shuffled":
-        random.Random(0).shuffle(log)
-    else:
-        log[100:] = [entry | {"time": entry["time"] - 12 * 3600} for entry in log[100:]]
-    assert set(map(str, made(log, "--gap", 0)[0].values())) == expected
-
-
-@pytest.mark.parametrize(
-    "time",
-    [
-        "2024-05-31T18:04:00Z",
-        "2024-05-31 18:04",
-        "2024-05-31T20:04+02:00",
-        "1717178640",
-        1717178640,
-        1717178640000,
-    ],
-)
-def test_a_time_may_be_written_in_many_ways(time):
-    assert build_train.seconds(time) == 1717178640
-
-
-def test_ready_pairs_keep_their_prompts_and_line_breaks():
-    pair = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
-    assert made([pair])[0][0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
-
-
-def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(built):
-    expected, text = built.sides(), json.dumps(windows(talk(60)))
-    for content in b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"):
-        built.raw(content)
-        assert built.build() is None and built.sides() == expected
-    (built.root / "data/raw/messages_v1.json").unlink()
-    built.raw("\n\n".join(map(json.dumps, json.loads(text))).encode(), "messages_v1.jsonl")
-    assert built.build() is None and built.sides() == expected
-
-
-@pytest.mark.parametrize("author", ["author", "sender", "username", "user", "from", "name"])
-@pytest.mark.parametrize("text", ["message", "text", "content"])
-@pytest.mark.parametrize("time", ["time", "date", "timestamp"])
-def test_other_names_of_the_keys_are_understood(author, text, time):
-    log = [{author: "ann", text: "hi all", time: 0}, {author: "bob", text: "hi!", time: 60}]
-    assert made(log)[0][1]["prompt"].startswith("ann: hi all\n")
-    assert made([log[0], log[1] | {time: 9e4}])[0] == {}
-
-
-def test_keys_that_are_not_understood_are_said(chat, capsys):
-    chat.raw([{"message": text, "mood\x1b": 7} for text in talk(60)])
-    assert chat.build() is None
-    assert r'not used   these keys of entries: "mood\u001b" (60)' in capsys.readouterr().out
-
-
-# ---- who speaks ----------------------------------------------------------------------------------
-def test_the_model_sees_who_says_what_and_who_is_to_reply():
-    data = made(by("abc", LOG))[0]
-    assert data[2]["prompt"] == "a: hi all\nb: hi!\n\nWrite the next message of this chat, as c."
-    assert data[3]["prompt"].endswith(
-        "c: we are ready\n\nAsk the next question in this chat, as a."
-    )
-    assert made(by("abc", LOG), "--names", 0)[0][2] == GREETING
-    assert (
-        made(by("abc", LOG), "--prompt", "{author} after {context}")[0][1]["prompt"]
-        == "b after a: hi all"
-    )
-
-
-@pytest.mark.parametrize(
-    ("authors", "named"), [(["ann", "ann", None], True), (["ann", None, None], False)]
-)
-def test_names_are_shown_where_most_are_known(authors, named):
-    prompt = made(by(authors, talk(60)))[0][59]["prompt"]
-    assert ("someone: " in prompt, "ann: " in prompt, ", as " in prompt) == (named,) * 3
-
-
-def test_one_author_is_learned_in_turns_unless_a_prompt_is_asked_for():
-    log = by(["ann", "bob"], talk(9))
-    for flags, shape in ([], "turns"), (["--shape", "prompt"], "prompt"):
-        data, _, s = made(log, "--only-author", "ann", *flags)
-        assert s.shape == shape
-        assert all(("messages" in row) == (shape == "turns") for row in data.values())
-
-
-def test_an_author_who_is_a_phone_number_is_shown_as_a_person():
-    authors = ["\u202a+39\u00a0333\u00a0123\u00a04567\u202c", "+39 333 765 4321", "bob"]
-    for name in authors[0], "+39 333 123 4567", "Person 1":
-        data, rules, s = made(by(authors, talk(9)), "--only-author", name)
-        assert (
-            [*data] == [3, 6]
-            and "Person 2: " in data[6]["messages"][0]["content"]
-            and s.only_author == "Person 1"
-        )
-        assert "+39" not in str((data, rules, s))
-
-
-BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"), (5, "bob", "yes"))
-
-
-@pytest.mark.parametrize(
-    ("minutes", "context"),
-    [
-        (0, "hi|are you there?|or not"),
-        (1.5, "hi\nare you there?|or not"),
-        (5, "hi\nare you there?\nor not"),
-    ],
-)
-def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, context):
-    data = made(BURST, "--burst", minutes, "--prompt", "{context}")[0]
-    assert data[3]["prompt"] == "ann: " + context.replace("|", "\nann: ")
-
-
-def test_only_one_author_gives_replies_and_bots_give_none():
-    log = by(["ann", "NightBot", "bob"], talk(90))
-    assert [*made(log, "--only-author", "bob")[0]] == [*range(2, 90, 3)]
-    assert {made(log)[1].get(i) for i in range(1, 90, 3)} == {"bot"}
-
-
-TALK = at(
-    (0, "ann", "me first"),
-    (1, "bob", "hi"),
-    (2, "cy", "you"),
-    (3, "ann", "what"),
-    (4, "ann", "is it"),
-    (5, "bob", "no"),
-    (9, "ann", "fine"),
-)
-
-
-@pytest.mark.parametrize(
-    ("log", "flags", "expected"),
-    [
-        (TALK, [], ["bob: hi\ncy: you", "what\nis it", "bob: no", "fine"]),
-        (TALK, ["--names", 0], ["hi\nyou", "what\nis it", "no", "fine"]),
-        ([m for m in TALK if m["author"] != "cy"], [], ["hi", "what\nis it", "no", "fine"]),
-        (TALK, ["--window", 2], ["bob: no", "fine"]),
-    ],
-)
-def test_turns_are_a_talk_of_the_author_with_the_others(log, flags, expected):
-    data, _, s = made(log, "--only-author", "ann", "--shape", "turns", *flags)
-    assert data[[*data][-1]] == turns(*expected)
-    assert s.names == ("bob: no" in expected)
+@pytest.mark.parametrize(("flags", "code", "message"), USAGE)
+def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, code, message):
+    got = chat.build(*flags)
+    error = capsys.readouterr().err.strip().split("\n")[-1] if code == 2 else got
+    assert (2 if got == 2 else 1) == code
+    assert ERROR.fullmatch(error) and message in error
 
 
 def test_settings_json_says_how_the_rows_were_made(chat):
     chat.raw(by("abbccc", talk(400)))
     assert chat.build("--window", 3, "--gap", 2) is None
-    s = json.loads((chat.out / "settings.json").read_text("utf-8"))
-    expected = {
-        "version": "v1",
-        "shape": "prompt",
-        "names": True,
-        "authors": ["c", "b", "a"],
-        "window": 3,
-        "gap": 2.0,
-    }
-    assert expected.items() <= s.items()
+    [s] = chat.lines("settings.json")
+    expected = {"version": "v1", "shape": "prompt", "names": True, "authors": ["c", "b", "a"]}
+    assert (expected | {"window": 3, "gap": 2.0, "max_seq_length": 1024}).items() <= s.items()
     assert s["prompt"] == "{context}\n\nWrite the next message of this chat, as {author}."
-    assert s["question_prompt"] == "{context}\n\nAsk the next question in this chat, as {author}."
     assert set(s) == {"authors"} | set(vars(build_train.parser.parse_args([])))
 
 
 # ---- filter --------------------------------------------------------------------------------------
 BAD_REPLIES = [
     ("\u200b \u2800\u3164", "empty"),
-    ("!discord", "bot command"),
     ("!so mirtilla_wav", "bot command"),
     ("/msg ann hello", "bot command"),
     ("guarda https://example.com/a", "link"),
@@ -407,10 +222,10 @@ uso std::vector<int>, </h1>
 """
 
 
-@pytest.mark.parametrize("reply", GOOD.strip().replace("\n", "|").split("|"))
+@pytest.mark.parametrize("reply", cells(GOOD))
 def test_a_good_reply_is_kept_as_it_is(reply):
     entry = {"previous_messages": ["how"], "message": reply}
-    assert made([entry], "--min-chars", 1)[0][0]["completion"] == reply
+    assert made([entry], "--off", "too short")[0][0]["completion"] == reply
 
 
 @pytest.mark.parametrize(
@@ -423,24 +238,28 @@ def test_a_context_of_numbers_is_rejected_from_four_fifths_on(context, rule):
 def test_the_same_reply_to_the_same_context_is_kept_once():
     contexts = ["ciao, come va?", "Bene!"], ["CIAO come va", " bene"], ["ciao, come va?", "male"]
     replies = "Anche io!", "anche io...", "Anche io"
-    entries = [
-        {"previous_messages": a, "message": b} for a, b in zip(contexts, replies, strict=True)
-    ]
-    assert made(entries)[1] == {1: "duplicate"}
+    pairs = zip(contexts, replies, strict=True)
+    assert made([{"previous_messages": a, "message": b} for a, b in pairs])[1] == {1: "duplicate"}
 
 
 def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share():
-    log = talk(400)
-    laughs = [i for i in range(10, 390, 4) if i % 100]
+    log = talk(1000)
+    laughs = [i for i in range(10, 990, 4) if i % 100]
     for i in laughs:
         log[i] = "LULW"
     for i in 100, 200, 300:
         log[i] = f"Buonasera, sono la tua sedia, {'e oggi parlo io, ' * 4}ecco."
-    data, rules, _ = made(log, "--stock-share", 0.05)
+    data, rules, _ = made(log)
     assert [i for i in rules if rules[i] == "pasted again"] == [200, 300]
     kept = [i for i in laughs if i in data]
-    assert len(kept) == 15 and len(kept) / len(data) <= 0.05
-    assert kept[0] < 50 and kept[-1] > 350  # spread over time
+    assert 10 < len(kept) <= 0.02 * len(data)
+    assert kept[0] < 50 and kept[-1] > 900  # spread over time
+
+
+def test_only_one_author_gives_replies_and_bots_give_none():
+    log = by(["ann", "NightBot", "bob"], talk(90))
+    assert [*made(log, "--only-author", "bob")[0]] == [*range(2, 90, 3)]
+    assert {made(log)[1].get(i) for i in range(1, 90, 3)} == {"bot"}
 
 
 def test_every_entry_is_in_exactly_one_file(chat):
@@ -449,8 +268,9 @@ def test_every_entry_is_in_exactly_one_file(chat):
     chat.raw(windows(log))
     assert chat.build("--valid-rows", 30, "--max-seq-length", 120) is None
     dropped = chat.lines("dropped.jsonl")
-    assert len(chat.rules()) == len(dropped) == 599 - len(chat.rows())
-    assert dropped == sorted(dropped, key=lambda line: line["entry"])
+    entries = [line["entry"] for line in dropped]
+    assert entries == sorted(set(entries))
+    assert len(entries) == 599 - sum(map(len, chat.sides()))
     assert all(line["message"] == log[line["entry"] + 1] for line in dropped)
 
 
@@ -472,13 +292,13 @@ TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 
 """
 
 
-@pytest.mark.parametrize("text", PERSONAL.strip().replace("\n", "|").split("|"))
+@pytest.mark.parametrize("text", cells(PERSONAL))
 def test_personal_data_of_all_countries_is_hidden(text):
     shown = build_train.hide_personal(f"ecco {text} ciao")
     assert "[…]" in shown and not re.search(r"\d", shown)
 
 
-@pytest.mark.parametrize("text", NOT_PERSONAL.strip().replace("\n", "|").split("|"))
+@pytest.mark.parametrize("text", cells(NOT_PERSONAL))
 def test_other_numbers_are_not_hidden(text):
     assert build_train.hide_personal(f"ecco {text} ciao") == f"ecco {text} ciao"
 
@@ -491,29 +311,30 @@ def test_personal_data_is_hidden_in_contexts_unless_its_rule_is_off():
 
 def test_ones_own_words_are_hidden_everywhere_but_not_within_words(tmp_path):
     (tmp_path / "words").write_text("\ufeffAnna\nvia  Roma 12\nC++\n张伟\n\n", encoding="utf-8")
-    texts = [
-        "ANNA, ciao",
-        "Susanna e annata",
-        "in Via Roma 12!",
-        "via Roma 123",
-        "uso c++",
-        "我是张伟啊",
-        "bene",
-    ]
-    data, rules, _ = made(
-        by(["Anna Bo"], texts), "--block", tmp_path / "words", "--prompt", "{context}"
-    )
+    texts = ["ANNA, ciao", "Susanna e annata", "in Via Roma 12!", "via Roma 123", "uso c++"]
+    texts += ["我是张伟啊", "bene"]
+    flags = "--block", tmp_path / "words", "--prompt", "{context}"
+    data, rules, _ = made(by(["Anna Bo"], texts), *flags)
     shown = ["[…], ciao", texts[1], "in […]!", texts[3], "uso […]", "我是[…]啊"]
     assert data[6]["prompt"].split("\n") == [f"Person 1: {text}" for text in shown]
     assert rules[4] == "personal data"
 
 
-@pytest.mark.parametrize("content", [None, b"\xff", b"\n \n"])
-def test_a_block_list_that_cannot_be_used_is_named(tmp_path, content):
-    if content is not None:
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_a_block_list_that_cannot_be_read_is_named(tmp_path, content):
+    if content:
         (tmp_path / "words").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"error: .*/words' .*\. FIX: .*"):
+    with pytest.raises(SystemExit, match=r"error: --block: .*\. FIX: .*/words"):
         made([], "--block", tmp_path / "words")
+
+
+def test_an_author_who_is_a_phone_number_is_shown_as_a_person():
+    authors = ["\u202a+39\u00a0333\u00a0123\u00a04567\u202c", "+39 333 765 4321", "bob"]
+    for name in authors[0], "+39 333 123 4567", "Person 1":
+        data, rules, s = made(by(authors, talk(9)), "--only-author", name)
+        assert [*data] == [3, 6] and s.only_author == "Person 1"
+        assert "Person 2: " in data[6]["messages"][0]["content"]
+        assert "+39" not in str((data, rules, s))
 
 
 # ---- cleaning ------------------------------------------------------------------------------------
@@ -544,22 +365,8 @@ def test_cleaned_text_is_one_line_of_normal_visible_utf_8(text):
     assert clean == build_train.clean(clean)
     assert clean == unicodedata.normalize("NFC", clean) == " ".join(clean.split())
     clean.encode("utf-8")
-    for character in clean:
-        assert unicodedata.category(character) not in ("Cc", "Cs")
-        assert (
-            character
-            not in "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
-        )
-
-
-def tidy(text, *flags, tokens=()):
-    return build_train.cleaners(build_train.settings(list(flags)), tokens)[0](text)
-
-
-def test_emoji_go_only_if_the_setting_says_so():
-    text = "ciao 😂 a tutti ❤️👩\u200d💻 क्\u200dष"
-    assert tidy(text) == text
-    assert tidy(text, "--remove-emoji") == "ciao a tutti क्\u200dष"
+    assert not {unicodedata.category(character) for character in clean} & {"Cc", "Cs"}
+    assert not re.search("[\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]", clean)
 
 
 CONTROL = [
@@ -570,43 +377,234 @@ CONTROL = [
     ("<｜User｜> <eos> </s>", "< ｜User｜> < eos> < /s>"),
     ("<en\u200bd_of_turn>", "< end_of_turn>"),
     ("the base's own: <go!>", "the base's own: < go!>"),
-    (
-        "a <b> c, <3, x < y | z >, std::vector<int>, [x]",
-        "a <b> c, <3, x < y | z >, std::vector<int>, [x]",
-    ),
+    ("<b> c, <3, x < y | z >, vector<int>, [x]", "<b> c, <3, x < y | z >, vector<int>, [x]"),
 ]
 
 
 @pytest.mark.parametrize(("text", "expected"), CONTROL)
 def test_control_tokens_are_made_harmless_visibly(text, expected):
-    assert tidy(text, tokens=["<go!>"]) == expected
+    tidy, _ = build_train.cleaners(build_train.settings([]), ["<go!>"])
+    assert tidy(text) == expected
 
 
-# ---- prompt --------------------------------------------------------------------------------------
+# ---- input ---------------------------------------------------------------------------------------
+GREETING = {
+    "prompt": "hi all\nhi!\n\nWrite the next message of this chat.",
+    "completion": "we are ready",
+}
+LOG = ["hi all", "hi!", "we are ready", "so?"]
+
+
 @pytest.mark.parametrize(
-    ("reply", "prompt"),
-    [("e poi?", "Ask: a"), ("そう？", "Ask: a"), ("لماذا؟", "Ask: a"), ("poi", "a\n\nTell")],
+    "entries", [windows(LOG), LOG, [{"text": text, "mood": 7} for text in LOG]]
 )
-def test_replies_that_ask_have_their_own_template(reply, prompt):
-    flags = "--prompt", "{context}\\n\\nTell", "--question-prompt", "Ask: {context}"
-    assert made(["a", reply], *flags)[0][1]["prompt"] == prompt
+def test_a_reply_with_what_came_before_becomes_a_pair(entries):
+    assert GREETING in made(entries)[0].values()
 
 
-def test_long_messages_are_shortened_visibly_and_braces_are_text():
-    log = ["x" * 301, "{context} {0} %s [a]", "ma {context} {author} che dici"]
-    rows = made(log, "--prompt", "{context}\n>", "--off", "same character")[0]
-    assert rows[2] == {"prompt": "x" * 300 + "…\n{context} {0} %s [a]\n>", "completion": log[2]}
-    assert made(by("ab", ["x" * 301, "che?"]))[0][1]["prompt"].startswith(f"a: {'x' * 300}…\n")
+def test_ready_pairs_keep_their_prompts_and_line_breaks():
+    pair = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
+    assert made([pair])[0][0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
+
+
+def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
+    log = talk(99)
+    entries = [*windows(log[:50], 4), *windows(log[50:], 30)]
+    data = made(entries, "--window", 7, "--prompt", "{context}")[0]
+    for i, entry in enumerate(entries):
+        assert data[i]["prompt"] == "\n".join(entry["previous_messages"])
+    assert "--window has no effect" in capsys.readouterr().out
+
+
+def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(built):
+    expected, text = built.sides(), json.dumps(windows(talk(60)))
+    for content in b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"):
+        built.raw(content)
+        assert built.build() is None and built.sides() == expected
+    (built.root / "data/raw/messages_v1.json").unlink()
+    built.raw("\n\n".join(map(json.dumps, json.loads(text))).encode(), "messages_v1.jsonl")
+    assert built.build() is None and built.sides() == expected
+
+
+@pytest.mark.parametrize("author", ["author", "sender", "username", "user", "from", "name"])
+@pytest.mark.parametrize("text", ["message", "text", "content"])
+@pytest.mark.parametrize("time", ["time", "date", "timestamp"])
+def test_other_names_of_the_keys_are_understood(author, text, time):
+    log = [{author: "ann", text: "hi all", time: 0}, {author: "bob", text: "hi!", time: 60}]
+    assert made(log)[0][1]["prompt"].startswith("ann: hi all\n")
+    assert made([log[0], log[1] | {time: 9e4}])[0] == {}
+
+
+TIMES = ["2024-05-31T18:04:00Z", "2024-05-31 18:04", "2024-05-31T20:04+02:00"]
+TIMES += ["1717178640", 1717178640, 1717178640000]
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_a_time_may_be_written_in_many_ways(time):
+    assert build_train.seconds(time) == 1717178640
+
+
+BAD = {
+    "0 bytes": (b"", r"messages_v1\.json is not there or empty"),
+    "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"is not JSON .*: line 3 column 14 "),
+    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n', r"Extra data: line 2 column 1 "),
+    "an app's text": (b"12/05/24, 10:30 - Ann: hi",
+        r"is not JSON .*: mv \S+ data/raw/export_v1\.json; \S+ \S+from_export\.py \S+export_v1\S+"),
+    "Windows": ('["perché"]'.encode("cp1252"), r"is not JSON in UTF-8"),
+    "an object": (b'{"messages": []}', r"\{\"messages\": \[\]\} is no list of entries"),
+    "an empty list": (b"[]", r"0 rows are left"),
+    "a bad line": (b'{"message": "a"}\n\n{"message": 3}\n', r'entry or line 3: "message" is 3'),
+    "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
+    "no message": (b'[{"message": "a"}, {"msg": "b"}]', r'line 1: no "message" in \{"msg": "b"\}'),
+    "context is a text": (b'[{"previous_messages": "a", "message": "b"}]',
+        r'"previous_messages" is "a"'),
+    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r"line 0: "),
+    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r"line 0: "),
+    "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]',
+        r'line 1: no "completion"'),
+    "a time that is none": (b'[{"message": "a", "date": "noon"}]', r"line 0: .*'noon'"),
+    "too deep": (b"[" * 100_000, r"is not JSON .*recursion"),
+    "nothing left": (b'["!a", "!b"]', r"0 rows are left, too few to split .*FIX: .*--off"),
+    "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_answered_with_its_fix_and_leaves_the_output_as_it_was(built, name):
+    content, message = BAD[name]
+    before = built.content()
+    (built.root / "data/raw/messages_v1.json").unlink()
+    built.raw(content, "messages_v1.jsonl" if name == "a bad line" else "messages_v1.json")
+    error = built.build()
+    assert ERROR.fullmatch(error) and re.search(message, error), error
+    assert built.content() == before and built.folders() == [".v1.lock", "v1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("messages_sample.json", "PATH"),
+        ("WhatsApp Chat.txt", "'data/raw/WhatsApp Chat.txt'"),
+        ("a.zip", "data/raw/a.zip"),
+    ],
+)
+def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, name, path):
+    chat.raw(["a"], name)
+    chat.raw(["a"], "\x1b[2J.txt")
+    error = chat.build()
+    assert error.endswith(f"{name}. FIX: python data/raw/from_export.py {path} --version v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("An", "--only-author Ann"),
+        ("zzz", "--only-author Bob"),
+        ("Eve Li", "--only-author 'Eve Lin'"),
+        (None, "leave --only-author out"),
+    ],
+)
+def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
+    chat.raw(by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60)) if name else talk(60))
+    assert chat.build("--only-author", name or "Ann").endswith(f". FIX: {fix}")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ALL_UNICODE,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ALL_UNICODE, inner, max_size=4),
+    max_leaves=12,
+)
+KEYS = st.sampled_from(sorted(build_train.ALL_KEYS))
+ENTRY = st.dictionaries(KEYS, ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON)
+
+
+@settings(RELAXED, max_examples=150)
+@given(JSON | st.lists(ENTRY))
+def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value):
+    chat = Project(tmp_path_factory.mktemp("any") / "p")
+    chat.raw(value)
+    error = chat.build()
+    assert error is None or ERROR.fullmatch(error), error
+
+
+@settings(RELAXED, max_examples=60)
+@given(
+    st.lists(ALL_UNICODE, min_size=30, max_size=60),
+    st.sampled_from(["windows", "log", "authors", "pairs"]),
+)
+def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log, shape):
+    chat = Project(tmp_path_factory.mktemp("any") / "p")
+    pairs = [{"prompt": a, "completion": b} for a, b in pairwise(log)]
+    authors = [{"author": a, "message": b} for a, b in pairwise(log)]
+    chat.raw({"windows": windows(log), "log": log, "authors": authors, "pairs": pairs}[shape])
+    off = "stock reply,too short,same words,same character,no letters"
+    error = chat.build("--window", 2, "--off", off)
+    if error is not None:
+        assert ERROR.fullmatch(error), error
+        return
+    for row in [row for side in chat.sides() for row in side]:
+        assert list(row) == ["prompt", "completion"] and row["prompt"] and row["completion"]
+    for content in chat.content().values():
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", content.decode("utf-8"))
+
+
+# ---- talks and windows ---------------------------------------------------------------------------
+def test_conversations_are_told_apart(chat):
+    chat.raw([{"message": text, "conversation": i % 2} for i, text in enumerate(talk(200))])
+    assert chat.build("--window", 3) is None
+    for row in [row for side in chat.sides() for row in side]:
+        assert len({int(number) % 2 for number in re.findall(r"no(\d+)x", str(row))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("gap", "hours", "rule"),
+    [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")],
+)
+def test_a_long_silence_ends_a_talk(gap, hours, rule):
+    log = at((0, "ann", "hi all"), (60 * hours, "bob", "hi!"))
+    assert made(log, "--gap", gap)[1].get(1) == rule
+
+
+@pytest.mark.parametrize("way", ["newest first", "shuffled", "no a.m. or p.m."])
+def test_times_prove_the_order(way):
+    log = [{"message": text, "time": 1e9 + 60 * i} for i, text in enumerate(talk(200))]
+    expected = set(map(str, made(log, "--gap", 0)[0].values()))
+    if way == "newest first":
+        log.reverse()
+    elif way == "shuffled":
+        random.Random(0).shuffle(log)
+    else:
+        log[100:] = [entry | {"time": entry["time"] - 12 * 3600} for entry in log[100:]]
+    assert set(map(str, made(log, "--gap", 0)[0].values())) == expected
+
+
+BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"), (5, "bob", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "context"),
+    [
+        (0, "hi|are you there?|or not"),
+        (1.5, "hi\nare you there?|or not"),
+        (5, "hi\nare you there?\nor not"),
+    ],
+)
+def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, context):
+    data = made(BURST, "--burst", minutes, "--prompt", "{context}")[0]
+    assert data[3]["prompt"] == "ann: " + context.replace("|", "\nann: ")
 
 
 # ---- split ---------------------------------------------------------------------------------------
+AS_TEXT = ["--prompt", "{context}\n!", "--question-prompt", "{context}\n!"]
+UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
+
+
 def texts_of(chat):
     """Return [[context…, reply], …] of train and of valid, built with AS_TEXT."""
-    prompts = [
-        [(row["prompt"].split("\n"), row["completion"]) for row in side] for side in chat.sides()
+    return [
+        [[*row["prompt"].removesuffix("\n!").split("\n"), row["completion"]] for row in side]
+        for side in chat.sides()
     ]
-    assert all(lines[-1] == "!" for side in prompts for lines, _ in side)
-    return [[[*lines[:-1], reply] for lines, reply in side] for side in prompts]
 
 
 def true_leaks(chat, log, cut):
@@ -616,7 +614,6 @@ def true_leaks(chat, log, cut):
     """
     entry = {(*(log[p] for p in places),): i for i, places in enumerate(cut)}
     assert len(entry) == len(cut), "entries have to differ for this check"
-
     train, valid = ([set(cut[entry[(*text,)]]) for text in texts] for texts in texts_of(chat))
     taken = set().union(*valid)
     assert taken
@@ -628,8 +625,6 @@ def cuts(name, count, size, draw):
     every = [[*range(max(0, i - size), i + 1)] for i in range(1, count)]
     if name == "every fifth":
         return every[4::5]
-    if name == "windows that just meet":
-        return every[size - 1 :: size]
     if name == "a third of them":
         return [places for places in every if draw.random() < 0.33]
     if name == "replies of one, context of the others":
@@ -638,12 +633,6 @@ def cuts(name, count, size, draw):
         return [[*heard[i][-size:], i] for i in sorted(own) if heard[i]]
     if name == "shuffled":
         return draw.sample(every, len(every))
-    if name == "shuffled, a third of them":
-        return draw.sample(every, len(every) // 3)
-    if name == "two chats by turns":
-        first = [places for places in every if places[-1] < count // 2]
-        second = [places for places in every if places[0] >= count // 2]
-        return [places for both in zip(first, second, strict=False) for places in both]
     return every
 
 
@@ -651,19 +640,14 @@ def entries_of(log, cut, shape="windows"):
     texts = [[log[p] for p in places] for places in cut]
     if shape == "windows":
         return [{"previous_messages": context, "message": reply} for *context, reply in texts]
-    return [
-        {"prompt": "\n".join([*context, "!"]), "completion": reply} for *context, reply in texts
-    ]
+    return [{"prompt": "\n".join([*context, "!"]), "completion": r} for *context, r in texts]
 
 
-AS_TEXT = ["--prompt", "{context}\n!", "--question-prompt", "{context}\n!"]
-UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
-IN_ORDER = ["all", "every fifth", "windows that just meet", "a third of them"]
-IN_ORDER += ["replies of one, context of the others"]
+IN_ORDER = ["all", "every fifth", "a third of them", "replies of one, context of the others"]
 
 
 @pytest.mark.parametrize("size", [3, 10])
-@pytest.mark.parametrize("stock", [0, 0.3, 0.7])
+@pytest.mark.parametrize("stock", [0, 0.7])
 @pytest.mark.parametrize("shape", ["windows", "pairs"])
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_no_message_of_validation_stands_at_the_same_place_in_training(
@@ -693,49 +677,25 @@ def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
     assert len(held[0]) > 300 and len(held[1]) > 30 and not held[0] & held[1]
 
 
-@pytest.mark.parametrize("size", [3, 10])
 @pytest.mark.parametrize("shape", ["windows", "pairs"])
-@pytest.mark.parametrize("name", ["shuffled", "shuffled, a third of them", "two chats by turns"])
-def test_windows_that_are_out_of_order_are_refused(chat, name, shape, size):
+def test_windows_that_are_out_of_order_are_refused(chat, shape):
     log = talk(900)
-    chat.raw(entries_of(log, cuts(name, len(log), size, random.Random(1)), shape))
+    chat.raw(entries_of(log, cuts("shuffled", len(log), 10, random.Random(1)), shape))
     what = r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation"
     assert re.search(what, chat.build("--prompt", "{context}\n!"))
     assert not chat.out.exists()
 
 
-def test_two_chats_by_turns_are_told_apart_by_their_conversation(chat):
-    log = talk(900)
-    cut = cuts("two chats by turns", len(log), 10, random.Random(1))
-    entries = zip(entries_of(log, cut), cut, strict=True)
-    chat.raw([entry | {"conversation": places[-1] // 450} for entry, places in entries])
-    assert chat.build("--prompt", "{context}\n!") is None
-    assert true_leaks(chat, log, cut) == []
-    assert len(chat.sides()[0]) > 0.7 * len(cut)
-
-
 def test_a_random_split_of_the_same_log_does_leak(chat):
     """The check above can fail: it finds what the usual split does."""
     log = talk(300)
-    cut = [[*range(max(0, i - 10), i + 1)] for i in range(1, 300)]
+    cut = cuts("all", 300, 10, None)
     pairs = random.Random(0).sample(entries_of(log, cut, "pairs"), 299)
     chat.out.mkdir(parents=True)
     for name, part in ("valid", pairs[:30]), ("train", pairs[30:]):
         text = "".join(json.dumps(pair) + "\n" for pair in part)
         (chat.out / f"{name}.jsonl").write_text(text)
     assert len(true_leaks(chat, log, cut)) > 200
-
-
-def test_the_sample_does_not_leak(chat):
-    """By text alone: of three messages on end in validation, not all stand so in training."""
-    chat.raw((REPOSITORY / "data/raw/messages_sample.json").read_bytes())
-    assert chat.build(*AS_TEXT) is None
-    sides = texts_of(chat)
-    train, valid = (
-        {run for row in side for run in zip(row, row[1:], row[2:], strict=False)} for side in sides
-    )
-    assert len(sides[0]) >= 300 and len(sides[1]) >= 30
-    assert not {run for run in train & valid if len(set(run)) > 1}
 
 
 def test_a_chat_that_was_exported_twice_does_not_leak(chat):
@@ -756,23 +716,77 @@ def test_a_conversation_is_on_one_side(chat):
     assert chat.build() is None
     train, valid = (set(re.findall(r" of (\d+)'}", str(side))) for side in chat.sides())
     assert len(train) + len(valid) == 60 and not train & valid and valid
-    assert chat.rules() == {}
+    assert chat.lines("dropped.jsonl") == []
 
 
-def test_one_conversation_can_be_the_whole_file(chat):
-    chat.raw([{"message": message, "conversation": "only"} for message in talk(100)])
-    assert chat.build() is None
-    assert len(chat.sides()[0]) >= 60 and 5 <= len(chat.sides()[1]) <= 20
+@pytest.mark.parametrize(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
+def test_validation_has_its_share_or_the_most_rows_allowed(chat, most, valid):
+    chat.raw([{"message": message, "conversation": "the only one"} for message in talk(3000)])
+    assert chat.build("--valid-rows", most) is None
+    assert len(chat.sides()[1]) in valid
+    assert len(chat.sides()[0]) > 2400
 
 
-@pytest.mark.parametrize("rows", [150, 400])
-def test_validation_has_its_share_or_the_most_rows_allowed(chat, rows):
-    chat.raw(windows(talk(3000)))
-    assert chat.build("--valid-rows", rows) is None
-    assert 0.7 * min(rows, 300) <= len(chat.sides()[1]) <= rows
-    if rows == 150:
-        assert len(chat.sides()[1]) == 150
-        assert len(chat.sides()[0]) > 2600  # what validation cannot use, training does
+# ---- rows ----------------------------------------------------------------------------------------
+def test_the_model_sees_who_says_what_and_who_is_to_reply():
+    data = made(by("abc", LOG))[0]
+    assert data[2]["prompt"] == "a: hi all\nb: hi!\n\nWrite the next message of this chat, as c."
+    assert data[3]["prompt"].endswith("ready\n\nAsk the next question in this chat, as a.")
+    assert made(by("abc", LOG), "--names", 0)[0][2] == GREETING
+    own = made(by("abc", LOG), "--prompt", "{author} after {context}")[0]
+    assert own[1]["prompt"] == "b after a: hi all"
+
+
+@pytest.mark.parametrize(
+    ("authors", "named"), [(["ann", "ann", None], True), (["ann", None, None], False)]
+)
+def test_names_are_shown_where_most_are_known(authors, named):
+    prompt = made(by(authors, talk(60)))[0][59]["prompt"]
+    assert ("someone: " in prompt, "ann: " in prompt, ", as " in prompt) == (named,) * 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "prompt"),
+    [("e poi?", "Ask: a"), ("そう？", "Ask: a"), ("لماذا؟", "Ask: a"), ("poi", "a\n\nTell")],
+)
+def test_replies_that_ask_have_their_own_template(reply, prompt):
+    flags = "--prompt", "{context}\\n\\nTell", "--question-prompt", "Ask: {context}"
+    assert made(["a", reply], *flags)[0][1]["prompt"] == prompt
+
+
+def test_long_messages_are_shortened_visibly_and_braces_are_text():
+    log = ["x" * 301, "{context} {0} %s [a]", "ma {context} {author} che dici"]
+    rows = made(log, "--prompt", "{context}\n>", "--off", "same character")[0]
+    assert rows[2] == {"prompt": "x" * 300 + "…\n{context} {0} %s [a]\n>", "completion": log[2]}
+
+
+def test_one_author_is_learned_in_turns_unless_a_prompt_is_asked_for():
+    log = by(["ann", "bob"], talk(9))
+    for flags, shape in ([], "turns"), (["--shape", "prompt"], "prompt"):
+        data, _, s = made(log, "--only-author", "ann", *flags)
+        assert s.shape == shape
+        assert all(("messages" in row) == (shape == "turns") for row in data.values())
+
+
+TALK = by(
+    ["ann", "bob", "cy", "ann", "ann", "bob", "ann"],
+    ["me first", "hi", "you", "what", "is it", "no", "fine"],
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "flags", "expected"),
+    [
+        (TALK, [], ["bob: hi\ncy: you", "what\nis it", "bob: no", "fine"]),
+        (TALK, ["--names", 0], ["hi\nyou", "what\nis it", "no", "fine"]),
+        ([m for m in TALK if m["author"] != "cy"], [], ["hi", "what\nis it", "no", "fine"]),
+        (TALK, ["--window", 2], ["bob: no", "fine"]),
+    ],
+)
+def test_turns_are_a_talk_of_the_author_with_the_others(log, flags, expected):
+    data, _, s = made(log, "--only-author", "ann", *flags)
+    assert data[[*data][-1]] == turns(*expected)
+    assert s.names == ("bob: no" in expected)
 
 
 # ---- length --------------------------------------------------------------------------------------
@@ -784,14 +798,10 @@ THINKING = (  # takes thoughts away, and shouts: no template that is filled in o
     "{% for m in messages %}"
     "[{{ m.role }}] {{ m.content.split('</think>')[-1] | upper }}\n{% endfor %}"
 )
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-def set_template(base, jinja):
-    for name in base.glob("*.jinja"):
-        name.write_text(jinja)
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": jinja}))
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.slow
@@ -802,84 +812,56 @@ def test_tokens_are_those_of_the_trainer(jinja, project):
 
     base = project / "models/base/tiny-gemma-3"
     if jinja:
-        set_template(base, jinja)
-    texts = [
-        "ciao",
-        "perché no? 😂",
-        "a <b> c",
-        "<think>hm</think> sì",
-        "<end_of_turn>",
-        "x\ny",
-        "한국어 ÀÈ",
-    ]
+        (base / "chat_template.jinja").unlink(missing_ok=True)
+        change(base / "tokenizer_config.json", chat_template=jinja)
+    texts = ["ciao", "perché no? 😂", "a <b> c", "<think>hm</think> sì", "<end_of_turn>", "x\ny"]
     count, control = build_train.token_counter(base)
     assert {"<bos>", "<eos>", "<pad>"} <= set(control)
     pairs = [{"prompt": a, "completion": b} for a in texts for b in texts]
     talks = [turns(*random.Random(i).choices(texts, k=6)) for i in range(20)]
     tokenizer = load_tokenizer(base)
-    trainers = (
-        CompletionsDataset(pairs, tokenizer, "prompt", "completion", False),
-        ChatDataset(talks, tokenizer),
-    )
-    for rows, trainer in zip((pairs, talks), trainers, strict=True):
+    of_pairs = CompletionsDataset(pairs, tokenizer, "prompt", "completion", False)
+    for rows, trainer in (pairs, of_pairs), (talks, ChatDataset(talks, tokenizer)):
         assert count(rows) == [len(trainer.process(row)[0]) for row in rows]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["prompt", "turns"])
 def test_long_rows_lose_their_oldest_messages_and_never_the_reply(project, run, shape):
-    from mlx_lm.utils import load_tokenizer
-
     log = talk(200)
     log.append(" ".join(f"risposta{i} nontagliare{i} lunga{i}," for i in range(20)))
-    entries = [{"message": text, "author": "ab"[i % 2]} for i, text in enumerate(log)]
-    (project / "data/raw/messages_sample.json").write_text(json.dumps(entries))
-    most = 120
-    flags = (
-        "--max-seq-length",
-        most,
-        "--only-author",
-        "a",
-        "--shape",
-        shape,
-        "--prompt",
-        "{context}\n!",
-    )
+    (project / "data/raw/messages_sample.json").write_text(json.dumps(by("ab", log)))
+    flags = ["--max-seq-length", 120, "--only-author", "a", "--shape", shape, *AS_TEXT]
     done = run(project, "build_train.py", *flags)
     assert done.returncode == 0, done.stderr
-    folder = project / "data/for_train/sample"
-    tokenizer, longest = load_tokenizer(project / "models/base/tiny-gemma-3"), 0
-    for row in map(
-        json.loads, [*(folder / "train.jsonl").open(), *(folder / "valid.jsonl").open()]
-    ):
-        tokens = len(tokenizer.apply_chat_template(build_train.chat_of(row)))
-        longest = max(longest, tokens)
-        assert tokens <= most
+    chat = Project(project / "of the sample")
+    chat.out = project / "data/for_train/sample"
+    rows = [row for side in chat.sides() for row in side]
+    tokens = build_train.token_counter(project / "models/base/tiny-gemma-3")[0](rows)
+    assert 95 < max(tokens) <= 120
+    for row in rows:
         texts = [turn["content"] for turn in build_train.chat_of(row)]
         if shape == "prompt":
             texts = [line[3:] for line in texts[0].split("\n")[:-1]] + texts[1:]
-        at = log.index(texts[-1])
-        assert texts == log[at + 1 - len(texts) : at + 1]
-    assert longest > most - 25
-    dropped = {d["entry"]: d["rule"] for d in map(json.loads, (folder / "dropped.jsonl").open())}
-    assert dropped[200] == "over --max-seq-length"
+        place = log.index(texts[-1])
+        assert texts == log[place + 1 - len(texts) : place + 1]
+    reasons = {line["entry"]: line["rule"] for line in chat.lines("dropped.jsonl")}
+    assert reasons[200] == "over --max-seq-length"
 
 
 def test_as_few_messages_as_possible_are_taken_from_a_row_that_is_too_long():
     def count(rows):
         return [len(row["prompt"]) for row in rows]
 
-    s = build_train.parser.parse_args(["--prompt", "{context}", "--max-seq-length", "100"])
-    s.shape = "prompt"
-    s.names = False
+    s = build_train.settings(["--prompt", "{context}", "--max-seq-length", "100", "--names", "0"])
     for length in range(1, 60):
         window = tuple(map(build_train.Message, ["x" * (i % 7) for i in range(length)] + ["reply"]))
         row = build_train.Row(0, window)
-        kept = build_train.fit([row], s, count, [])
-        assert kept == [row] and row.window == window[-len(row.window) :]
+        assert build_train.fit([row], s, count, []) == [row]
+        assert row.window == window[-len(row.window) :]
         if len(row.window) < len(window):
             row.window = window[-len(row.window) - 1 :]
-            assert count([build_train.pair(row, s)])[0] > 100
+            assert count([build_train.training_row(row, s)])[0] > 100
 
 
 def rows_of(lengths):
@@ -887,37 +869,31 @@ def rows_of(lengths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 7, 100, 1000, 1003, 1999])
-def test_order_gives_batches_of_equal_length_in_mlx_lm(count):
+@pytest.mark.parametrize("batch", [4, 16])
+def test_order_gives_batches_of_equal_length_in_mlx_lm(batch):
     import numpy as np
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
-
-    draw = random.Random(0)
-    rows = rows_of([int(draw.lognormvariate(5, 0.6)) + 1 for _ in range(count)])
-    ordered = build_train.order(rows, 0)
-    assert sorted(row.entry for row in ordered) == list(range(count))
 
     class Dataset(list):
         def process(self, row):
             return ([1] * row.tokens, 0)
 
     class Cache(CacheDataset):
-        def itemlen(
-            self, i
-        ):  # a Row has no len(); a row of the real dataset always has 2, its keys
-            return 2
+        def itemlen(self, i):
+            return 2  # as mlx-lm's of a real row: its keys; our Row has no len()
 
-    def cost(rows, batch):
+    def cost(rows):
         """Tokens computed for each token that is in a row."""
         np.random.seed(0)
         batches = list(iterate_batches(Cache(Dataset(rows)), batch, 4096))
         return sum(b.size for b, _ in batches) / sum(n[:, 1].sum().item() for _, n in batches)
 
-    for batch in (4, 16) if count >= 1000 else ():
-        ideal = cost(sorted(rows, key=lambda row: row.tokens), batch)
-        assert cost(ordered, batch) <= 1.03 * ideal
-        assert cost(rows, batch) > 1.2 * ideal
+    draw = random.Random(0)
+    rows = rows_of([int(draw.lognormvariate(5, 0.6)) + 1 for _ in range(1999)])
+    assert {row.entry for row in build_train.order(rows, 0)} == set(range(1999))
+    ideal = cost(sorted(rows, key=lambda row: row.tokens))
+    assert cost(build_train.order(rows, 0)) <= 1.03 * ideal < 1.2 * ideal < cost(rows)
 
 
 def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
@@ -931,293 +907,42 @@ def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
 
 # ---- the base model ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("there", "flags", "fix"),
+    ("there", "fix"),
     [
-        ([], ["none"], "hf download mlx-community/none --local-dir models/base/none"),
-        (["tiny"], ["gemma-3-text-27b-it-4bit"], "export MODEL=tiny"),  # it was forgotten
-        (["gemma-3-4b", "tiny"], ["gema-3-4b"], "export MODEL=gemma-3-4b"),
+        ([], "hf download mlx-community/none --local-dir models/base/none"),
+        (["tiny"], "export MODEL=tiny"),  # it was forgotten
+        (["gemma-3-4b", "tiny"], "hf download mlx-community/none --local-dir models/base/none"),
     ],
 )
-def test_without_the_base_model_tokens_are_estimated_and_that_is_said(
-    chat, capsys, there, flags, fix
-):
+def test_without_the_base_model_tokens_are_estimated_and_that_is_said(chat, capsys, there, fix):
     for name in there:
         (chat.root / "models/base" / name).mkdir(parents=True)
     chat.raw(windows(talk(60)))
-    assert chat.build("--model", *flags) is None
+    assert chat.build() is None
     warning = capsys.readouterr().err.strip()
     assert re.fullmatch(rf"warning: tokens are ESTIMATED, .*\. FIX: {re.escape(fix)}", warning)
 
 
-CODE = {"config.json": '{"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}'}
-CODE_OF_TOKENIZER = {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'}
-BASES = {
-    "cut off": ({"tokenizer.json": '{"version": "1.0"'}, "does not work"),
-    "empty": ({}, "does not work"),
-    "no object": ({"config.json": "3", "tokenizer.json": "[]"}, "does not work"),
-    "code of its own": (CODE, "auto_map"),
-    "a tokenizer with code": (CODE_OF_TOKENIZER, "auto_map"),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BASES)
-def test_a_base_model_that_does_not_work_is_named_and_never_runs_code(chat, name):
-    files, what = BASES[name]
-    base = chat.root / "models/base/none"
-    base.mkdir(parents=True)
-    (base / "evil.py").write_text(f"open({str(chat.root / 'ran')!r}, 'w')")
-    for file, content in files.items():
-        (base / file).write_text(content)
-    chat.raw(windows(talk(60)))
-    _, stderr = chat.start(stdin=subprocess.PIPE).communicate("y\ny\n", timeout=100)
-    error = stderr.strip().split("\n")[-1]
-    assert re.fullmatch(rf"error: .*models/base/none.*{what}.*\. FIX: .*MODEL.*", error)
-    assert not chat.out.exists() and not (chat.root / "ran").exists()
-
-
-@pytest.mark.slow
-def test_a_template_without_end_is_refused(project, run):
-    set_template(project / "models/base/tiny-gemma-3", ENDLESS)
-    script = project / "build_train.py"
-    script.write_text(script.read_text().replace("signal.alarm(60)", "signal.alarm(3)"))
+@pytest.mark.parametrize("content", ['{"version": "1.0"', "[]", None])
+def test_a_base_model_that_does_not_work_is_named(project, run, content):
+    tokenizer = project / "models/base/tiny-gemma-3/tokenizer.json"
+    tokenizer.write_text(content) if content else tokenizer.unlink()
     done = run(project, "build_train.py")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*tiny-gemma-3 does not work: .*minute.*FIX: .*", last_error(done))
+    assert re.fullmatch(r"error: .*tiny-gemma-3 does not work.*FIX: .*MODEL.*", last_error(done))
 
 
-# ---- what is printed -----------------------------------------------------------------------------
-def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
-    chat.raw(talk(200))
-    assert chat.build() is None
-    printed = capsys.readouterr().out
-    for rule in build_train.ALL_RULES:
-        assert re.search(rf"^{rule} +[\d,]+", printed, re.M), rule
-    for line in [
-        r"^reading +data/raw/messages_v1\.json with version 'v1', .*window 10",
-        r"^rows +199 of 1 talks and 1 authors; the model sees no names$",
-        r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
-        r"^leaks .*: 0$",
-        r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",
-        r"^one epoch +\d+ iterations at batch size 2; three: ITERS=\d+ \./fine_tune\.sh$",
-        r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
-        r"^next +\./fine_tune\.sh$",
-    ]:
-        assert re.search(line, printed, re.M), line
-
-
-def test_chat_text_cannot_write_to_the_terminal(chat, capsys):
-    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e https://x.example/"
-    log = [evil + text for text in talk(60)]
-    chat.raw(
-        [{"message": text, "author": evil + "abc"[i % 3], evil: 1} for i, text in enumerate(log)]
-    )
-    assert chat.build("--off", "link") is None
-    printed = chat.build("--only-author", evil)
-    chat.raw([{"message": "a"}, {"\x1b[2J": evil}])
-    printed += chat.build()
-    printed += "".join(capsys.readouterr())
-    assert not [c for c in printed if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"]
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_it_works_without_a_terminal_an_input_or_a_reader(chat, encoding):
-    chat.raw(["perché 😂", *talk(60)])
-    variables = {"PYTHONIOENCODING": encoding, "PYTHONOPTIMIZE": "2", "MPLBACKEND": "bogus"}
-    process = chat.start(stdin=subprocess.DEVNULL, env=os.environ | variables)
-    process.stdout.close()  # as `| head -1` does
-    stderr = process.stderr.read()
-    assert process.wait() == 0 and "Traceback" not in stderr and "Exception" not in stderr
-    assert chat.rows()
-
-
-# ---- bad input -----------------------------------------------------------------------------------
-BAD = {
-    "0 bytes": (b"", r"messages_v1\.json is not there or empty"),
-    "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"is not JSON: .*line 3, column 14"),
-    "cut off": (b'["a", "b', r"is not JSON: .*line 1, column 7"),
-    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n',
-        r"line 2, column 1\. FIX: .*mv .*_v1\.jsonl"),
-    "an app's text": (b"12/05/24, 10:30 - Ann: hi",
-        r"is not JSON: .*FIX: .*from_export\.py data/raw/export_v1"),
-    "Windows": ('["a",\n"perché"]'.encode("cp1252"),
-        r"not UTF-8 text, line 2\. FIX: iconv -f WINDOWS-1252"),
-    "an object": (b'{"messages": []}',
-        r"holds \{\"messages\": \[\]\}, not a list\. FIX: .*from_export\.py"),
-    "a text": (b'"hi"', r"holds \"hi\", not a list"),
-    "an empty list": (b"[]", r"0 rows are left"),
-    "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
-    "a null message": (b'["a", {"message": null}]', r'line 1: "message" is null'),
-    "no message": (b'[{"message": "a"}, {"msg": "b"}]',
-        r'line 1: there is no "message" in \{"msg": "b"\}'),
-    "no keys at all": (b"[{}]", r'line 0: there is no "message" in \{\}'),
-    "context is a text": (b'[{"previous_messages": "a", "message": "b"}]',
-        r'"previous_messages" is "a"'),
-    "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]',
-        r'line 0: .*\["a", null\]'),
-    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]',
-        r'line 0: .* is \[\["a"\]\]'),
-    "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]',
-        r'line 1: there is no "completion"'),
-    "an author that is none": (b'[{"message": "a", "user": {}}]', r'line 0: "user" is \{\}'),
-    "a conversation that is none": (b'[{"message": "a", "conversation": []}]',
-        r'"conversation" is \[\]'),
-    "a time that is none": (b'[{"message": "a", "date": "noon"}]',
-        r"line 0: Invalid isoformat string: 'noon'"),
-    "an endless time": (b'[{"message": "a", "time": NaN}]', r"line 0: nan is no time"),
-    "too deep": (b"[" * 100_000, r"is not JSON: .*recursion"),
-    "a number too long": (b"[" + b"9" * 5000 + b"]", r"is not JSON: .*digits"),
-    "nothing left": (b'["!a", "!b"]',
-        r"0 rows are left, too few to split \(it takes about 30\)\. FIX: .*--off"),
-    "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_answered_with_what_where_and_how_to_mend_it(chat, name):
-    content, message = BAD[name]
-    chat.raw(windows(talk(60)))
-    assert chat.build() is None
-    before = chat.content()
-    chat.raw(content)
-    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*", error := chat.build()), error
-    assert ". FIX: " in error
-    assert chat.content() == before and chat.folders() == [".v1.lock", "v1"]
-
-
-def test_a_bad_line_of_a_jsonl_file_is_named_by_its_number(chat):
-    chat.raw(b'{"message": "a"}\n\n{"message": 3}\n', "messages_v1.jsonl")
-    assert 'messages_v1.jsonl, entry or line 3: "message" is 3' in chat.build()
-    chat.raw(b'{"message": "a"}\n{"message"}\n', "messages_v1.jsonl")
-    assert "line 2, column 11" in chat.build()
-
-
-@pytest.mark.parametrize(
-    ("files", "fix"),
-    [
-        ([], "python data/raw/from_export.py PATH --version v1"),
-        (["messages_v11.json"], "VERSION=v11 python build_train.py"),
-        (["messages_sample.json"], "python data/raw/from_export.py PATH --version v1"),
-        (
-            ["WhatsApp Chat.txt"],
-            "python data/raw/from_export.py 'data/raw/WhatsApp Chat.txt' --version v1",
-        ),
-        (["a.zip"], "python data/raw/from_export.py data/raw/a.zip --version v1"),
-        (["\x1b[2J.txt"], "python data/raw/from_export.py PATH --version v1"),
-    ],
-)
-def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, files, fix):
-    for name in files:
-        chat.raw(["a"], name)
-    error = chat.build()
-    assert error.endswith(f". FIX: {fix}")
-    assert all(name[9:-5] in error for name in files if name.startswith("messages_"))
-
-
-@pytest.mark.parametrize(
-    ("name", "fix"),
-    [
-        ("An", "--only-author Ann"),
-        ("zzz", "--only-author Bob"),
-        ("Eve Li", "--only-author 'Eve Lin'"),
-        (None, "leave --only-author out"),
-    ],
-)
-def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
-    authors = ["Bob", "Bob", "Ann", "Eve Lin"]
-    chat.raw(
-        [
-            {"message": m} | ({"author": authors[i % 4]} if name else {})
-            for i, m in enumerate(talk(60))
-        ]
-    )
-    assert chat.build("--only-author", name or "Ann").endswith(f". FIX: {fix}")
-
-
-def test_all_filtered_out_shows_the_table(chat, capsys):
-    chat.raw(["!discord", "!uptime", "!uptime"])
-    assert "FIX" in chat.build("--min-context", 0)
-    assert re.search(r"^bot command +3 +!discord$", capsys.readouterr().out, re.M)
-
-
-USAGE = [
-    (["--valid-size", "1"], 2, "--valid-size is 1.0"),
-    (["--valid-size", "nan"], 2, "--valid-size is nan"),
-    (["--window", "0"], 2, "--window is 0"),
-    (["--gap", "-1"], 2, "--gap is -1"),
-    (["--burst", "nan"], 2, "--burst is nan"),
-    (["--seed", "-1"], 2, "--seed is -1"),
-    (["--seed", "4294967296"], 2, "--seed is 4294967296"),
-    (["--batch-size", "four"], 2, "--batch-size"),
-    (["--prompt", "hello"], 2, "--prompt or --question-prompt does not say where {context} goes"),
-    (["--shape", "round"], 2, "--shape is 'round'"),
-    (["--shape", "turns"], 2, "--shape turns needs --only-author"),
-    (["--off", "lnik"], 2, "--off names 'lnik', and the rules are: empty, "),
-    (["--nonsense"], 2, "--nonsense"),
-    (["--model", "mlx-community/gemma"], 1, "FIX: MODEL=gemma python build_train.py"),
-    (["--model", "../x y"], 1, "FIX: MODEL=xy python build_train.py"),
-    (["--version", "../v1"], 1, "FIX: VERSION=v1 python build_train.py"),
-    (["--version", "my chat"], 1, "FIX: VERSION=mychat python build_train.py"),
-    (["--version", "…"], 1, "FIX: VERSION=v1 python build_train.py"),
-    (["--version", "-v"], 2, "--version"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("flags", "code", "message"), USAGE)
-def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, code, message):
-    got = chat.build(*flags)
-    error = capsys.readouterr().err.strip().split("\n")[-1] if code == 2 else got
-    assert (2 if got == 2 else 1) == code
-    assert error.startswith("error: ") and message in error and "FIX: " in error
-
-
-def test_a_file_that_cannot_be_read_is_named(chat):
-    (chat.root / "data/raw/messages_v1.json").mkdir()
-    process = chat.start()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in stderr
-    error = stderr.strip().split("\n")[-1]
-    assert re.fullmatch(r"error: .*messages_v1\.json cannot be read: .*\. FIX: ls -l .*", error)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | ALL_UNICODE,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ALL_UNICODE, inner, max_size=4),
-    max_leaves=12,
-)
-KEYS = st.sampled_from([key for keys in build_train.KEYS.values() for key in keys])
-
-
-@settings(RELAXED, max_examples=150)
-@given(
-    JSON | st.lists(st.dictionaries(KEYS, ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON))
-)
-def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value):
-    chat = Project(tmp_path_factory.mktemp("any") / "p")
-    chat.raw(value)
-    error = chat.build()
-    assert error is None or re.fullmatch(r"error: .+\. FIX: .+", error), error
-
-
-@settings(RELAXED, max_examples=60)
-@given(
-    st.lists(ALL_UNICODE, min_size=30, max_size=60),
-    st.sampled_from(["windows", "log", "authors", "pairs"]),
-)
-def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log, shape):
-    chat = Project(tmp_path_factory.mktemp("any") / "p")
-    pairs = [{"prompt": a, "completion": b} for a, b in pairwise(log)]
-    authors = [{"author": a, "message": b} for a, b in pairwise(log)]
-    chat.raw({"windows": windows(log), "log": log, "authors": authors, "pairs": pairs}[shape])
-    off = "stock reply,too short,same words,same character,no letters"
-    error = chat.build("--window", 2, "--off", off)
-    if error is not None:
-        assert re.fullmatch(r"error: .+\. FIX: .+", error), error
-        return
-    for row in chat.rows():
-        assert list(row) == ["prompt", "completion"] and row["prompt"] and row["completion"]
-    for content in chat.content().values():
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", content.decode("utf-8"))
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gemma3_text", "own"])
+def test_no_code_of_a_base_model_runs(project, run, model_type):
+    base = project / "models/base/tiny-gemma-3"
+    (base / "own.py").write_text(f"open({str(project / 'ran')!r}, 'w')\nclass Own:\n    pass\n")
+    auto = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    change(base / "config.json", auto_map=auto, model_type=model_type)
+    change(base / "tokenizer_config.json", auto_map=auto, tokenizer_class="Own")
+    done = run(project, "build_train.py", input="y\ny\n")
+    assert done.returncode in (0, 1) and not (project / "ran").exists()
 
 
 # ---- the output appears whole or not at all ------------------------------------------------------
@@ -1228,7 +953,7 @@ def test_killed_while_writing_leaves_the_previous_output(built):
     partial = built.out.with_name(".v1.partial")
     while process.poll() is None and not partial.exists():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert partial.exists() and built.content() == before
@@ -1250,75 +975,38 @@ def test_a_second_run_at_the_same_time_is_refused_and_another_version_is_not(bui
     before = built.content()
     with built.out.with_name(".v1.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        what = (
-            "error: another run is writing data/for_train/v1. FIX: wait until it is done, or end it"
-        )
-        assert built.build() == what
+        assert re.fullmatch(r"error: another run is writing .*/v1\. FIX: wait .*", built.build())
         built.raw(talk(60), "messages_v2.json")
         assert built.build("--version", "v2") is None
     assert built.content() == before and built.build() is None
 
 
-def test_folders_of_the_user_are_left_alone(built):
-    for name in "v1.old", "v1.partial":
-        shutil.copytree(built.out, built.out.with_name(name))
-    assert built.build() is None
-    assert built.folders() == [".v1.lock", "v1", "v1.old", "v1.partial"]
-
-
-@pytest.mark.parametrize("kind", ["file", "dangling link", "link", "a parent that is a file"])
-def test_a_target_that_cannot_be_swapped_is_named_before_the_work(chat, kind):
-    chat.raw(b"[")  # would be an error too, if it were read
-    if kind == "a parent that is a file":
-        chat.out.parent.write_text("mine")
-    else:
-        chat.out.parent.mkdir()
-        if kind == "file":
-            chat.out.write_text("mine")
-        else:
-            chat.out.symlink_to(chat.root / ("data" if kind == "link" else "nowhere"))
-    assert re.fullmatch(
-        r"error: data/for_train/v1 (is a link or a file|cannot be written).*FIX: .*", chat.build()
-    )
-
-
-def check_full_disk(chat, **kwargs):
-    before = chat.content()
-    chat.raw(talk(3000))
-    process = chat.start(**kwargs)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1, stderr
-    last = stderr.strip().split("\n")[-1]
-    assert re.fullmatch(r"error: data/for_train/v1 cannot be written: .+\. FIX: .*df -h.*", last)
-    assert chat.content() == before and chat.folders() == [".v1.lock", "v1"]
-
-
 def test_a_file_that_cannot_grow_leaves_the_previous_output(built):
+    before = built.content()
+    built.raw(talk(3000))
     limit = (100_000, 100_000)
-    check_full_disk(built, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    full = built.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, stderr = full.communicate(timeout=60)
+    assert full.returncode == 1 and "Traceback" not in stderr
+    last = stderr.strip().split("\n")[-1]
+    assert re.fullmatch(r"error: data/for_train/v1 was not made: .+\. FIX: df -h.*", last)
+    assert built.content() == before
 
 
-def test_a_full_disk_leaves_the_previous_output(chat):
-    disk = chat.root / "data/for_train"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if (
-        not sys.platform.startswith("linux")
-        or subprocess.run(mount, capture_output=True).returncode
-    ):
-        pytest.skip("no right to mount a small disk here")
-    try:
-        chat.raw(windows(talk(60)))
-        assert chat.build() is None
-        check_full_disk(chat)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+@pytest.mark.parametrize("path", ["data/raw/messages_v1.json", "data/for_train/.v1.lock"])
+def test_a_folder_in_the_place_of_a_file_is_named(chat, path):
+    chat.raw(talk(60))
+    (chat.root / path).unlink(missing_ok=True)
+    (chat.root / path).mkdir(parents=True)
+    error = chat.build()
+    assert ERROR.fullmatch(error) and path in error
 
 
-@pytest.mark.parametrize("moment", [" argparse", " unicodedata", " tqdm", "reading "])
+@pytest.mark.parametrize("moment", [" argparse", " tqdm", "reading "])
 def test_ctrl_c_ends_with_130_and_without_a_traceback(chat, moment):
     chat.raw(talk(60_000))
-    process = chat.start(python=["-X", "importtime"], stderr=subprocess.STDOUT)
+    options = {"stderr": subprocess.STDOUT, "env": os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}}
+    process = chat.start(**options)
     while moment not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
@@ -1326,28 +1014,66 @@ def test_ctrl_c_ends_with_130_and_without_a_traceback(chat, moment):
     assert process.returncode == 130 and "Traceback" not in output
 
 
+# ---- what is printed -----------------------------------------------------------------------------
+def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
+    chat.raw([{"message": text, "mood\x1b": 7} for text in ["!discord", *talk(200)]])
+    assert chat.build() is None
+    printed = capsys.readouterr().out
+    for line in [
+        r"^reading +data/raw/messages_v1\.json with version 'v1', .*window 10",
+        r'^not used +these keys of entries: "mood\\u001b"$',
+        r"^rows +200 of 1 talks; the model sees no names$",
+        r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
+        r"^leaks .*: 0$",
+        r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",
+        r"^one epoch +\d+ iterations at BATCH_SIZE=2$",
+        r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
+        r"^next +\./fine_tune\.sh$",
+        *(rf"^{rule} +[\d,]+" for rule in build_train.ALL_RULES),
+    ]:
+        assert re.search(line, printed, re.M), line
+
+
+def test_all_filtered_out_shows_the_table(chat, capsys):
+    chat.raw(["hi", "!discord", "!uptime", "!uptime"])
+    assert "FIX" in chat.build()
+    assert re.search(r"^bot command +3 +!discord$", capsys.readouterr().out, re.M)
+
+
+def test_chat_text_cannot_write_to_the_terminal(chat, capsys):
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e https://x.example/"
+    log = by([evil + name for name in "abc"], [evil + text for text in talk(60)])
+    chat.raw([entry | {evil: 1} for entry in log])
+    assert chat.build("--off", "link") is None
+    printed = chat.build("--only-author", evil)
+    chat.raw([{"message": "a"}, {"\x1b[2J": evil}])
+    printed += chat.build()
+    printed += "".join(capsys.readouterr())
+    assert not [c for c in printed if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_it_works_without_a_terminal_an_input_or_a_reader(chat, encoding):
+    chat.raw(["perché 😂", *talk(60)])
+    variables = {"PYTHONIOENCODING": encoding, "PYTHONOPTIMIZE": "2"}
+    process = chat.start(stdin=subprocess.DEVNULL, env=os.environ | variables)
+    process.stdout.close()  # as `| head -1` does
+    stderr = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in stderr and "Exception" not in stderr
+    assert all(chat.sides())
+
+
 # ---- the same input gives the same bytes ---------------------------------------------------------
-def test_two_processes_write_the_same_bytes(chat):
+@pytest.mark.parametrize("flags", [[], ["--only-author", "a"]])
+def test_two_processes_write_the_same_bytes_and_another_seed_others(chat, flags):
     draw = random.Random(0)
-    log = [
-        {"message": m, "author": draw.choice("abc"), "conversation": draw.randrange(3)}
-        for m in talk(2000)
-    ]
-    chat.raw(log)
-    for flags in [], ["--only-author", "a", "--shape", "turns"]:
-        outputs = []
-        for seed, language in ("1", "C"), ("2", "it_IT.UTF-8"):
-            variables = {"PYTHONHASHSEED": seed, "LC_ALL": language, "LANG": language}
-            process = chat.start(*flags, env=os.environ | variables)
-            assert process.communicate(timeout=60) and process.returncode == 0
-            outputs.append(chat.content())
-        assert outputs[0] == outputs[1]
-
-
-def test_another_seed_gives_another_split(chat):
-    chat.raw(windows(talk(1000)))
-    splits = []
-    for seed in 1, 2:
-        assert chat.build("--seed", seed) is None
-        splits.append(chat.content()["valid.jsonl"])
-    assert splits[0] != splits[1]
+    log = by("aab", talk(2000))
+    chat.raw([entry | {"conversation": draw.randrange(3)} for entry in log])
+    outputs = []
+    for hash_seed, language, seed in ("1", "C", 0), ("2", "it_IT.UTF-8", 0), ("1", "C", 1):
+        variables = {"PYTHONHASHSEED": hash_seed, "LC_ALL": language}
+        process = chat.start(*flags, "--seed", seed, env=os.environ | variables)
+        assert process.communicate(timeout=60) and process.returncode == 0
+        outputs.append(chat.content())
+    assert outputs[0] == outputs[1]
+    assert outputs[0]["valid.jsonl"] != outputs[2]["valid.jsonl"]

@@ -70,16 +70,14 @@ def settings():
         epilog="Sampling that is not given is as generation_config.json of the base says.",
     )
     parser.error = lambda what: fail(what, f"{ME} --help", code=2)
-    add, env, count, some = parser.add_argument, os.environ.get, number(int, 0), number(int, 1)
+    add, env, count, some = parser.add_argument, os.environ.get, within(int, 0), within(int, 1)
     add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
     add("--model", default=env("MODEL") or DEFAULTS["MODEL"], help="models/base/MODEL")
     add("--models", default="base,adapter,fused", help="which of the three to test")
     add("--replies", type=count, default=100, help="rows that every model answers; 0 none")
     add("--show", type=count, default=20, help="rows of the blind test in the report; 0 none")
-    add(
-        "--temperature", type=number(float, 0, 2), help="0 the likeliest word, 1 as the model would"
-    )
-    add("--top-p", type=number(float, 0, 1), help="draw from words with this share in all")
+    add("--temperature", type=within(float, 0, 2), help="0 the likeliest word, 1 as learned, to 2")
+    add("--top-p", type=within(float, 0, 1), help="draw from words with this share in all")
     add("--top-k", type=count, help="draw from so many of the likeliest words; 0 all")
     add("--max-tokens", type=some, default=60, help="tokens of the longest reply")
     add("--seed", type=count, default=0, help="same seed: same rows; same machine: same replies")
@@ -109,7 +107,7 @@ FEW = 30  # of fewer rows or replies the report says that they are few
 NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 
 
-def number(kind, least, most=2**31):
+def within(kind, least, most=2**31):
     """Return the function that reads such a number from the command line."""
 
     def read(text):
@@ -117,6 +115,7 @@ def number(kind, least, most=2**31):
             raise ArgumentTypeError(f"{text} is not {least} to {most}")
         return kind(text)
 
+    read.__name__ = kind.__name__  # argparse names it
     return read
 
 

@@ -3,22 +3,19 @@
 import argparse
 import ast
 import csv
-import fcntl
 import functools
 import http.server
 import importlib.util
 import io
 import json
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
+import time
 import types
 import unicodedata
 from collections import defaultdict
@@ -140,10 +137,8 @@ def true_loss(project, folder, adapter=None):
         tokens = tokenizer.apply_chat_template(chat)
         start = len(tokenizer.apply_chat_template([user], add_generation_prompt=True))
         logits = model(mx.array([tokens[:-1]]))[0, start - 1 :].astype(mx.float32)
-        logits = np.array(logits, dtype=np.float64)
-        top = logits.max(-1)
-        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-        losses += list(log_sum - logits[np.arange(len(logits)), tokens[start:]])
+        chances = np.array(mx.softmax(logits, axis=-1), dtype=np.float64)
+        losses += list(-np.log(chances[np.arange(len(chances)), tokens[start:]]))
     return np.mean(losses), len(losses)
 
 
@@ -154,13 +149,11 @@ def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_th
     assert done.returncode == 0, done.stderr
     found = metrics(project)
     for name, model in {"base": [BASE], "adapter": [BASE, ADAPTER], "fused": [FUSED]}.items():
-        loss, tokens = true_loss(project, *model)
-        assert found["loss"][name] == pytest.approx(loss, abs=5e-5)
-        assert found["tokens"] == tokens
+        true = true_loss(project, *model)
+        assert (found["loss"][name], found["tokens"]) == pytest.approx(true, abs=5e-5)
     base, adapter, fused = (found["loss"][name] for name in ("base", "adapter", "fused"))
     assert found["gain"]["adapter"] == pytest.approx(base - adapter)
     assert found["kept"]["fused"] == pytest.approx((base - fused) / (base - adapter))
-    assert found["verdict"].startswith("Better than the base") and "10 rows are" in found["verdict"]
     for sentence in re.split(r"(?<=\.) ", found["verdict"]):
         assert sentence in done.stdout and sentence in page(project)
     assert "Kept: iteration 8,\n6.60." in page(project)  # the learning curve
@@ -215,28 +208,6 @@ def test_same_seed_same_replies_other_seed_others(project, stage_4):
     assert replies(*alone, "--seed", "1") != first
     likeliest = ["--temperature", "0"]
     assert replies(*alone, *likeliest) == replies(*together, *likeliest)
-
-
-@pytest.mark.slow
-def test_one_model_in_memory_at_a_time(project, script, monkeypatch):
-    """Less than half of one is there when each of three models is taken, and in the end."""
-
-    class Watched(dict):
-        def pop(self, name):
-            held.append(mx.get_active_memory())
-            return super().pop(name)
-
-    held = []
-    monkeypatch.chdir(project)
-    args = argparse.Namespace(version="sample", model="tiny-gemma-3", models="base,adapter,fused")
-    args.temperature, args.top_p, args.top_k, args.seed = 0.8, 1.0, 0, 0
-    args.max_tokens, args.reply_batch, args.batch_tokens = 2, 1, 2048
-    models = Watched(script.find_models(args, Path(BASE), Path(ADAPTER), Path(FUSED)))
-    rows = script.read_rows(args, Path(VALID), Path(BASE), models["base"][1])[:4]
-    script.measure(models, rows, rows[:2], args)
-    held.append(mx.get_active_memory())
-    assert len(held) == 4
-    assert max(held) - held[0] < (project / BASE / "model.safetensors").stat().st_size / 2
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -577,15 +548,11 @@ def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
 
 def chromium(tmp_path, page, *flags):
     """Return the page's DOM as text after it was open for two seconds in a real browser."""
-    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
     mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-    browser = next(
-        filter(None, [*map(shutil.which, names), mac if os.path.exists(mac) else None]), None
-    )
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", mac]
+    browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no Chromium here: apt install chromium"
-        )
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("install chromium to see the page")
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
     quiet += " --disable-background-networking --disable-component-update --disable-sync"
     command = [browser, *quiet.split(), "--virtual-time-budget=2000", *flags]
@@ -597,11 +564,10 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
     asked_for = []
 
     class Server(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
+        def log_request(self, *_):
             asked_for.append(self.path)
-            super().do_GET()
 
-        def log_message(self, *args):
+        def log_error(self, *_):
             pass
 
     handler = functools.partial(Server, directory=tmp_path)
@@ -641,16 +607,6 @@ def test_the_page_fits_a_phone(script, tmp_path):
 
 
 # ---- cut short -----------------------------------------------------------------------------------
-def start_and_wait_for(project, run, text, *args):
-    """Start the script and return its process as soon as it has written `text`."""
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
-    for line in process.stdout:
-        if text in line:
-            return process
-    raise AssertionError(f"{text!r} was never written")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "count", "known"),
@@ -662,7 +618,9 @@ def start_and_wait_for(project, run, text, *args):
         ("write_replies", 2, ["base", "adapter"]),
     ],
 )
-def test_ctrl_c_leaves_a_report_of_what_is_done_or_nothing(project, stage_4, place, count, known):
+def test_ctrl_c_leaves_a_report_of_what_is_done_or_the_one_of_before(
+    project, stage_4, place, count, known
+):
     def interrupt(module):
         calls, original = [], getattr(module, place)
 
@@ -674,43 +632,39 @@ def test_ctrl_c_leaves_a_report_of_what_is_done_or_nothing(project, stage_4, pla
 
         setattr(module, place, call)
 
+    (project / RESULTS).mkdir()
+    (project / RESULTS / "report.html").write_text("previous")
     args = ["--replies", "2", "--max-tokens", "2"]
     code, _, err = stage_4(project, *args, patch=interrupt)
     assert code == 130
     if known is None:
-        assert contents(project / RESULTS) == {}
+        assert contents(project / RESULTS) == {"report.html": b"previous"}
     else:
         assert list(metrics(project)["loss"]) == known
         assert "stopped with Ctrl-C" in page(project) and "stopped with Ctrl-C" in err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait_for", ["testing base, adapter, fused on 80", "base    replies 2/2"])
-def test_a_signal_leaves_the_previous_report_or_a_new_one(project, run, wait_for):
+def test_a_signal_from_outside_does_the_same(project, run):
     (project / VALID).write_bytes((project / VALID).read_bytes() * 8)  # it comes in the middle
-    (project / RESULTS).mkdir(parents=True)
-    (project / RESULTS / "report.html").write_text("previous")
     args = ["--replies", "2", "--reply-batch", "1", "--max-tokens", "4"]
-    process = start_and_wait_for(project, run, wait_for, *args)
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
+    assert any("base    replies 2/2" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in out) == (130, False)
-    if "replies" in wait_for:
-        assert list(metrics(project)["loss"]) == ["base"] and "Nothing to compare" in out
-    else:
-        assert contents(project / RESULTS) == {"report.html": b"previous"}
+    rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in rest) == (130, False)
+    assert list(metrics(project)["loss"]) == ["base"] and "Nothing to compare" in rest
     left = {path.name for path in (project / "data/results").iterdir()}
     assert left <= {NAME, f".{NAME}.lock", ".gitkeep"}
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_starts_is_quiet(project, run):
+    pipe = {"start": subprocess.Popen, "stderr": subprocess.PIPE}
     for wait in 0.3, 1.2:
-        process = run(
-            project, "test_on_validation.py", start=subprocess.Popen, stderr=subprocess.PIPE
-        )
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(wait)
+        process = run(project, "test_on_validation.py", **pipe)
+        time.sleep(wait)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20) == (None, b"") and process.returncode == 130
 
@@ -719,13 +673,12 @@ def test_ctrl_c_while_it_starts_is_quiet(project, run):
     ("folders", "left"),
     [
         ({".r.old": "older", ".r.partial": "newer"}, "older"),  # killed between the two renames
-        ({".r.old": "older"}, "older"),
         ({"r": "newer", ".r.old": "older"}, "newer"),  # killed before the old one was gone
         ({"r": "older", ".r.partial": "half"}, "older"),  # killed while writing
         ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),  # names that users have
     ],
 )
-def test_a_swap_that_was_cut_short_is_finished_or_undone(script, tmp_path, folders, left):
+def test_a_swap_that_was_cut_short_is_undone_or_finished(script, tmp_path, folders, left):
     for name, text in folders.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.html").write_text(text)
@@ -908,41 +861,9 @@ def test_no_code_of_a_base_runs_and_nobody_is_asked(project, run):
     auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
     edit(project / BASE / "config.json", auto_map=auto, model_type="evil")
     edit(project / BASE / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
-    code, shown = on_a_terminal(project, run, "--models", "base", answer=b"y\n" * 9)
-    assert code == 1 and "[y/N]" not in shown and not Path("/tmp/owned").exists()
-    assert re.match(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\r\n$", shown)
-
-
-def on_a_terminal(project, run, *args, answer=b""):
-    """Run the script on a terminal of 100 columns; return its exit code and what it wrote."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    flags = termios.tcgetattr(slave)
-    flags[3] = 0  # no echo
-    termios.tcsetattr(slave, termios.TCSANOW, flags)
-    os.write(master, answer)
-    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
-    child = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **streams)
-    os.close(slave)
-    shown = b""
-    try:
-        while part := os.read(master, 65536):
-            shown += part
-    except OSError:  # Linux: the other end was closed
-        pass
-    return child.wait(60), shown.decode()
-
-
-@pytest.mark.slow
-def test_hostile_chat_is_harmless_on_a_terminal_with_a_progress_bar(project, run):
-    texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE if len(text) < 100]
-    write_rows(project, *(pair(f"{text}\n{text}", text or "?") for text in texts))
-    args = ["--models", "base", "--replies", "4", "--max-tokens", "20"]
-    code, shown = on_a_terminal(project, run, *args)
-    assert code == 0, shown
-    assert re.search(r"base +replies: +\d+%.*\d\d:\d\d<\d\d:\d\d", shown)
-    assert is_readable(re.sub(r"\r|\x1b\[A", "", shown))  # tqdm moves with these two
-    assert is_readable(page(project))
+    done = run(project, "test_on_validation.py", "--models", "base", input="y\n" * 9)
+    assert (done.returncode, done.stdout) == (1, "") and not Path("/tmp/owned").exists()
+    assert re.fullmatch(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\n", done.stderr)
 
 
 @pytest.mark.slow
@@ -954,11 +875,10 @@ def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run,
         (folder / "json.py").write_text("raise SystemExit('json.py ran')")
     odd = {"PYTHONUTF8": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
     odd |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0", "HTTPS_PROXY": "http://x:1"}
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = {"stdin": subprocess.DEVNULL} | dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    options = {"env": odd, "cwd": tmp_path, "start": subprocess.Popen} | pipe
     args = ["--models", "base", "--replies", "1", "--max-tokens", "2"]
-    process = run(
-        tmp_path / "bin", link.name, *args, env=odd, cwd=tmp_path, start=subprocess.Popen, **streams
-    )
+    process = run(tmp_path / "bin", link.name, *args, **options)
     assert f"testing base on 10 rows of {VALID}\n".encode() in iter(process.stdout.readline, b"")
     process.stdout.close()  # as `| head -1` does
     err = process.stderr.read()

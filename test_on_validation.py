@@ -185,9 +185,9 @@ def read_json(path, key):
 
 def missing(kind, name, what, others, make):
     """Fail for lack of it; name what is there, and the command that most likely mends it."""
-    there = sorted(other.parent.name for other in others)
+    there = sorted({path.parent.name for path in others if re.fullmatch(NAME, path.parent.name)})
     forgotten = len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]
-    known = visible(f" (but {', '.join(there)})") if there else ""
+    known = f" (but {', '.join(there)})" if there else ""
     fail(f"there is no {what}{known}", f"export {kind}={there[0]}" if forgotten else make)
 
 
@@ -212,8 +212,8 @@ def find_models(args, base, adapter, fused):
     if not base.is_dir():
         others = base.parent.glob("*/config.json")
         missing("MODEL", args.model, f"folder {base}", others, download)
-    if len(asked) == 3 and not fused.exists():
-        asked.remove("fused")
+    if set(asked) == {"base", "adapter", "fused"} and not fused.exists():
+        asked = ["base", "adapter"]
     models = {}
     if "base" in asked:
         models["base"] = load(download, base)
@@ -749,7 +749,7 @@ def main():
     args = check(settings())
     valid = Path(f"data/for_train/{args.version}/valid.jsonl")
     if not valid.is_file():
-        others = Path("data/for_train").glob("[!.]*/valid.jsonl")
+        others = Path("data/for_train").glob("*/valid.jsonl")
         build = f"VERSION={args.version} python build_train.py"
         missing("VERSION", args.version, f"file {valid}", others, build)
     final = Path("data/results", f"{args.version}_{args.model}")

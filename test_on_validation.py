@@ -655,7 +655,7 @@ def report(facts, table, asked, said, adapter, args):
         cells=cells(table),
         far={who: far_figures(table, who) for who in said if who != "reference"},
         judged=judged,
-        models=[who for who in ("base", judged or "adapter") if who in table["loss"]],
+        models=[who for who in table["loss"] if who in ("base", judged or "adapter")],
         blind=blind,
         sure=math.ceil(len(blind) / 2 + math.sqrt(len(blind))),  # two standard errors over half
         curve=learning_curve(adapter / "losses.csv"),

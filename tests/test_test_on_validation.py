@@ -503,6 +503,11 @@ def test_replies_that_are_no_test_are_left_out_and_equal_ones_stand_once(script,
         assert '<b class="adapter">' not in text
 
 
+def test_a_model_that_is_alone_is_compared_with_none(script, tmp_path):
+    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], ["base"])
+    assert "Loss of the base model:" in text and "→" not in text
+
+
 def test_a_context_that_was_cut_says_so(script):
     def chat(context):
         row = script.Row(1, context, "real", [], [])

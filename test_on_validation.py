@@ -24,16 +24,14 @@ if __name__ == "__main__":
         del sys.path[0]  # the folder of this script: a json.py in it must not run
 
 import csv
-import difflib
 import fcntl
 import hashlib
 import json
 import math
 import re
 import shutil
-import subprocess
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +48,6 @@ try:
     import numpy as np
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.sample_utils import make_sampler
-    from mlx_lm.utils import load_adapters
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -73,19 +70,19 @@ def settings():
         epilog="Sampling that is not given is as generation_config.json of the base says.",
     )
     parser.error = lambda what: fail(what, f"{ME} --help", code=2)
-    add, env = parser.add_argument, os.environ.get
+    add, env, count, some = parser.add_argument, os.environ.get, within(int, 0), within(int, 1)
     add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
     add("--model", default=env("MODEL") or DEFAULTS["MODEL"], help="models/base/MODEL")
     add("--models", default="base,adapter,fused", help="which of the three to test")
-    add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
-    add("--show", type=int, default=20, help="rows of the blind test in the report; 0 none")
-    add("--temperature", type=float, help="0 always the likeliest word, 1 as the model would, to 2")
-    add("--top-p", type=float, help="draw from the likeliest words with this share in all, 0 to 1")
-    add("--top-k", type=int, help="draw from so many of the likeliest words; 0 all")
-    add("--max-tokens", type=int, default=60, help="tokens of the longest reply, 1 or more")
-    add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
-    add("--reply-batch", type=int, default=BATCH, help="replies written at a time")
-    add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
+    add("--replies", type=count, default=100, help="rows that every model answers; 0 none")
+    add("--show", type=count, default=20, help="rows of the blind test in the report; 0 none")
+    add("--temperature", type=within(float, 0, 2), help="0 the likeliest word, 1 as learned, to 2")
+    add("--top-p", type=within(float, 0, 1), help="draw from words with this share in all")
+    add("--top-k", type=count, help="draw from so many of the likeliest words; 0 all")
+    add("--max-tokens", type=some, default=60, help="tokens of the longest reply")
+    add("--seed", type=count, default=0, help="same seed: same rows; same machine: same replies")
+    add("--reply-batch", type=some, default=BATCH, help="replies written at a time")
+    add("--batch-tokens", type=some, default=2048, help="tokens read at a time; less saves memory")
     return parser.parse_args()
 
 
@@ -103,34 +100,35 @@ STYLE = {
     "several lines": lambda text: "\n" in text,
     "looping": LOOP.search,  # the same piece four times: "sa sa sa sa", not "hahahaha"
 }
+TERMINAL = ["loss", "told apart", "length"]  # the figures that are printed, too
 FEW = 30  # of fewer rows or replies the report says that they are few
-PATIENCE = 60  # seconds in which a model must open, and a chat template be filled in
-LONGEST_ROW = 8192  # tokens, where settings.json does not say
 # ---- end of the settings ------------------------------------------------------------------------
 
-RANGES = {"temperature": (0, 2), "top_p": (0, 1), "top_k": (0, 1000), "seed": (0, 2**32 - 1)}
-RANGES |= dict.fromkeys(("replies", "show"), (0, 10**9))
-RANGES |= dict.fromkeys(("max_tokens", "reply_batch", "batch_tokens"), (1, 10**9))
 NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 
 
+def within(kind, least, most=2**31):
+    """Return the function that reads such a number from the command line."""
+
+    def read(text):
+        if not least <= kind(text) <= most:
+            raise ArgumentTypeError(f"{text} is not {least} to {most}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it
+    return read
+
+
 def check(args):
-    """Return the settings, or fail if one cannot be. Those of SAMPLING may be None, not given."""
-    for name, (least, most) in RANGES.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            what = f"--{name.replace('_', '-')} is {value}, not {least} to {most}"
-            fail(what, f"{ME} --help", code=2)
+    """Return the settings, or fail if a name cannot be one."""
     if not set(args.models.split(",")) <= {"base", "adapter", "fused"}:
         what = f"--models is {args.models!a}, not made of base,adapter,fused"
         fail(what, f"{ME} --models base,adapter", code=2)
     for kind, name in ("VERSION", args.version), ("MODEL", args.model):
         if not re.fullmatch(NAME, name):
-            last = re.sub(r"[^\w.-]", "-", name.rstrip("/").split("/")[-1], flags=re.ASCII)
-            fix = f"{kind}={last.lstrip('.-') or DEFAULTS[kind]} {ME}"
-            if kind == "MODEL" and re.fullmatch(r"(?!models)[\w-]+/[\w.-]+", name):
-                fix = f"hf download {name} --local-dir models/base/{last}; {fix}"
-            fail(f"{kind} is {name!a}, not letters, digits, '.', '_' and '-'", fix)
+            last = re.search(rf"({NAME})?/*$", name)[1] or DEFAULTS[kind]
+            what = f"{kind} is {name!a}, not letters, digits, '.', '_' and '-'"
+            fail(what, f"{kind}={last} {ME}")
     return args
 
 
@@ -138,6 +136,10 @@ def check(args):
 def fail(what, fix, code=1):
     say(f"error: {what}. FIX: {fix}", sys.stderr)
     sys.exit(code)
+
+
+def in_short(error):
+    return visible(" ".join(str(error).split()), 200)
 
 
 def say(text, stream=None):
@@ -173,61 +175,33 @@ def defuse(text):
 
 
 # ---- what is there ------------------------------------------------------------------------------
-def read_json(path, *keys):
-    """Return what a JSON file says under the keys; None if it is not there, broken or odd."""
+def read_json(path, key):
+    """Return what a JSON file says under a key; None if it is not there, broken or odd."""
     try:
-        found = json.loads(Path(path).read_bytes())
-        for key in keys:
-            found = found[key]
+        return json.loads(Path(path).read_bytes())[key]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return found
 
 
 def missing(kind, name, what, others, make):
     """Fail for lack of it; name what is there, and the command that most likely mends it."""
-    there = sorted(other.name for other in others if re.fullmatch(NAME, other.name))
-    near = difflib.get_close_matches(name, there, 1, 0.8)
-    fix = f"{kind}={near[0]} {ME}" if near else make
-    if len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]:
-        fix = f"export {kind}={there[0]}"  # a newcomer forgot it
+    there = sorted({path.parent.name for path in others if re.fullmatch(NAME, path.parent.name)})
+    forgotten = len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]
     known = f" (but {', '.join(there)})" if there else ""
-    fail(f"there is no {what}{known}", fix)
+    fail(f"there is no {what}{known}", f"export {kind}={there[0]}" if forgotten else make)
 
 
-def check_owner(args, path, wanted, *keys):
-    """Fail if a file says that its folder is of another model or version.
-
-    VERSION=a_b MODEL=c and VERSION=a MODEL=b_c have the same folders.
-    """
-    for key, name in wanted.items():
-        owner = read_json(path, *keys, key)
-        if isinstance(owner, str) and Path(owner).name != name:
-            copy = f"cp -R data/for_train/{args.version} data/for_train/{args.version}-2"
-            fix = f"{copy}; VERSION={args.version}-2 MODEL={args.model} ./fine_tune.sh"
-            fail(f"{path} is of another model or version: {visible(owner, 100)}", fix)
-
-
-@contextmanager
-def guard(what, fix):
-    """Fail with an error if what is done within raises one, or does not end."""
-    signal.signal(signal.SIGALRM, lambda *_: fail(f"{what}: no end in {PATIENCE} s", fix))
-    signal.alarm(PATIENCE)
-    try:
-        yield
-    except Exception as e:  # whatever is wrong with the files of a model
-        fail(f"{what}: {visible(' '.join(str(e).split()), 200)}", fix)
-    finally:
-        signal.alarm(0)
-
-
-def load(folder, fix):
+def load(fix, folder, adapter=None):
     """Return (model, tokenizer). All files are checked; weights are not read before their use."""
-    layers = read_json(folder / "config.json", "num_hidden_layers")
-    if type(layers) is int and layers > 1000:  # it would fill the memory
-        fail(f"{folder}/config.json says {layers} layers", fix)
-    with guard(f"{folder} does not load", fix):  # code that comes with a model: never, nor asked
-        return mlx_lm.load(str(folder), lazy=True, tokenizer_config={"trust_remote_code": False})
+    last = adapter or folder
+    if not last.is_dir():
+        fail(f"there is no folder {last}", fix)
+    options = {"lazy": True, "adapter_path": adapter and str(adapter)}
+    options["tokenizer_config"] = {"trust_remote_code": False}  # no code of a model, nor a question
+    try:
+        return mlx_lm.load(str(folder), **options)
+    except Exception as e:  # whatever is wrong with the files of a model
+        fail(f"{last} does not load: {in_short(e)}", fix)
 
 
 def find_models(args, base, adapter, fused):
@@ -235,44 +209,19 @@ def find_models(args, base, adapter, fused):
     run, asked = f"VERSION={args.version} MODEL={args.model}", args.models.split(",")
     download = f"hf download mlx-community/{args.model} --local-dir {base}"
     train = f"{run} ./fine_tune.sh, or test the base model alone: {run} {ME} --models base"
-    if len(asked) == 3 and not fused.exists():
-        asked.remove("fused")
-    if not base.is_dir() and asked != ["fused"]:
-        others = [path.parent for path in base.parent.glob("*/config.json")]
+    if not base.is_dir():
+        others = base.parent.glob("*/config.json")
         missing("MODEL", args.model, f"folder {base}", others, download)
-    for name, folder, fix in ("adapter", adapter, train), ("fused", fused, f"{run} ./fuse.sh"):
-        if name in asked and not folder.is_dir():
-            fail(f"there is no folder {folder}", fix)
+    if set(asked) == {"base", "adapter", "fused"} and not fused.exists():
+        asked = ["base", "adapter"]
     models = {}
     if "base" in asked:
-        models["base"] = load(base, download)
+        models["base"] = load(download, base)
     if "adapter" in asked:
-        check_owner(args, adapter / "adapter_config.json", {"model": args.model})
-        model, tokenizer = load(base, download)
-        with guard(f"{adapter} does not load", train):
-            models["adapter"] = load_adapters(model, str(adapter)).eval(), tokenizer
+        models["adapter"] = load(train, base, adapter)
     if "fused" in asked:
-        owner = {"base": args.model, "version": args.version}
-        check_owner(args, fused / "fused_from.json", owner)
-        models["fused"] = load(fused, f"{run} ./fuse.sh")
+        models["fused"] = load(f"{run} ./fuse.sh", fused)
     return models
-
-
-def find_warnings(args, models, adapter, fused, valid):
-    """Return what is doubtful about the files that are there."""
-    fuse = f"VERSION={args.version} MODEL={args.model} ./fuse.sh"
-    found = []
-    if len(models) == 2 and args.models == "base,adapter,fused":
-        found.append(f"there is no fused model to test; to make it: {fuse}")
-    checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
-    trained = adapter / "lora_config.yaml"
-    if "adapter" in models and trained.is_file() and checksum.strip() not in trained.read_bytes():
-        what = "valid.jsonl is not the one of the training"
-        found.append(f"{what}: the adapter may have learned some of its rows")
-    if "fused" in models and is_stale(adapter, fused):
-        what = "the fused model was made from another adapter than the one there now"
-        found.append(f"{what}: {fuse}")
-    return found
 
 
 def is_stale(adapter, fused):
@@ -282,6 +231,19 @@ def is_stale(adapter, fused):
     if made_from is None or not weights.is_file():
         return False
     return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
+
+
+def find_warnings(args, models, stale):
+    """Return what the figures will lack, said on the terminal, too."""
+    found = []
+    if len(models) == 2 and args.models == "base,adapter,fused":
+        found.append("there is no fused model to test")
+    if "fused" in models and stale:
+        found.append("the fused model was made from another adapter than the one there now")
+    found = [f"{w}; to make it: VERSION={args.version} MODEL={args.model} ./fuse.sh" for w in found]
+    for warning in found:
+        say(f"warning: {warning}", sys.stderr)
+    return found
 
 
 # ---- the validation rows ------------------------------------------------------------------------
@@ -325,10 +287,8 @@ def read_rows(args, valid, base, tokenizer):
     other = f"MODEL={DEFAULTS['MODEL']} ./fine_tune.sh, or another instruct model (-it, -Instruct)"
     if not tokenizer.has_chat_template:
         fail(f"{base} has no chat template", other)
-    settings = valid.with_name("settings.json")
-    longest = read_json(settings, "max_seq_length")
-    longest = longest if type(longest) is int else LONGEST_ROW
-    author = read_json(settings, "authors", 0) or "reply"
+    authors = read_json(valid.with_name("settings.json"), "authors") or ["reply"]
+    names = {"user": "", "assistant": f"{authors[0]}: "}
     rows = []
     for number, line in enumerate(valid.read_bytes().splitlines(), 1):
         where = f"{valid} line {number}"
@@ -337,15 +297,14 @@ def read_rows(args, valid, base, tokenizer):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             shapes = '{"prompt": text, "completion": text} or {"messages": [user, assistant, …]}'
             fail(f"{where} is not {shapes} in UTF-8", build)
-        with guard(f"the chat template of {base} fails on {where}", other):
+        try:
             ask = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)
             tokens = tokenizer.apply_chat_template(chat)
+        except Exception as e:  # a template is a program
+            fail(f"the chat template of {base} fails on {where}: {in_short(e)}", other)
         if not ask or tokens[: len(ask)] != ask or len(tokens) == len(ask):
             what = f"the chat template of {base} begins a reply otherwise than it goes on"
             fail(f"{what}, so no loss is that of the reply alone ({where})", other)
-        if len(tokens) > longest:
-            fail(f"{where} has {len(tokens):,} tokens, more than {longest:,}", build)
-        names = {"user": "", "assistant": f"{author}: "}
         context = "\n".join(names[m["role"]] + m["content"] for m in chat[:-1])
         rows.append(Row(number, context, chat[-1]["content"], ask, tokens))
     if not rows:
@@ -377,16 +336,14 @@ def row_losses(model, rows, batch_tokens, label=""):
         batches.append(order[:size])
         del order[:size]
     for batch in progress(batches, label):
-        width = len(rows[batch[0]].tokens)
-        padded = np.zeros((len(batch), width), int)
-        scored = []  # (which of the batch, place of a token of its completion)
-        for i, place in enumerate(batch):
-            row = rows[place]
+        padded = np.zeros((len(batch), len(rows[batch[0]].tokens)), int)
+        scored = np.zeros(padded.shape, bool)  # the tokens of completions
+        for i, row in enumerate(rows[place] for place in batch):
             padded[i, : len(row.tokens)] = row.tokens
-            scored += [(i, token) for token in range(len(row.ask), len(row.tokens))]
-        which, token = np.array(scored).T
+            scored[i, len(row.ask) : len(row.tokens)] = True
+        which, token = scored.nonzero()
         logits = model(mx.array(padded[:, :-1]))[mx.array(which), mx.array(token - 1)]
-        targets = mx.array(padded[which, token])
+        targets = mx.array(padded[scored])
         losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
         sums[batch] = np.bincount(which, np.array(losses), len(batch))
     return sums
@@ -396,11 +353,8 @@ def set_sampling(args, base):
     """Set what is not given of SAMPLING as generation_config.json of the base says, if it does."""
     for name, usual in SAMPLING.items():
         said = read_json(base / "generation_config.json", name)
-        least, most = RANGES[name]
-        if type(said) not in (int, float) or not least <= said <= most:
-            said = usual
         if getattr(args, name) is None:
-            setattr(args, name, type(usual)(said))
+            setattr(args, name, usual if said is None else said)
 
 
 def write_replies(model, tokenizer, rows, args, done, label=""):
@@ -443,7 +397,7 @@ def measure(models, rows, asked, args):
         return nats, replies, True
     except (MemoryError, RuntimeError, ValueError) as e:
         fix = f"if memory ran out: {ME} --batch-tokens 512 --reply-batch 1"
-        fail(f"a model cannot be computed: {visible(str(e), 200)}", fix)
+        fail(f"a model cannot be computed: {in_short(e)}", fix)
     finally:
         signal.signal(signal.SIGINT, quit_at_once)
     return nats, replies, False
@@ -469,9 +423,6 @@ def loss_figures(table, nats, counts):
     if len(gains) == 2 and table["gain"]["adapter"] > 2 * table["gain error"]["adapter"]:
         kept = ratio(gains["fused"], gains["adapter"])
         table["kept"]["fused"], table["kept error"]["fused"] = kept
-    for who, loss in table["loss"].items():
-        table["perplexity"][who] = math.exp(min(loss, 700))
-        table["perplexity error"][who] = table["perplexity"][who] * table["loss error"][who]
 
 
 def told_apart(real, made):
@@ -494,47 +445,30 @@ def told_apart(real, made):
     return picked, math.sqrt(near * (1 - near) / len(real))
 
 
-def style_figures(table, who, texts, rows):
-    """Add shares of the replies {line: text}."""
-    count = len(texts)
-    lengths = np.array([len(text) for text in texts.values()])
+def style_figures(table, who, texts):
+    """Add the length and the shares of STYLE of some replies."""
+    lengths = np.array([len(text) for text in texts])
     table["length"][who] = float(lengths.mean())
-    table["length error"][who] = float(lengths.std() / math.sqrt(count))
+    table["length error"][who] = float(lengths.std() / math.sqrt(len(texts)))
     for name, found in STYLE.items():
-        table[name][who] = sum(bool(found(text)) for text in texts.values()) / count
+        table[name][who] = sum(bool(found(text)) for text in texts) / len(texts)
+    table["replies"][who] = len(texts)
 
-    def fold(text):
-        return re.sub("[ \t]+", " ", text.casefold())
 
-    said = {line: fold(text) for line, text in texts.items()}
-    copied = 0
-    for row in rows:
-        lines = fold(row.context).split("\n")
-        lines += [line.partition(": ")[2] for line in lines]  # "ann: hi" without the name
-        reply = said.get(row.line)
-        copied += bool(reply) and reply in lines
-    table["copied"][who] = copied / count
-    table["distinct"][who] = len(set(said.values())) / count
-    reply, times = Counter(said.values()).most_common(1)[0]
-    if times > 1:
-        table["most repeated"][who] = reply[:16] or "(nothing)"
-        table["its share"][who] = times / count
-    table["replies"][who] = count
+def count_words(texts):
+    """Return in how many texts each word is: ["no no", "no ma"] → {"no": 2, "ma": 1}."""
+    found = [set(re.findall(r"[^\W\d_]{2,}", text.casefold())) for text in texts]
+    return Counter(word for words in found for word in words)
 
 
 def word_figures(table, said):
     """Add which of the words that one of 20 real replies has, at most 20, never come up."""
-
-    def words(texts):
-        found = [set(re.findall(r"[^\W\d_]{2,}", text.casefold())) for text in texts.values()]
-        return Counter(word for each in found for word in each)
-
-    often = max(5, len(said["reference"]) / 20)
-    common = words(said["reference"]).most_common(20)
-    favourites = [word for word, count in common if count >= often]
+    real = said["reference"]
+    common = count_words(real.values()).most_common(20)
+    favourites = [word for word, count in common if count >= max(5, len(real) / 20)]
     for who, texts in said.items():
-        if favourites and len(texts) == len(said["reference"]):
-            used = words(texts)
+        if favourites and len(texts) == len(real):
+            used = count_words(texts.values())
             gone = [word for word in favourites if word not in used]
             table["favourite words"][who] = 1 - len(gone) / len(favourites)
             table["missing words"][who] = ", ".join(gone)
@@ -544,20 +478,19 @@ def figures(rows, asked, nats, replies, args):
     """Return the figures and the texts {"reference": {line: text}, …}, of whom there are any."""
     table = defaultdict(dict)
     loss_figures(table, nats, np.array([row.length() for row in rows]))
-    real = {row.line: visible(row.reference) for row in asked}
-    said = {"reference": real}
-    long = [row for row in asked if row.length() > args.max_tokens + 1]
-    unfinished = {"reference": len(long)}
-    for who, done in replies.items():
+    real = {
+        row.line: (visible(row.reference), row.length() <= args.max_tokens + 1) for row in asked
+    }
+    said = {}
+    for who, done in ({"reference": real} | replies).items():
+        if not done:
+            continue
         said[who] = {line: text for line, (text, _) in done.items()}
-        unfinished[who] = sum(not ended for _, ended in done.values())
-        if len(done) >= 20:
-            pair = told_apart([real[line] for line in done], list(said[who].values()))
+        if who != "reference" and len(done) >= 20:
+            pair = told_apart([real[line][0] for line in done], list(said[who].values()))
             table["told apart"][who], table["told apart error"][who] = pair
-    said = {who: texts for who, texts in said.items() if texts}
-    for who, texts in said.items():
-        style_figures(table, who, texts, asked)
-        table["unfinished"][who] = unfinished[who] / len(texts)
+        style_figures(table, who, said[who].values())
+        table["unfinished"][who] = sum(not ended for _, ended in done.values()) / len(done)
     if said:
         word_figures(table, said)
     return table, said
@@ -577,13 +510,11 @@ def shown(table, name, who):
         return str(value)
     if name == "loss":  # as exact as the gain: what it is for is to be compared
         error = min(table["gain error"].values(), default=error)
-    if name in ("loss", "perplexity"):
         return f"{value:,.{places(error)}f}"
     if name in ("gain", "length"):
         return f"{value:,.{places(error)}f} ± {error:,.{places(error)}f}"
     if error is not None:
-        digits = min(1, places(100 * error))
-        return f"{value:.{digits}%} ± {error:.{digits}%}"
+        return f"{value:.0%} ± {error:.0%}"
     few = count < FEW and name != "favourite words"
     return f"{value * count:.0f} of {count}" if few else f"{value:.0%}"
 
@@ -596,13 +527,11 @@ def cells(table):
     return {name: {who: shown(table, name, who) for who in everyone} for name in names}
 
 
-def as_text(table):
-    """Return the figures for a terminal, a line each."""
-    rows = cells(table)
-    rows.pop("missing words", None)  # too long for a line
-    lines = [["", *next(iter(rows.values()))]]
-    lines += [[name, *texts.values()] for name, texts in rows.items()]
-    return "\n".join("".join(f"{text:>17}" for text in line) for line in lines)
+def as_text(cells):
+    """Return the most important figures for a terminal, a line each."""
+    lines = [["", *cells["loss"]]]
+    lines += [[name, *cells[name].values()] for name in TERMINAL if name in cells]
+    return "\n".join("".join(f"{text:>14}" for text in line) for line in lines)
 
 
 # ---- the verdict: sentences, each with a kind: "good", "mixed" or "bad" -------------------------
@@ -659,14 +588,6 @@ def sounds(table, who):
         pairs = f"in {shown(table, 'told apart', who)} of the pairs"
         told = f"A classifier tells its replies from the real ones {pairs}{than}"
         yield "good", f"{told}; 50% would be perfect."
-    for name, what in (
-        ("its share", f"are “{table['most repeated'].get(who)}”"),
-        ("looping", "say the same piece over and over"),
-    ):
-        share, real = table[name].get(who, 0), table[name].get("reference", 0)
-        if share > max(0.3, 2 * real) and table["replies"][who] >= 5:
-            yield "bad", f"It repeats itself: {share:.0%} of its replies {what}."
-            return
     far = []
     for name in far_figures(table, who):
         mine, real = (shown(table, name, m).partition(" ±")[0] for m in (who, "reference"))
@@ -687,9 +608,8 @@ def verdict(table, count, bits):
         found.append(keeps(table, bits))
     who = next((who for who in ("fused", "adapter") if who in table["replies"]), None)
     found += sounds(table, who) if who else []
-    kinds = {kind for kind, _ in found}
-    worst = next(kind for kind in ("bad", "mixed", "good") if kind in kinds)
-    return worst, [sentence for _, sentence in found]
+    kinds, sentences = zip(*found, strict=True)
+    return max(kinds, key=("good", "mixed", "bad").index), list(sentences)
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -699,84 +619,67 @@ def learning_curve(path):
         with path.open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"]]
         curve = [(int(row["iteration"]), float(row["val_loss"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+    except (OSError, ValueError, KeyError, csv.Error):
         return []
-    fine = all(0 <= place < 10**9 and 0 <= loss < 10**3 for place, loss in curve)
-    return curve if fine and len(curve) > 1 and curve[-1][0] else []
+    return curve if len(curve) > 1 and curve[-1][0] else []
 
 
-def excerpt(context):
-    """Return the end of a chat: how many lines stood before it, its last ones, the instruction."""
-    chat, found, instruction = context.rpartition("\n\n")
-    if not found:
-        chat, instruction = context, ""
-    lines = chat.split("\n")
-    last = [visible(line, 200) for line in lines[-4:]]
-    return {"earlier": len(lines) - len(last), "lines": last, "ask": visible(instruction, 200)}
+def blind_cards(asked, said, judged, seed):
+    """Return what the page shows of the rows in which the judged model said something else.
 
-
-def cards(asked, said, judged, seed):
-    """Return what the page shows of each row: its chat, all replies, and two as a blind pair."""
+    {"chat": ["ann: hi"], …, "pair": ["yo", "hello"], "real": "B", "others": {"base": "Hi!"}}
+    """
     coin = np.random.default_rng(seed)
-    made = []
+    cards = []
     for row in asked:
         texts = {who: visible(said[who][row.line], 500) for who in said if row.line in said[who]}
-        pair = [texts["reference"], texts.get(judged, "")]
-        if texts.get("adapter") == texts.get("fused"):
-            texts.pop("adapter", None)  # the same twice
+        real, reply = texts.pop("reference"), texts.pop(judged, "")
+        if reply in ("", real):
+            continue
+        chat = row.context.split("\n")
+        card = {"chat": [visible(line, 200) for line in chat[-6:]], "earlier": len(chat) - 6}
         turned = int(coin.integers(2))
-        card = excerpt(row.context)
-        card |= {"texts": texts, "pair": pair[::-1] if turned else pair, "real": "AB"[turned]}
-        made.append(card | {"blind": pair[1] not in ("", pair[0])})
-    return made
+        card |= {"pair": [reply, real] if turned else [real, reply], "real": "AB"[turned]}
+        card["others"] = {who: text for who, text in texts.items() if text != reply}
+        cards.append(card)
+    return cards
 
 
 def report(facts, table, asked, said, adapter, args):
     """Return the page. The text of the chat is escaped by jinja2."""
     judged = next((who for who in ("fused", "adapter", "base") if who in said), None)
-    made = cards(asked, said, judged, args.seed) if judged else []
-    blind = [card for card in made if card["blind"]][: args.show]
-    others = [card for card in made if card not in blind][: args.show]
-    lengths = {who: [len(text) for text in texts.values()] for who, texts in said.items()}
+    blind = blind_cards(asked, said, judged, args.seed)[: args.show] if judged else []
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(PAGE).render(
         facts,
         cells=cells(table),
         far={who: far_figures(table, who) for who in said if who != "reference"},
-        told=table["told apart"],
         judged=judged,
-        models=[who for who in ("base", judged or "adapter") if who in table["loss"]],
+        models=[who for who in table["loss"] if who in ("base", judged or "adapter")],
         blind=blind,
-        others=others,
         sure=math.ceil(len(blind) / 2 + math.sqrt(len(blind))),  # two standard errors over half
         curve=learning_curve(adapter / "losses.csv"),
-        lengths={who: list(np.percentile(n, [10, 50, 90])) for who, n in lengths.items()},
     )
 
 
 # ---- written whole or not at all ----------------------------------------------------------------
-def beside(final, kind):
-    """Return data/results/.v1_M.partial, and the like, a name that no VERSION gives."""
-    return final.with_name(f".{final.name}.{kind}")
+def beside(final):
+    """Return data/results/.v1_M.lock, .partial and .old, names that no VERSION gives."""
+    return [final.with_name(f".{final.name}.{kind}") for kind in ("lock", "partial", "old")]
 
 
 @contextmanager
 def held(final):
     """Hold the folder of the results for this run alone; the kernel lets go of it at the end."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.is_symlink() or (final.exists() and not final.is_dir()):
-        fail(f"{final} is not a folder", f"mv {final} {final}.mine")
-    for folder in final.parent, final:
-        if folder.exists() and not os.access(folder, os.W_OK):
-            fail(f"{folder} cannot be written to", f"chmod u+w {folder}")
-    with beside(final, "lock").open("a") as lock:
+    lock, partial, old = beside(final)
+    with lock.open("a") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another run is writing {final}", "wait until it is done, or end it")
-        partial, old = beside(final, "partial"), beside(final, "old")
         if old.exists() and not final.exists():  # killed between the two renames of write()
-            (partial if partial.exists() else old).rename(final)
+            old.rename(final)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         yield
@@ -784,10 +687,11 @@ def held(final):
 
 def write(final, page, facts, asked, said):
     """Write the three files beside the final folder, then put them in its place."""
-    partial, old = beside(final, "partial"), beside(final, "old")
+    _, partial, old = beside(final)
     partial.mkdir()
     (partial / "report.html").write_text(page, encoding="utf-8")
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
+    text = json.dumps(known, indent=2, ensure_ascii=False)
     (partial / "metrics.json").write_text(text, encoding="utf-8")
     with (partial / "generations.csv").open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)  # -sig is a mark for Excel
@@ -799,6 +703,8 @@ def write(final, page, facts, asked, said):
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    for name in "report.html", "generations.csv", "metrics.json":
+        say(final / name)
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -807,39 +713,32 @@ def test(args, valid, final):
     base = Path("models/base", args.model)
     adapter = Path("models/adapters", f"adapter-{final.name}")
     fused = Path("models/fused", f"fused-{final.name}")
-    owner = {"version": args.version, "model": args.model}
-    check_owner(args, final / "metrics.json", owner, "settings")
     models = find_models(args, base, adapter, fused)
     rows = read_rows(args, valid, base, next(iter(models.values()))[1])
-    warnings = find_warnings(args, models, adapter, fused, valid)
     set_sampling(args, base)
     drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
     asked = [rows[place] for place in drawn]
-    for warning in warnings:
-        say(f"warning: {warning}", sys.stderr)
+    stale = is_stale(adapter, fused)
+    warnings = find_warnings(args, models, stale)
     say(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
-
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:
         warnings.append("stopped with Ctrl-C: this is what was done so far")
         say(f"\nwarning: {warnings[-1]}", sys.stderr)
+
     table, said = figures(rows, asked, nats, replies, args)
-    if is_stale(adapter, fused):
-        table["kept"].clear()  # the fuse is not to blame for the difference
+    if stale:  # the fuse is not to blame for the difference
+        table["kept"].clear()
         table["kept error"].clear()
     bits = read_json(fused / "fused_from.json", "bits")
     kind, sentences = verdict(table, len(rows), str(bits))
-    say("\n".join(["", *sentences, "", as_text(table), ""]))
+    say("\n".join(["", *sentences, "", as_text(cells(table)), ""]))
     facts = {"kind": kind, "verdict": " ".join(sentences), "warnings": warnings}
     facts |= {"settings": vars(args), "rows": len(rows)}
     facts["tokens"] = sum(row.length() for row in rows)
     facts["versions"] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
     page = report(facts | {"sentences": sentences}, table, asked, said, adapter, args)
-    known = {name: values for name, values in table.items() if values}
-    known = json.loads(json.dumps(known), parse_constant=lambda _: None)  # JSON knows no NaN
-    write(final, page, facts | known, asked, said)
-    for name in "report.html", "generations.csv", "metrics.json":
-        say(final / name)
+    write(final, page, facts | {name: table[name] for name in table if table[name]}, asked, said)
     return 130 if stopped else 0
 
 
@@ -850,8 +749,7 @@ def main():
     args = check(settings())
     valid = Path(f"data/for_train/{args.version}/valid.jsonl")
     if not valid.is_file():
-        rows = Path("data/for_train").glob("*/valid.jsonl")
-        others = [path.parent for path in rows if path.is_file()]
+        others = Path("data/for_train").glob("*/valid.jsonl")
         build = f"VERSION={args.version} python build_train.py"
         missing("VERSION", args.version, f"file {valid}", others, build)
     final = Path("data/results", f"{args.version}_{args.model}")
@@ -875,7 +773,6 @@ PAGE = """<!doctype html>
   --line: light-dark(#e5e1db, #34363b);
   --ink: light-dark(#2b2926, #e8e6e2);
   --soft: light-dark(#68625a, #a9a59d);
-  --reference: light-dark(#68625a, #b5b0a7);
   --base: light-dark(#9a4a22, #e59a6c);
   --adapter: light-dark(#27619f, #85b5ec);
   --fused: light-dark(#1d6a4b, #74c9a3);
@@ -885,7 +782,7 @@ PAGE = """<!doctype html>
 }
 * { box-sizing: border-box }
 body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 66rem;
+  margin: 0 auto; padding: 2rem 1rem; max-width: 66rem;
   background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere;
@@ -894,126 +791,34 @@ h1, h2, .big { font-family: ui-serif, Georgia, "Times New Roman", serif; font-we
 h1 { margin: .2rem 0 .6rem; font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.2 }
 h2 { margin: 0; font-size: 1.2rem }
 p { margin: .4rem 0 }
-header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
-header p { max-width: 46rem }
-.soft { color: var(--soft); font-size: .875rem }
-.warning { margin: 1rem 0 0; padding: .5rem .8rem; border: 1px solid var(--mixed);
-  border-radius: .5rem }
-.two, .pair { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
-.panel { margin: 1.25rem 0 0; padding: 1.1rem 1.25rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .75rem; min-width: 0 }
-.two > .panel { margin-top: 0 } .two { margin-top: 1.75rem }
-.big { margin: .3rem 0; font-size: 2rem; line-height: 1.2 }
-.big small { font-size: 1rem; color: var(--soft) }
-svg { display: block; width: 100%; height: auto; fill: currentColor }
-svg text { font-family: system-ui, sans-serif !important }
-.plot { margin-top: 1rem; fill: none; stroke: var(--adapter); stroke-width: 2; overflow: visible }
-.plot text { fill: var(--soft); stroke: none; font-size: 12px }
-.plot circle { fill: var(--adapter) } .plot path { stroke: var(--line); stroke-width: 1 }
-.bars { display: grid; grid-template-columns: max-content 1fr; gap: .35rem .8rem; margin-top: 1rem;
-  align-items: center; font-size: .875rem }
-.bars span { position: relative; height: .5rem; border-radius: 1rem; background: var(--line) }
-.bars i { position: absolute; top: 0; height: 100%; border-radius: 1rem; background: currentColor;
-  opacity: .45 }
-.bars i + i { top: -.15rem; width: .8rem; height: .8rem; margin-left: -.4rem; opacity: 1 }
-.scale { position: relative; height: .4rem; margin: 1.4rem .5rem .4rem; border-radius: 1rem;
-  background: linear-gradient(to right, var(--good), var(--line)) }
-.scale i { position: absolute; top: -.3rem; width: 1rem; height: 1rem; margin-left: -.5rem;
-  border: 2px solid var(--card); border-radius: 50% }
-.ends { display: flex; justify-content: space-between }
-.wide { overflow-x: auto; overflow-wrap: normal }
-table { width: 100%; border-collapse: collapse }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-weight: 400; vertical-align: top }
-tr > :first-child { padding-left: 0; text-align: left; color: var(--soft) }
-tr > :last-child { padding-right: 0 }
-thead th { font-weight: 600; vertical-align: bottom }
-tbody tr:last-child > * { border-bottom: 0 }
-.far { color: var(--mixed); font-weight: 600 }
-td + td { white-space: nowrap } .error { color: var(--soft) }
-th .soft { font-size: .75em; font-weight: 400 }
-.words td + td { white-space: normal; font-size: .875rem; overflow-wrap: anywhere;
-  max-width: 9rem }
-.chat { padding-bottom: .6rem; margin-bottom: .8rem; border-bottom: 1px solid var(--line) }
-.chat p, .said p { margin: .15rem 0; white-space: pre-wrap; unicode-bidi: isolate }
-.said b { font-size: .8125rem; font-weight: 600; letter-spacing: .02em }
-.pair { gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)) }
-.pair .said { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .5rem }
 summary { cursor: pointer; color: var(--soft) }
-summary h2 { display: inline; color: var(--ink) }
-.card > details { margin-top: .8rem } .card details .pair { margin-top: .6rem }
-.reference { color: var(--reference) } .base { color: var(--base) }
-.adapter { color: var(--adapter) } .fused { color: var(--fused) }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.25rem; margin: .8rem 0 0 }
-dt { font-weight: 600 } dd { margin: 0 }
-@media (max-width: 40rem) {
-  body { padding: 1.5rem .9rem 3rem }
-  table { font-size: .75rem } .words td { font-size: .6875rem } .error { display: none }
-  th, td { padding: .35rem .2rem } .panel { padding: .9rem }
-  dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .6rem }
-}
+header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
+.soft { color: var(--soft); font-size: .875rem }
+.base { color: var(--base) } .adapter { color: var(--adapter) } .fused { color: var(--fused) }
+.far { color: var(--mixed); font-weight: 600 }
+.panel { margin: 1.25rem 0 0; padding: 1.1rem; min-width: 0; overflow-x: auto;
+  background: var(--card); border: 1px solid var(--line); border-radius: .75rem }
+.two { display: grid; gap: 0 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
+.big { margin: .3rem 0; font-size: 2rem; line-height: 1.2 }
+svg { margin-top: 1rem; width: 100%; fill: none; stroke: var(--adapter); overflow: visible }
+svg text { fill: var(--soft); stroke: none; font-size: 12px }
+table { width: 100%; border-collapse: collapse; overflow-wrap: normal }
+th, td { padding: .35rem .3rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; font-weight: 400 }
+tr > :first-child { text-align: left; color: var(--soft) }
+.said p { margin: .15rem 0; white-space: pre-wrap; unicode-bidi: isolate }
+@media (max-width: 40rem) { table { font-size: .75rem } }
 </style>
-{% macro chat(card) %}
-<div class="chat">
-{% if card.earlier %}<p class="soft">… {{ card.earlier }} earlier lines</p>{% endif %}
-{% for line in card.lines %}<p dir="auto">{{ line }}</p>{% endfor %}
-{% if card.ask %}<p class="soft" dir="auto">{{ card.ask }}</p>{% endif %}
-</div>
+{% macro said(label, text) %}
+<div class="said"><b class="{{ label }}">{{ label }}</b><p dir="auto">{{ text }}</p></div>
 {% endmacro %}
-{% macro said(label, text, class="") %}
-<div class="said"><b class="{{ class }}">{{ label }}</b>
-<p dir="auto">{{ text or "(nothing)" }}</p></div>
-{% endmacro %}
-{% macro replies(card, known=[]) %}
-<div class="pair">
-{% for who, text in card.texts.items() if who not in known %}
-{{ said({"reference": "reference, what was really said"}.get(who, who), text, who) }}
+{% macro big(name) %}
+<p class="big">
+{% for who in models %}
+{{ "" if loop.first else "→" }} <span class="{{ who }}">{{ cells[name][who] }}</span>
 {% endfor %}
-</div>
-{% endmacro %}
-{% macro plot() %}
-{% set last = curve[-1][0] %}
-{% set kept = (curve[1:] | min(attribute=1))[0] %}
-{% set top = curve | map(attribute=1) | max %}
-{% set low = curve | map(attribute=1) | min %}
-<svg class="plot" viewBox="-6 -22 412 152" role="img" aria-label="loss by iteration">
-<path d="M0 106H400"/>
-<polyline points="{% for n, loss in curve %}
-{{ 400 * n / last }},{{ 100 * (top - loss) / (top - low or 1) }} {% endfor %}"/>
-{% for n, loss in curve %}
-<circle cx="{{ 400 * n / last }}" cy="{{ 100 * (top - loss) / (top - low or 1) }}"
-  r="{{ 5 if n == kept else 2.5 }}"/>
-{% endfor %}
-<text x="0" y="124">0: the base, {{ "%.2f" % curve[0][1] }}</text>
-<text x="400" y="124" text-anchor="end">iteration {{ last }}</text>
-</svg>
-<p class="soft">The loss while it was trained. Kept: iteration {{ kept }},
-{{ "%.2f" % low }}.</p>
-{% endmacro %}
-{% macro bars() %}
-{% set most = lengths.values() | map(attribute=2) | max %}
-<div class="bars">
-{% for who, (low, middle, high) in lengths.items() %}
-<b class="{{ who }}">{{ who }}</b>
-<span class="{{ who }}">
-<i style="left: {{ 100 * low / most }}%; width: {{ 100 * (high - low) / most }}%"></i>
-<i style="left: {{ 100 * middle / most }}%"></i></span>
-{% endfor %}
-</div>
-<p class="soft">How long replies are: the middle one, and 8 of 10, up to {{ most | int }}
-characters.</p>
-{% endmacro %}
-{% macro blind_card(card) %}
-<article class="panel card">
-{{ chat(card) }}
-<div class="pair">{{ said("A", card.pair[0]) }}{{ said("B", card.pair[1]) }}</div>
-<details><summary>Which one is real?</summary>
-<p><strong>{{ card.real }}</strong> was really said;
-{{ "A" if card.real == "B" else "B" }} is of the {{ judged }} model.</p>
-{{ replies(card, ["reference", judged]) }}
-</details>
-</article>
+</p>
 {% endmacro %}
 
 <header>
@@ -1021,37 +826,38 @@ characters.</p>
 <h1>{{ sentences[0] }}</h1>
 {% for sentence in sentences[1:] %}<p>{{ sentence }}</p>{% endfor %}
 </header>
-{% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
+{% for warning in warnings %}<p class="panel">{{ warning }}</p>{% endfor %}
 
 <div class="two">
 <section class="panel">
 <h2>Did it learn?</h2>
-<p class="big">{% for who in models %}
-<span class="{{ who }}">{{ cells.loss[who] }}</span>
-{{- "" if loop.last else " → " }}
-{% endfor %}</p>
+{{ big("loss") }}
 <p class="soft">Loss of the {{ models | join(" and of the ") }} model: how surprising it finds
 what was really said, in {{ rows }} replies that it was not trained on. Lower is better.</p>
-{% if curve %}{{ plot() }}{% endif %}
+{% if curve %}
+{% set kept = curve[1:] | min(attribute=1) %}
+{% set top = curve | map(attribute=1) | max %}
+{% set low = curve | map(attribute=1) | min %}
+<svg viewBox="-6 -22 412 152" role="img" aria-label="loss by iteration">
+<polyline points="{% for n, loss in curve %}
+{{ 400 * n / curve[-1][0] }},{{ 100 * (top - loss) / (top - low or 1) }} {% endfor %}"/>
+<text x="0" y="124">0: the base, {{ "%.2f" % curve[0][1] }}</text>
+<text x="400" y="124" text-anchor="end">iteration {{ curve[-1][0] }}</text>
+</svg>
+<p class="soft">The loss while it was trained. Kept: iteration {{ kept[0] }},
+{{ "%.2f" % kept[1] }}.</p>
+{% endif %}
 </section>
 <section class="panel">
 <h2>Does it sound like them?</h2>
-{% if judged in told %}
-<p class="big">{{ cells["told apart"][judged] }} <small>told apart</small></p>
-<div class="scale">
-{% for who, share in told.items() %}
-<i title="{{ who }}"
-  style="left: {{ [0, 200 * share - 100] | max }}%; background: var(--{{ who }})"></i>
-{% endfor %}
-</div>
-<div class="ends soft"><span>50%: nobody could tell</span><span>100%: always told</span></div>
-<p class="soft">A classifier sees a real reply and one of the {{ judged }} model, and picks the real
-one so often{% if cells["told apart"].base and judged != "base" %}; with the base model
-{{ cells["told apart"].base }}{% endif %}.</p>
+{% if cells["told apart"] and cells["told apart"][judged] %}
+{{ big("told apart") }}
+<p class="soft">So often a classifier, shown a real reply and one of the
+{{ models | join(" or of the ") }} model, picks the real one. 50% would be perfect: nobody could
+tell.</p>
 {% else %}
 <p class="soft">With 20 replies or more, a classifier would judge that.</p>
 {% endif %}
-{% if lengths %}{{ bars() }}{% endif %}
 </section>
 </div>
 
@@ -1063,68 +869,51 @@ on paper which one you take for real, then open the answer.
 {% if sure <= blind | length %}Of {{ blind | length }}, half is guessing;
 {{ sure }} or more right means that you can tell.{% endif %}</p>
 </section>
-{% for card in blind[:4] %}{{ blind_card(card) }}{% endfor %}
-{% if blind[4:] %}
-<details class="panel"><summary>{{ blind[4:] | length }} more</summary>
-{% for card in blind[4:] %}{{ blind_card(card) }}{% endfor %}
-</details>
+{% for card in blind %}
+{% if loop.index == 5 %}
+<details><summary class="panel">{{ loop.length - 4 }} more</summary>
 {% endif %}
+<article class="panel">
+<div class="said soft">
+{% if card.earlier > 0 %}<p>… {{ card.earlier }} earlier lines</p>{% endif %}
+{% for line in card.chat %}<p dir="auto">{{ line }}</p>{% endfor %}
+</div>
+<div class="two">{{ said("A", card.pair[0]) }}{{ said("B", card.pair[1]) }}</div>
+<details><summary>Which one is real?</summary>
+<p><strong>{{ card.real }}</strong> was really said.</p>
+{% for who, text in card.others.items() %}{{ said(who, text) }}{% endfor %}
+</details>
+</article>
+{% endfor %}
+{% if blind[4:] %}</details>{% endif %}
 {% endif %}
 
 <section class="panel">
 <h2>The figures</h2>
-<div class="wide"><table>
-<thead><tr><th></th>
-{% for who in (cells.values() | first).keys() %}
-<th class="{{ who }}">{{ who }}
-{% if who == "reference" %}<br><span class="soft">really said</span>{% endif %}</th>
-{% endfor %}</tr></thead>
-<tbody>
+<table>
+<tr><th></th>
+{% for who in cells.loss %}
+<th class="{{ who }}">{{ who }}{% if who == "reference" %}, really said{% endif %}</th>
+{% endfor %}</tr>
 {% for name, row in cells.items() %}
-<tr{% if name in ("most repeated", "missing words") %} class="words"{% endif %}><td>{{ name }}</td>
+<tr><td>{{ name }}</td>
 {% for who, text in row.items() %}
-{% set value, found, error = text.partition(" ± ") %}
-<td{% if name in far[who] %} class="far"{% endif %}>{{ "≠ " if name in far[who] }}{{ value }}
-{%- if found %}<span class="error"> ± {{ error }}</span>{% endif %}</td>
+<td{% if name in far[who] %} class="far"{% endif %}>{{ "≠ " if name in far[who] }}{{ text }}</td>
 {% endfor %}</tr>
 {% endfor %}
-</tbody></table></div>
-{% if far.values() | sum(start=[]) %}
-<p class="soft"><span class="far">≠</span> far from the reference, by more than chance.</p>
-{% endif %}
-<details><summary>What the figures mean</summary><dl>
-<dt>loss</dt><dd>nats per token of the real replies, the end of the turn included; ± is the standard
-error</dd>
-<dt>gain</dt><dd>by how much the loss is below the base's</dd>
-<dt>kept</dt><dd>how much of the adapter's gain the fused model has; a little over 100% is
-chance</dd>
-<dt>perplexity</dt><dd>among how many equally likely tokens the model would have to guess</dd>
-<dt>told apart</dt><dd>how often a classifier that looks at letters picks the real one of two
-replies; it sees few rows, so compare it at the same number of replies only</dd>
-<dt>length</dt><dd>characters of a reply</dd>
-<dt>question … several lines</dt><dd>shares of the replies: with a question mark, an emoji or
-smiley, a capital letter first, a full stop last, more than one line</dd>
-<dt>looping</dt><dd>with the same piece four times in a row</dd>
-<dt>copied</dt><dd>equal to a line of the chat before them</dd>
-<dt>distinct</dt><dd>different from all others</dd>
-<dt>most repeated, its share</dt><dd>the most frequent reply, and how many are it</dd>
-<dt>unfinished</dt><dd>cut off at {{ settings.max_tokens }} tokens; of the reference, as long as
-that</dd>
-<dt>favourite words, missing words</dt><dd>how many of the words that people use most here come up
-at all, and which do not</dd>
-</dl></details>
-</section>
-
-{% if others %}
-<details class="panel"><summary><h2>{{ others | length }} other rows, side by side</h2></summary>
-{% if "adapter" in lengths and "fused" in lengths %}
-<p class="soft">The reply of the adapter is shown where it is not that of the fused model.</p>
-{% endif %}
-{% for card in others %}
-<article class="panel card">{{ chat(card) }}{{ replies(card) }}</article>
-{% endfor %}
+</table>
+<details><summary>What the figures mean</summary>
+<p><b>≠</b> far from the reference, by more than chance; <b>±</b> the standard error</p>
+<p><b>loss</b> nats per token of the real replies, the end of the turn included; <b>gain</b> by how
+much it is below the base's; <b>kept</b> how much of that the fused model has</p>
+<p><b>told apart</b> how often a classifier that looks at letters picks the real one of two replies;
+it sees few rows, so compare it at the same number of replies only</p>
+<p><b>length</b> characters of a reply; <b>looping</b> the same piece four times in a row;
+<b>unfinished</b> cut off at {{ settings.max_tokens }} tokens, of the reference, as long as that</p>
+<p><b>favourite words, missing words</b> how many of the words that people use most here come up at
+all, and which do not</p>
 </details>
-{% endif %}
+</section>
 
 <p class="soft">Replies at temperature {{ settings.temperature }}, top-p {{ settings.top_p }},
 top-k {{ settings.top_k }}, at most {{ settings.max_tokens }} tokens, seed {{ settings.seed }}.
@@ -1134,9 +923,7 @@ mlx {{ versions.mlx }}, mlx-lm {{ versions.mlx_lm }}.</p>
 
 if __name__ == "__main__":
     try:
-        code = main()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
-        sys.exit(code)
+        sys.exit(main())
     except KeyboardInterrupt:
         os._exit(130)
     except OSError as e:

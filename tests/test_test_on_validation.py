@@ -3,22 +3,19 @@
 import argparse
 import ast
 import csv
-import fcntl
 import functools
 import http.server
 import importlib.util
 import io
 import json
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
+import time
 import types
 import unicodedata
 from collections import defaultdict
@@ -72,12 +69,8 @@ def trained(template, tmp_path_factory):
     layers = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(layers))
     save(root / FUSED, base, model, tokenizer, config, donate_model=False)
-    losses = (
-        "iteration,train_loss,val_loss,tokens_per_second\n0,,7.7,\n4,6.9,7.1,90\n8,6.5,6.6,90\n"
-    )
+    losses = "iteration,train_loss,val_loss\n0,,7.7\n4,6.9,7.1\n8,6.5,6.6\n"
     (root / ADAPTER / "losses.csv").write_text(losses)
-    checksum = subprocess.check_output("cksum", stdin=(root / VALID).open())
-    (root / ADAPTER / "lora_config.yaml").write_bytes(b"# valid.jsonl: " + checksum)
     return root
 
 
@@ -144,10 +137,8 @@ def true_loss(project, folder, adapter=None):
         tokens = tokenizer.apply_chat_template(chat)
         start = len(tokenizer.apply_chat_template([user], add_generation_prompt=True))
         logits = model(mx.array([tokens[:-1]]))[0, start - 1 :].astype(mx.float32)
-        logits = np.array(logits, dtype=np.float64)
-        top = logits.max(-1)
-        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-        losses += list(log_sum - logits[np.arange(len(logits)), tokens[start:]])
+        chances = np.array(mx.softmax(logits, axis=-1), dtype=np.float64)
+        losses += list(-np.log(chances[np.arange(len(chances)), tokens[start:]]))
     return np.mean(losses), len(losses)
 
 
@@ -158,21 +149,16 @@ def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_th
     assert done.returncode == 0, done.stderr
     found = metrics(project)
     for name, model in {"base": [BASE], "adapter": [BASE, ADAPTER], "fused": [FUSED]}.items():
-        loss, tokens = true_loss(project, *model)
-        assert found["loss"][name] == pytest.approx(loss, abs=5e-5)
-        assert found["perplexity"][name] == pytest.approx(np.exp(loss), rel=1e-4)
-        assert found["tokens"] == tokens
+        true = true_loss(project, *model)
+        assert (found["loss"][name], found["tokens"]) == pytest.approx(true, abs=5e-5)
     base, adapter, fused = (found["loss"][name] for name in ("base", "adapter", "fused"))
     assert found["gain"]["adapter"] == pytest.approx(base - adapter)
     assert found["kept"]["fused"] == pytest.approx((base - fused) / (base - adapter))
-    assert found["verdict"].startswith("Better than the base") and "10 rows are" in found["verdict"]
     for sentence in re.split(r"(?<=\.) ", found["verdict"]):
         assert sentence in done.stdout and sentence in page(project)
     assert "Kept: iteration 8,\n6.60." in page(project)  # the learning curve
     assert re.search(r"^base +loss \d+/\d+, \d+ s left$", done.stderr, re.MULTILINE)
     assert sorted(contents(project / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
-    visible = [p.name for p in (project / "data/results").iterdir() if p.name[0] != "."]
-    assert visible == [NAME]
 
 
 @pytest.mark.slow
@@ -224,28 +210,6 @@ def test_same_seed_same_replies_other_seed_others(project, stage_4):
     assert replies(*alone, *likeliest) == replies(*together, *likeliest)
 
 
-@pytest.mark.slow
-def test_one_model_in_memory_at_a_time(project, script, monkeypatch):
-    """Less than half of one is there when each of three models is taken, and in the end."""
-
-    class Watched(dict):
-        def pop(self, name):
-            held.append(mx.get_active_memory())
-            return super().pop(name)
-
-    held = []
-    monkeypatch.chdir(project)
-    args = argparse.Namespace(version="sample", model="tiny-gemma-3", models="base,adapter,fused")
-    args.temperature, args.top_p, args.top_k, args.seed = 0.8, 1.0, 0, 0
-    args.max_tokens, args.reply_batch, args.batch_tokens = 2, 1, 2048
-    models = Watched(script.find_models(args, Path(BASE), Path(ADAPTER), Path(FUSED)))
-    rows = script.read_rows(args, Path(VALID), Path(BASE), models["base"][1])[:4]
-    script.measure(models, rows, rows[:2], args)
-    held.append(mx.get_active_memory())
-    assert len(held) == 4
-    assert max(held) - held[0] < (project / BASE / "model.safetensors").stat().st_size / 2
-
-
 # ---- figures -------------------------------------------------------------------------------------
 def figures_of(script, prompts, reference, replies, nats=None, ended=True):
     """figures() for rows of two tokens each, and the replies of each model, None where missing."""
@@ -263,27 +227,20 @@ def figures_of(script, prompts, reference, replies, nats=None, ended=True):
 
 
 def test_figures_of_style(script):
-    prompts = ["hi\nann: OK", "hi", "hi\nwhy", "so?"]
-    table = figures_of(script, prompts, ["ok"] * 4, {"base": ["ok", "Ok.", "why?\n:)", "ja"]})
-    assert {name: values["base"] for name, values in table.items() if "base" in values} == {
+    replies = {"base": ["ok", "Ok.", "why?\n:)", "ja"]}
+    table = figures_of(script, ["hi"] * 4, ["ok"] * 4, replies)
+    found = {name: values["base"] for name, values in table.items() if "base" in values}
+    assert found == {
         "loss": 1.0,
         "loss error": 0.0,
-        "perplexity": pytest.approx(2.71828, abs=1e-5),
-        "perplexity error": 0.0,
         "length": 3.5,
         "length error": pytest.approx(1.03, abs=0.01),
-        "question": 0.25,
-        "emoji": 0.25,
-        "capital first": 0.25,
-        "full stop last": 0.25,
+        **dict.fromkeys(["question", "emoji", "capital first", "full stop last"], 0.25),
         "several lines": 0.25,
         "looping": 0.0,
-        "copied": 0.25,
-        "distinct": 1.0,
         "replies": 4,
         "unfinished": 0.0,
     }
-    assert (table["most repeated"], table["its share"]) == ({"reference": "ok"}, {"reference": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -306,8 +263,6 @@ def test_replies_that_never_ended_or_never_came(script):
     assert (some["replies"]["base"], some["unfinished"]["base"]) == (1, 1.0)
     none = figures_of(script, [""] * 2, ["ok"] * 2, {"base": [None, None]})
     assert "base" not in none["replies"] and none["loss"]["base"] == 1.0
-    empty = figures_of(script, [""] * 2, ["ok"] * 2, {"base": ["", ""]})
-    assert (empty["most repeated"]["base"], empty["its share"]["base"]) == ("(nothing)", 1.0)
 
 
 def test_gain_error_and_what_the_fused_model_keeps(script):
@@ -345,13 +300,10 @@ def test_favourite_words_that_are_missing(script):
         ("loss", 3.0655, 0.05, 100, "3.07"),
         ("loss", 3.0655, 0.4, 3, "3.1"),
         ("gain", 0.8833, 0.07, 100, "0.88 ± 0.07"),
-        ("perplexity", 1234.5, 61.0, 100, "1,234"),
         ("length", 33.3, 4.2, 100, "33 ± 4"),
-        ("kept", 0.99812, 0.0014, 100, "99.8% ± 0.1%"),
         ("told apart", 0.7123, 0.041, 100, "71% ± 4%"),
         ("emoji", 0.3333, None, 30, "33%"),
         ("emoji", 2 / 7, None, 7, "2 of 7"),
-        ("most repeated", "lol", None, 7, "lol"),
         ("replies", 7, None, 7, "7"),
         ("loss", NAN, NAN, 7, "nan"),
     ],
@@ -376,14 +328,12 @@ def table_of(loss, kept=None, **style):
     for who in ["reference", *loss]:
         figures = {"question": 0.1, "emoji": 0.2, "capital first": 0.3, "full stop last": 0.1}
         figures |= {"several lines": 0.0, "looping": 0.0, "unfinished": 0.0, "length": 30.0}
-        figures |= {"its share": 0.05, "most repeated": "no", "replies": 100}
-        figures |= style.get(who, {})
+        figures |= {"replies": 100} | style.get(who, {})
         for name, value in figures.items():
             table[name][who] = value
     return table
 
 
-STUCK = {"most repeated": "lol", "its share": 0.75}
 TOLD, ALWAYS = ({"told apart": share, "told apart error": 0.04} for share in (0.7, 1.0))
 OTHER = {"full stop last": 0.8, "unfinished": 0.3, "length": 90.0, "favourite words": 0.5}
 LOSSES = {"base": 9.0, "adapter": 3.0}
@@ -405,12 +355,10 @@ LOST = {"base": 9.0, "adapter": 3.0, "fused": 7.85}
         (table_of({"base": 3.0, "adapter": 2.95}), "mixed",
          ["No better than the base: loss 2.95 instead of 3.00, which may be chance. "
           "Train longer, or on more data."]),
-        (table_of(LOSSES, adapter=STUCK), "bad",
-         [BETTER, "It repeats itself: 75% of its replies are “lol”."]),
-        (table_of(LOSSES, adapter={"looping": 0.4}), "bad",
-         [BETTER, "It repeats itself: 40% of its replies say the same piece over and over."]),
-        # What the chat itself repeats is no collapse.
-        (table_of(LOSSES, adapter=STUCK, reference=STUCK), "good", [BETTER]),
+        (table_of(LOSSES, adapter={"looping": 0.4}), "mixed",
+         [BETTER, "It does not write like them yet: looping 40% instead of 0%."]),
+        # What the chat itself repeats is no fault.
+        (table_of(LOSSES, adapter={"looping": 0.4}, reference={"looping": 0.5}), "good", [BETTER]),
         (table_of(LOSSES, base=ALWAYS, adapter=TOLD), "good",
          [BETTER, "A classifier tells its replies from the real ones in 70% ± 4% of the pairs "
           "(the base's in 100% ± 4%); 50% would be perfect."]),
@@ -431,17 +379,15 @@ def test_the_verdict(script, table, kind, sentences):
 
 
 def test_the_verdict_of_few_rows_says_how_little_they_are(script):
-    table = table_of(LOSSES)
     few = BETTER[:-1] + ", but {} too few to be sure (30 would do)."
-    assert script.verdict(table, 7, "8") == ("mixed", [few.format("7 rows are")])
-    assert script.verdict(table, 1, "8") == ("mixed", [few.format("1 row is")])
-    assert script.verdict(table, 30, "8")[0] == "good"
+    for count, rows in (7, "7 rows are"), (1, "1 row is"):
+        assert script.verdict(table_of(LOSSES), count, "8") == ("mixed", [few.format(rows)])
 
 
 def test_a_fuse_that_kept_too_little_is_advised_more_bits(script):
     for bits, setting in ("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", ""):
         sentence = script.verdict(table_of(LOST, 0.5), 400, bits)[1][1]
-        assert sentence == f"The fused model keeps 50% of that. Fuse again: {setting}./fuse.sh."
+        assert sentence.endswith(f"keeps 50% of that. Fuse again: {setting}./fuse.sh.")
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -487,7 +433,7 @@ def write_made_up(script, folder, texts, models=("base", "adapter"), **replies):
     text = script.report(facts, table, rows, said, folder / "adapter", args)
     (folder / "data").mkdir()
     script.write(folder / "data/results", text, facts, rows, said)
-    return text, "\n".join([*sentences, script.as_text(table)])
+    return text, "\n".join([*sentences, script.as_text(script.cells(table))])
 
 
 def is_readable(text):
@@ -533,7 +479,7 @@ def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(scrip
 
 def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_path):
     text, _ = write_made_up(script, tmp_path, [f"ciao {n}" for n in range(20)], adapter="{}!")
-    cards = text.split('<article class="panel card">')[1:]
+    cards = text.split('<article class="panel">')[1:]
     assert len(cards) == 20
     answers = []
     for card in cards:
@@ -547,28 +493,30 @@ def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_pa
     assert "Of 20, half is guessing;\n15 or more right means that you can tell" in text
 
 
-def test_rows_that_are_no_test_stand_side_by_side_and_equal_replies_once(script, tmp_path):
+def test_replies_that_are_no_test_are_left_out_and_equal_ones_stand_once(script, tmp_path):
     models = ["base", "adapter", "fused"]
-    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], models, base="{}?")
-    assert "Can you tell?" not in text and "2 other rows, side by side" in text
-    assert (text.count('<b class="base">base</b>'), text.count('<b class="fused">fused</b>')) == (
-        3,
-        3,
-    )
-    assert text.count('<b class="adapter">adapter</b>') == 1  # of the lengths, not of a row
-    assert text.count("reference, what was really said") == 2
+    for folder, fused, blind in ("same", "{}", 0), ("other", "{}?", 2):
+        (tmp_path / folder).mkdir()
+        how = {"base": "{}!", "adapter": fused, "fused": fused}
+        text, _ = write_made_up(script, tmp_path / folder, ["ciao", "boh"], models, **how)
+        assert text.count("Which one is real?") == text.count('<b class="base">') == blind
+        assert '<b class="adapter">' not in text
 
 
-@pytest.mark.parametrize(
-    ("context", "card"),
-    [
-        ("hi\nyo\n\nGo on.", {"earlier": 0, "lines": ["hi", "yo"], "ask": "Go on."}),
-        ("1\n2\n3\n4\n5\n6", {"earlier": 2, "lines": ["3", "4", "5", "6"], "ask": ""}),
-        ("x" * 201, {"earlier": 0, "lines": ["x" * 200 + " … (1 more characters)"], "ask": ""}),
-    ],
-)
-def test_a_context_that_was_cut_says_so(script, context, card):
-    assert script.excerpt(context) == card
+def test_a_model_that_is_alone_is_compared_with_none(script, tmp_path):
+    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], ["base"])
+    assert "Loss of the base model:" in text and "→" not in text
+
+
+def test_a_context_that_was_cut_says_so(script):
+    def chat(context):
+        row = script.Row(1, context, "real", [], [])
+        said = {"reference": {1: "real"}, "base": {1: "made"}}
+        card = script.blind_cards([row], said, "base", 0)[0]
+        return card["earlier"], card["chat"]
+
+    assert chat("1\n2\n3\n4\n5\n6\n7\n8") == (2, ["3", "4", "5", "6", "7", "8"])
+    assert chat("x" * 201)[1] == ["x" * 200 + " … (1 more characters)"]
 
 
 @pytest.mark.parametrize(
@@ -576,9 +524,7 @@ def test_a_context_that_was_cut_says_so(script, context, card):
     [
         ("iteration,val_loss\n0,5\n10,\n20,4\n", [(0, 5.0), (20, 4.0)]),
         ("", []), ("iteration\n0\n", []), ("iteration,val_loss\n0,5\n", []), ("\0\0", []),
-        ("iteration,val_loss\n0,nan\n1,2\n", []), ("iteration,val_loss\n0,5\n1e9,2\n", []),
-        ("iteration,val_loss\n0,5\n1", []), ("iteration,val_loss\n9" + 5000 * "9" + ",1\n", []),
-        (None, []),
+        ("iteration,val_loss\n0,5\n1e9,2\n", []), (None, []),
     ],
 )  # fmt: skip
 def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path, text, curve):
@@ -597,17 +543,7 @@ def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
 
     found = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", script.PAGE)
     colours = {name: list(map(brightness, both)) for name, *both in found}
-    assert {
-        "paper",
-        "card",
-        "ink",
-        "soft",
-        "reference",
-        "base",
-        "adapter",
-        "fused",
-        "mixed",
-    } <= set(colours)
+    assert {"paper", "card", "ink", "soft", "base", "adapter", "fused", "mixed"} <= set(colours)
     for name in colours.keys() - {"paper", "card", "line"}:
         for ground in "paper", "card":
             for mode in 0, 1:
@@ -617,15 +553,11 @@ def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
 
 def chromium(tmp_path, page, *flags):
     """Return the page's DOM as text after it was open for two seconds in a real browser."""
-    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
     mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-    browser = next(
-        filter(None, [*map(shutil.which, names), mac if os.path.exists(mac) else None]), None
-    )
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", mac]
+    browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no Chromium here: apt install chromium"
-        )
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("install chromium to see the page")
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
     quiet += " --disable-background-networking --disable-component-update --disable-sync"
     command = [browser, *quiet.split(), "--virtual-time-budget=2000", *flags]
@@ -637,11 +569,10 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
     asked_for = []
 
     class Server(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
+        def log_request(self, *_):
             asked_for.append(self.path)
-            super().do_GET()
 
-        def log_message(self, *args):
+        def log_error(self, *_):
             pass
 
     handler = functools.partial(Server, directory=tmp_path)
@@ -650,7 +581,7 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
     here = f"http://127.0.0.1:{server.server_port}"
     fetch = f"<img src={here}/a><style>@import '{here}/c'</style>"
     texts = [*HOSTILE, fetch]
-    write_made_up(script, tmp_path, texts)
+    write_made_up(script, tmp_path, texts, adapter="{}!")
     # The same texts in a page that does not take care do run and do fetch, so this test can fail.
     careless = "<title>v1</title>" + HOSTILE[0] + fetch
     (tmp_path / "careless.html").write_text(careless, encoding="utf-8")
@@ -681,21 +612,6 @@ def test_the_page_fits_a_phone(script, tmp_path):
 
 
 # ---- cut short -----------------------------------------------------------------------------------
-def start_and_wait_for(project, run, text, *args):
-    """Start the script and return its process as soon as it has written `text`."""
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
-    for line in process.stdout:
-        if text in line:
-            return process
-    raise AssertionError(f"{text!r} was never written")
-
-
-def lengthen(project):
-    """Make the validation set eight times as long, so that a signal comes in the middle."""
-    (project / VALID).write_bytes((project / VALID).read_bytes() * 8)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "count", "known"),
@@ -707,7 +623,9 @@ def lengthen(project):
         ("write_replies", 2, ["base", "adapter"]),
     ],
 )
-def test_ctrl_c_leaves_a_report_of_what_is_done_or_nothing(project, stage_4, place, count, known):
+def test_ctrl_c_leaves_a_report_of_what_is_done_or_the_one_of_before(
+    project, stage_4, place, count, known
+):
     def interrupt(module):
         calls, original = [], getattr(module, place)
 
@@ -719,52 +637,39 @@ def test_ctrl_c_leaves_a_report_of_what_is_done_or_nothing(project, stage_4, pla
 
         setattr(module, place, call)
 
+    (project / RESULTS).mkdir()
+    (project / RESULTS / "report.html").write_text("previous")
     args = ["--replies", "2", "--max-tokens", "2"]
     code, _, err = stage_4(project, *args, patch=interrupt)
     assert code == 130
     if known is None:
-        assert contents(project / RESULTS) == {}
+        assert contents(project / RESULTS) == {"report.html": b"previous"}
     else:
         assert list(metrics(project)["loss"]) == known
         assert "stopped with Ctrl-C" in page(project) and "stopped with Ctrl-C" in err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("wait_for", "kill", "code"),
-    [
-        ("testing base, adapter, fused on 80 rows", signal.SIGINT, 130),
-        ("base    replies 2/2", signal.SIGINT, 130),
-    ],
-)
-def test_a_signal_leaves_the_previous_report_or_a_new_one(project, run, wait_for, kill, code):
-    lengthen(project)
-    (project / RESULTS).mkdir(parents=True)
-    (project / RESULTS / "report.html").write_text("previous")
+def test_a_signal_from_outside_does_the_same(project, run):
+    (project / VALID).write_bytes((project / VALID).read_bytes() * 8)  # it comes in the middle
     args = ["--replies", "2", "--reply-batch", "1", "--max-tokens", "4"]
-    process = start_and_wait_for(project, run, wait_for, *args)
-    process.send_signal(kill)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in out) == (code, False)
-    if "replies" in wait_for:
-        assert list(metrics(project)["loss"]) == ["base"] and "Nothing to compare" in out
-    else:
-        assert contents(project / RESULTS) == {"report.html": b"previous"}
-    assert {p.name for p in (project / "data/results").iterdir()} <= {
-        NAME,
-        f".{NAME}.lock",
-        ".gitkeep",
-    }
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
+    assert any("base    replies 2/2" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in rest) == (130, False)
+    assert list(metrics(project)["loss"]) == ["base"] and "Nothing to compare" in rest
+    left = {path.name for path in (project / "data/results").iterdir()}
+    assert left <= {NAME, f".{NAME}.lock", ".gitkeep"}
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_starts_is_quiet(project, run):
+    pipe = {"start": subprocess.Popen, "stderr": subprocess.PIPE}
     for wait in 0.3, 1.2:
-        process = run(
-            project, "test_on_validation.py", start=subprocess.Popen, stderr=subprocess.PIPE
-        )
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(wait)
+        process = run(project, "test_on_validation.py", **pipe)
+        time.sleep(wait)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20) == (None, b"") and process.returncode == 130
 
@@ -772,14 +677,13 @@ def test_ctrl_c_while_it_starts_is_quiet(project, run):
 @pytest.mark.parametrize(
     ("folders", "left"),
     [
-        ({".r.old": "older", ".r.partial": "newer"}, "newer"),  # killed between the two renames
-        ({".r.old": "older"}, "older"),
+        ({".r.old": "older", ".r.partial": "newer"}, "older"),  # killed between the two renames
         ({"r": "newer", ".r.old": "older"}, "newer"),  # killed before the old one was gone
         ({"r": "older", ".r.partial": "half"}, "older"),  # killed while writing
         ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),  # names that users have
     ],
 )
-def test_a_swap_that_was_cut_short_is_finished_or_undone(script, tmp_path, folders, left):
+def test_a_swap_that_was_cut_short_is_undone_or_finished(script, tmp_path, folders, left):
     for name, text in folders.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.html").write_text(text)
@@ -798,10 +702,7 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(project, s
         first.stdout.readline()
         code, out, err = stage_4(project)
         assert (code, out) == (1, "")
-        assert (
-            err
-            == f"error: another run is writing {RESULTS}. FIX: wait until it is done, or end it\n"
-        )
+        assert err.startswith(f"error: another run is writing {RESULTS}. FIX: wait")
         first.kill()
     assert stage_4(project, "--models", "base", "--replies", "0")[0] == 0
 
@@ -811,9 +712,7 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(project, s
 def test_without_a_fused_model_base_and_adapter_are_compared(project, stage_4):
     shutil.rmtree(project / FUSED)
     code, out, err = stage_4(project, "--replies", "0")
-    hint = (
-        "there is no fused model to test; to make it: VERSION=sample MODEL=tiny-gemma-3 ./fuse.sh"
-    )
+    hint = f"there is no fused model to test; to make it: {RUN} ./fuse.sh"
     assert code == 0 and f"warning: {hint}" in err and hint in page(project)
     assert set(metrics(project)["loss"]) == {"base", "adapter"} and "than the base" in out
 
@@ -826,17 +725,11 @@ def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
 
 
 @pytest.mark.slow
-def test_it_warns_of_a_fused_model_of_another_adapter_and_of_other_validation_rows(
-    project, stage_4
-):
-    origin = {"base": "tiny-gemma-3", "version": "sample", "bits": "8", "adapter_sha256": "0"}
-    (project / FUSED / "fused_from.json").write_text(json.dumps(origin))
-    write_rows(project, *[pair("ciao", "tutto bene")] * 3)
+def test_a_fuse_is_not_blamed_for_an_adapter_that_is_newer(project, stage_4):
+    (project / FUSED / "fused_from.json").write_text(json.dumps({"adapter_sha256": "0"}))
     code, _, err = stage_4(project, "--replies", "0")
     assert code == 0 and "kept" not in metrics(project)
     assert "warning: the fused model was made from another adapter than the one there now" in err
-    assert "warning: valid.jsonl is not the one of the training" in err
-    assert len(metrics(project)["warnings"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -844,13 +737,8 @@ def test_it_warns_of_a_fused_model_of_another_adapter_and_of_other_validation_ro
     [
         (None, [], (0.8, 0.95, 0)),
         ({"top_k": 64, "top_p": 0.9, "temperature": 1}, [], (1.0, 0.9, 64)),
-        (
-            {"top_k": 64, "temperature": 1.0},
-            ["--temperature", "0.5", "--top-k", "0"],
-            (0.5, 0.95, 0),
-        ),
-        ({"top_k": -1, "top_p": True, "temperature": "hot"}, [], (0.8, 0.95, 0)),
-        ([{"top_k": 3}], [], (0.8, 0.95, 0)),
+        ({"top_k": 64, "temperature": 1.0}, ["--temperature", "0.5"], (0.5, 0.95, 64)),
+        ([{"top_k": 3}], ["--top-k", "0"], (0.8, 0.95, 0)),
     ],
 )
 def test_sampling_is_as_the_base_says_unless_it_is_set(
@@ -869,15 +757,9 @@ DOWNLOAD = "hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-
 TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: "
 TRAIN += f"{RUN} python test_on_validation.py --models base"
 BUILD = "VERSION=sample python build_train.py"
-SHAPES = 'is not {"prompt": text, "completion": text} or {"messages": [user, assistant, …]}'
-SHAPES += " in UTF-8"
+ODD_ROW = f"{VALID} line 1 is not"
 INSTRUCT = "MODEL=gemma-3-text-27b-it-4bit ./fine_tune.sh, or another instruct model"
-INSTRUCT += " (-it, -Instruct)"
-ANOTHER = "cp -R data/for_train/sample data/for_train/sample-2; VERSION=sample-2 "
-ANOTHER += "MODEL=tiny-gemma-3 ./fine_tune.sh"
 CLOSE = "MODEL=tiny-gemma-3 python test_on_validation.py"
-LETTERS = "not letters, digits, '.', '_' and '-'"
-TWO = "(but tiny-gemma-3, tiny-gemma-3-4bit)"
 THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
 FAILS = "{{ raise_exception('no\x1b[2J') }}"
@@ -919,51 +801,32 @@ def template(text):
     ("damage", "args", "error", "fix"),
     [
         (lambda p: (p / VALID).unlink(), [], f"there is no file {VALID}", BUILD),
-        (intact, ["--version", "smaple"],
-         "there is no file data/for_train/smaple/valid.jsonl (but sample)",
-         "VERSION=sample python test_on_validation.py"),
-        (intact, ["--version", ".."], f"VERSION is '..', {LETTERS}",
-         "VERSION=v1 python test_on_validation.py"),
-        (lack(BASE), [], f"there is no folder {BASE} (but tiny-gemma-3-4bit)",
-         "MODEL=tiny-gemma-3-4bit python test_on_validation.py"),
-        (intact, ["--model", "tiny-gema-3"],
-         f"there is no folder models/base/tiny-gema-3 {TWO}", CLOSE),
-        (intact, ["--model", "Qwen3-4B-4bit"],
-         f"there is no folder models/base/Qwen3-4B-4bit {TWO}",
-         "hf download mlx-community/Qwen3-4B-4bit --local-dir models/base/Qwen3-4B-4bit"),
-        (intact, ["--model", "mlx-community/tiny-gemma-3"],
-         f"MODEL is 'mlx-community/tiny-gemma-3', {LETTERS}", f"{DOWNLOAD}; {CLOSE}"),
-        *((intact, ["--model", path], f"MODEL is '{path}', {LETTERS}", CLOSE)
-          for path in ("models/base/tiny-gemma-3/", "/x/tiny-gemma-3", ".tiny-gemma-3")),
-        (cut(f"{BASE}/model.safetensors"), [], f"{BASE} does not load: …", DOWNLOAD),
-        (cut(f"{BASE}/tokenizer.json"), [], f"{BASE} does not load: …", DOWNLOAD),
+        (intact, ["--version", "two"],
+         "there is no file data/for_train/two/valid.jsonl (but sample)",
+         "VERSION=two python build_train.py"),
+        (intact, ["--version", ".."], "VERSION is '..'", "VERSION=v1 python test_on_validation.py"),
+        (lack(BASE), [], f"there is no folder {BASE} (but tiny-gemma-3-4bit)", DOWNLOAD),
+        *((intact, ["--model", path], f"MODEL is '{path}'", CLOSE)
+          for path in ("models/base/tiny-gemma-3/", "mlx-community/tiny-gemma-3", ".tiny-gemma-3")),
+        (cut(f"{BASE}/model.safetensors"), [], f"{BASE} does not load: ", DOWNLOAD),
+        (cut(f"{BASE}/tokenizer.json"), [], f"{BASE} does not load: ", DOWNLOAD),
         (lack(ADAPTER), [], f"there is no folder {ADAPTER}", TRAIN),
-        (cut(f"{ADAPTER}/adapters.safetensors"), [], f"{ADAPTER} does not load: …", TRAIN),
+        (cut(f"{ADAPTER}/adapters.safetensors"), [], f"{ADAPTER} does not load: ", TRAIN),
         (put(f"{ADAPTER}/adapter_config.json", "[" * 9999), [],
-         f"{ADAPTER} does not load: …", TRAIN),
-        (put(f"{ADAPTER}/adapter_config.json", '{"model": "models/base/c"}'), [],
-         f"{ADAPTER}/adapter_config.json is of another model or version: models/base/c", ANOTHER),
-        (put(f"{FUSED}/fused_from.json", '{"base": "tiny-gemma-3", "version": "a"}'), [],
-         f"{FUSED}/fused_from.json is of another model or version: a", ANOTHER),
+         f"{ADAPTER} does not load: ", TRAIN),
         (lack(FUSED), ["--models", "base,fused"], f"there is no folder {FUSED}",
          f"{RUN} ./fuse.sh"),
         (valid(), [], f"{VALID} is empty", BUILD),
-        (valid(pair("a", "b"), {"prompt": "a"}), [], f"{VALID} line 2 {SHAPES}", BUILD),
-        (valid(pair("a", 7)), [], f"{VALID} line 1 {SHAPES}", BUILD),
-        (valid(pair("a", "\ud800")), [], f"{VALID} line 1 {SHAPES}", BUILD),
-        (valid({"messages": turns("a", "b")["messages"][1:]}), [],
-         f"{VALID} line 1 {SHAPES}", BUILD),
-        (put(VALID, "[" * 99_999), [], f"{VALID} line 1 {SHAPES}", BUILD),
-        (valid(pair("a", "b"), pair("a", "1 " * 500_000)), [],
-         f"{VALID} line 2 has … tokens, more than 1,024", BUILD),
+        (valid({"prompt": "a"}), [], ODD_ROW, BUILD),
+        (valid(pair("a", 7)), [], ODD_ROW, BUILD),
+        (valid(pair("a", "\ud800")), [], ODD_ROW, BUILD),
+        (valid({"messages": turns("a", "b")["messages"][1:]}), [], ODD_ROW, BUILD),
+        (put(VALID, "[" * 99_999), [], ODD_ROW, BUILD),
         (template(None), [], f"{BASE} has no chat template", INSTRUCT),
         (template(FAILS), [], f"the chat template of {BASE} fails on {VALID} line 1: no\\x1b[2J",
          INSTRUCT),
         (template(THINKS), [],
-         f"the chat template of {BASE} begins a reply otherwise than it goes on, "
-         f"so no loss is that of the reply alone ({VALID} line 1)", INSTRUCT),
-        (lambda p: (p / RESULTS).symlink_to("/tmp"), [], f"{RESULTS} is not a folder",
-         f"mv {RESULTS} {RESULTS}.mine"),
+         f"the chat template of {BASE} begins a reply otherwise than it goes on", INSTRUCT),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
@@ -971,21 +834,8 @@ def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
 ):
     damage(project)
     code, out, err = stage_4(project, *args)
-    start, cut_out, end = f"error: {error}. FIX: {fix}\n".partition("does not load: …")
-    if not cut_out:
-        start, cut_out, end = f"error: {error}. FIX: {fix}\n".partition("… tokens")
-    assert err.startswith(start) and err.endswith(end) and err.count("\n") == 1
-    assert (code, out) == (1, "") and not (project / RESULTS / "report.html").exists()
-
-
-@pytest.mark.slow
-def test_a_result_of_another_version_with_the_same_name_is_not_replaced(project, stage_4):
-    (project / RESULTS).mkdir()
-    other = {"settings": {"version": "sample_tiny-gemma", "model": "3"}}
-    (project / RESULTS / "metrics.json").write_text(json.dumps(other))
-    code, _, err = stage_4(project)
-    assert code == 1 and f"{RESULTS}/metrics.json is of another model or version" in err
-    assert metrics(project) == other
+    assert err.startswith(f"error: {error}") and f". FIX: {fix}" in err and err.count("\n") == 1
+    assert (code, out) == (1, "") and not (project / RESULTS).exists()
 
 
 def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
@@ -1010,69 +860,15 @@ def test_wrong_usage(trained, stage_4, args):
 
 
 # ---- whom not to trust ---------------------------------------------------------------------------
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "changes", "error"),
-    [
-        ("config.json", {"num_hidden_layers": 10**9}, f"{BASE}/config.json says 1000000000 layers"),
-        ("config.json", {"model_type": "\x1b[2Jx"}, f"{BASE} does not load: Model type \\x1b[2Jx"),
-        ("config.json", {"model_file": "evil.py"}, f"{BASE} does not load: "),
-        ("tokenizer_config.json", {"chat_template": ENDLESS},
-         f"the chat template of {BASE} fails on {VALID} line 1: no end in 1 s"),
-    ],
-)  # fmt: skip
-def test_an_odd_base_neither_hangs_nor_writes_to_the_terminal(
-    project, stage_4, file, changes, error
-):
-    edit(project / BASE / file, **changes)
-    code, _, err = stage_4(project, patch=lambda module: setattr(module, "PATIENCE", 1))
-    assert code == 1 and err.startswith(f"error: {error}") and err.count("\n") == 1
-
-
 @pytest.mark.slow
 def test_no_code_of_a_base_runs_and_nobody_is_asked(project, run):
     (project / BASE / "evil.py").write_text("open('/tmp/owned', 'w')\nclass Evil: pass\n")
     auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
     edit(project / BASE / "config.json", auto_map=auto, model_type="evil")
     edit(project / BASE / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
-    code, shown = on_a_terminal(project, run, "--models", "base", answer=b"y\n" * 9)
-    assert code == 1 and "[y/N]" not in shown and not Path("/tmp/owned").exists()
-    assert re.match(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\r\n$", shown)
-
-
-def on_a_terminal(project, run, *args, answer=b""):
-    """Run the script on a terminal of 100 columns; return its exit code and what it wrote."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    flags = termios.tcgetattr(slave)
-    flags[3] = 0  # no echo
-    termios.tcsetattr(slave, termios.TCSANOW, flags)
-    os.write(master, answer)
-    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
-    child = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **streams)
-    os.close(slave)
-    shown = b""
-    try:
-        while part := os.read(master, 65536):
-            shown += part
-    except OSError:  # Linux: the other end was closed
-        pass
-    return child.wait(60), shown.decode()
-
-
-@pytest.mark.slow
-def test_hostile_chat_is_harmless_on_a_terminal_with_a_progress_bar(project, run):
-    texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE if len(text) < 100]
-    write_rows(project, *(pair(f"{text}\n{text}", text or "?") for text in texts))
-    args = ["--models", "base", "--replies", "4", "--max-tokens", "20"]
-    code, shown = on_a_terminal(project, run, *args)
-    assert code == 0, shown
-    assert re.search(r"base +replies: +\d+%.*\d\d:\d\d<\d\d:\d\d", shown)
-    assert is_readable(re.sub(r"\r|\x1b\[A", "", shown))  # tqdm moves with these two
-    assert is_readable(page(project))
+    done = run(project, "test_on_validation.py", "--models", "base", input="y\n" * 9)
+    assert (done.returncode, done.stdout) == (1, "") and not Path("/tmp/owned").exists()
+    assert re.fullmatch(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\n", done.stderr)
 
 
 @pytest.mark.slow
@@ -1083,17 +879,11 @@ def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run,
     for folder in project, tmp_path:
         (folder / "json.py").write_text("raise SystemExit('json.py ran')")
     odd = {"PYTHONUTF8": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
-    odd |= {
-        "MPLBACKEND": "bogus",
-        "MLXLM_USE_MODELSCOPE": "True",
-        "HF_HUB_OFFLINE": "0",
-        "HTTPS_PROXY": "http://x:1",
-    }
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    odd |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0", "HTTPS_PROXY": "http://x:1"}
+    pipe = {"stdin": subprocess.DEVNULL} | dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    options = {"env": odd, "cwd": tmp_path, "start": subprocess.Popen} | pipe
     args = ["--models", "base", "--replies", "1", "--max-tokens", "2"]
-    process = run(
-        tmp_path / "bin", link.name, *args, env=odd, cwd=tmp_path, start=subprocess.Popen, **streams
-    )
+    process = run(tmp_path / "bin", link.name, *args, **options)
     assert f"testing base on 10 rows of {VALID}\n".encode() in iter(process.stdout.readline, b"")
     process.stdout.close()  # as `| head -1` does
     err = process.stderr.read()

@@ -680,6 +680,10 @@ def chat_of(row):
     return [{"role": role, "content": text} for role, text in roles]
 
 
+def give_up(*_):
+    raise TimeoutError("it took more than a minute")
+
+
 def token_counter(folder):
     """Return (function [row of the data] → [its tokens, as the trainer counts], control tokens)."""
 
@@ -702,6 +706,8 @@ def token_counter(folder):
     for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
         del os.environ[name]  # a wrong one would break an import, another hub would be asked
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)  # a template is a program, and may have no end
     try:
         from mlx_lm.utils import load_tokenizer  # here, because it takes a second
 
@@ -713,6 +719,7 @@ def token_counter(folder):
         what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
         fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
         fail(what, f"{fix} and hf download it again")
+    signal.alarm(0)
     control = [token.content for token in added if token.special and token.content in template]
     control = {*control, *tokenizer.all_special_tokens}
     return count, sorted(token for token in control if len(token.strip()) > 2)

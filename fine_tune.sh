@@ -250,6 +250,19 @@ def read_settings():
     return s
 
 
+def look_at_target():
+    """Refuse to replace the adapter of another base.
+
+    VERSION=a_b MODEL=c and VERSION=a MODEL=b_c have the same folder.
+    """
+    config = Path(f"models/adapters/adapter-{VERSION}_{MODEL}/adapter_config.json")
+    if config.exists():
+        with readable(config, f"mv {config.parent} {config.parent}.mine"):
+            other = Path(json.loads(config.read_bytes())["model"]).name
+        if other != MODEL:
+            fail(f"{config.parent} is that of the base {other}", f"another VERSION than {VERSION}")
+
+
 def look_for(what, file, setting, make):
     """Refuse a folder without its file; name the one there is that was probably meant."""
     there = [path for path in file.parent.parent.glob(f"*/{file.name}") if path.stat().st_size]
@@ -317,14 +330,21 @@ def encode(tokenizer, chat):
     return tokens, len(prompt)
 
 
+def give_up(*_):
+    raise TimeoutError("it took more than a minute")
+
+
 def check_rows(s, size, train, valid):
     """Return the most tokens in a row; refuse rows that cannot be trained on rightly."""
     from mlx_lm.utils import load_tokenizer
 
     by_length = sorted(train + valid, key=lambda chat: len(str(chat).encode()))
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)  # a template is a program, and may have no end
     with readable(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or another base model"):
         tokenizer = load_tokenizer(BASE, {"trust_remote_code": False})
         longest = max(len(encode(tokenizer, row)[0]) for row in valid[:20] + by_length[-100:])
+    signal.alarm(0)
     if longest > s.MAX_SEQ_LENGTH:
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
         fail(what, f"MAX_SEQ_LENGTH={longest} ./fine_tune.sh")
@@ -497,6 +517,7 @@ def set_up(s, rate, lines, done):
 def check(*arguments):
     """Check all that can be checked before a model is loaded, and set up the run."""
     s = read_settings()
+    look_at_target()
     look_for("base model", BASE / "config.json", "MODEL", DOWNLOAD)
     for name in ("train.jsonl", "valid.jsonl"):
         look_for(name, DATA / name, "VERSION", BUILD)

@@ -136,7 +136,10 @@ def fail(what, fix):
 
 
 try:
-    quantized = json.load(open(f"{base}/config.json")).get("quantization")
+    config = json.load(open(f"{base}/config.json"))
+    if config.get("text_config", config)["num_hidden_layers"] > 1000:
+        raise ValueError("so many layers would fill the memory")
+    quantized = config.get("quantization")
     here = sum(map(os.path.getsize, glob.glob(f"{base}/model*.safetensors")))
     whole = here  # its size at 16 bits; a group of weights also has a scale and a bias
     if quantized:

@@ -191,6 +191,10 @@ def missing(kind, name, what, others, make):
     fail(f"there is no {what}{known}", f"export {kind}={there[0]}" if forgotten else make)
 
 
+def give_up(*_):
+    raise TimeoutError("it took more than a minute")
+
+
 def load(fix, folder, adapter=None):
     """Return (model, tokenizer). All files are checked; weights are not read before their use."""
     last = adapter or folder
@@ -198,8 +202,17 @@ def load(fix, folder, adapter=None):
         fail(f"there is no folder {last}", fix)
     options = {"lazy": True, "adapter_path": adapter and str(adapter)}
     options["tokenizer_config"] = {"trust_remote_code": False}  # no code of a model, nor a question
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)  # a chat template is a program, and may have no end
     try:
-        return mlx_lm.load(str(folder), **options)
+        layers = read_json(folder / "config.json", "num_hidden_layers")
+        if type(layers) is int and layers > 1000:
+            raise ValueError(f"{layers} layers would fill the memory")
+        model, tokenizer = mlx_lm.load(str(folder), **options)
+        if tokenizer.has_chat_template:
+            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        signal.alarm(0)
+        return model, tokenizer
     except Exception as e:  # whatever is wrong with the files of a model
         fail(f"{last} does not load: {in_short(e)}", fix)
 

@@ -129,11 +129,12 @@ def find_model(version, model):
 def speakers(args, settings):
     """Return the names of who replies and of who types."""
     learned = [tidy(name) for name in settings["authors"]] or ["model"]
-    author = tidy(args.author)[:60] or learned[0]
-    has_one_voice = settings["shape"] == "turns" or not settings["names"]
-    if has_one_voice and author != learned[0]:
+    can_choose = settings["shape"] == "prompt" and settings["names"]
+    usual = learned[0] if can_choose or len(learned) == 1 else "model"
+    author = tidy(args.author)[:60] or usual
+    if not can_choose and author != usual:
         fail(f"this model was not taught to reply as {author}", "leave --as out")
-    if author not in learned:
+    if can_choose and author not in learned:
         note(f"warning: nothing of {author} was learned, but of {', '.join(learned[:5])}")
     me = tidy(args.me)[:60] or "me"
     return author, me if me != author else f"{me}_"
@@ -196,6 +197,10 @@ def make_prompt(log, author, settings, tokenizer):
 
 
 # ---- the model -----------------------------------------------------------------------------------
+def give_up(*_):
+    raise TimeoutError("it took more than a minute")
+
+
 def load(parts):
     """Return the model and its tokenizer; parts: see find_model()."""
     try:
@@ -203,14 +208,20 @@ def load(parts):
     except ImportError as e:
         fail(e, "source venv/bin/activate; pip install -r requirements.txt")
     note("loading " + " with ".join(str(folder) for folder, _ in parts))
+    signal.signal(signal.SIGALRM, give_up)
     try:
         folder, fix = parts[0]
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if config.get("num_hidden_layers", 0) > 1000:
+            raise ValueError("so many layers would fill the memory")
         model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False})
+        signal.alarm(60)  # a chat template is a program, and may have no end
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
         if len(parts) == 2:
             folder, fix = parts[1]
             model = mlx_lm.utils.load_adapters(model, str(folder))
             model.eval()
+        signal.alarm(0)
     except Exception as e:  # whatever is wrong with the files
         reason = " ".join(str(e).split())[:200].rstrip(".")
         fail(f"{folder} does not load: {reason}", fix)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -180,7 +181,7 @@ def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, co
 
 def test_settings_json_says_how_the_rows_were_made(chat):
     chat.raw(by("abbccc", talk(400)))
-    assert chat.build("--window", 3, "--gap", 2) is None
+    assert chat.build("--window", 3, "--gap", 2, "--stride", 1) is None
     [s] = chat.lines("settings.json")
     expected = {"version": "v1", "shape": "prompt", "names": True, "authors": ["c", "b", "a"]}
     assert (expected | {"window": 3, "gap": 2.0, "max_seq_length": 1024}).items() <= s.items()
@@ -465,7 +466,7 @@ BAD = {
     "a time that is none": (b'[{"message": "a", "date": "noon"}]', r"line 0: .*'noon'"),
     "too deep": (b"[" * 100_000, r"is not JSON .*recursion"),
     "nothing left": (b'["!a", "!b"]', r"0 rows are left, too few to split .*FIX: .*--off"),
-    "too few": (b'["what is it", "that is it", "so it is"]', r"2 rows are left, too few to split"),
+    "too few": (b'["what is it", "that is it", "so it is"]', r"1 rows are left, too few to split"),
 }  # fmt: skip
 
 
@@ -713,7 +714,7 @@ def test_a_conversation_is_on_one_side(chat):
         log = [f"{message} of {number}" for message in talk(12, seed=number)]
         entries += [entry | {"conversation": f"c{number}"} for entry in windows(log)]
     chat.raw(entries)
-    assert chat.build() is None
+    assert chat.build("--stride", 1) is None
     train, valid = (set(re.findall(r" of (\d+)'}", str(side))) for side in chat.sides())
     assert len(train) + len(valid) == 60 and not train & valid and valid
     assert chat.lines("dropped.jsonl") == []
@@ -722,9 +723,31 @@ def test_a_conversation_is_on_one_side(chat):
 @pytest.mark.parametrize(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
 def test_validation_has_its_share_or_the_most_rows_allowed(chat, most, valid):
     chat.raw([{"message": message, "conversation": "the only one"} for message in talk(3000)])
-    assert chat.build("--valid-rows", most) is None
+    assert chat.build("--valid-rows", most, "--stride", 1) is None
     assert len(chat.sides()[1]) in valid
     assert len(chat.sides()[0]) > 2400
+
+
+def test_training_rows_follow_one_another_and_no_message_is_trained_twice(chat):
+    log = talk(300)
+    chat.raw(by("ab", log))
+    assert chat.build() is None
+    spaced, valid = chat.sides()
+    seen = Counter(re.findall(r"no\d+x", str(spaced)))
+    replies = {row["completion"] for row in spaced}
+    assert all(count == 1 + (text in str(replies)) for text, count in seen.items() if count > 1)
+    assert chat.build("--stride", 1) is None
+    every, same = chat.sides()
+    assert (
+        same == valid and len(every) > 8 * len(spaced) and {*map(str, spaced)} < {*map(str, every)}
+    )
+    assert set(seen) > {*list(Counter(re.findall(r"no\d+x", str(every))))[9:-9]}  # to the last one
+
+
+def test_of_one_author_every_reply_is_a_row(chat):
+    chat.raw(by("ab", talk(300)))
+    assert chat.build("--only-author", "a") is None
+    assert len(chat.sides()[0]) > 110
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -738,10 +738,9 @@ def test_training_rows_follow_one_another_and_no_message_is_trained_twice(chat):
     assert all(count == 1 + (text in str(replies)) for text, count in seen.items() if count > 1)
     assert chat.build("--stride", 1) is None
     every, same = chat.sides()
-    assert (
-        same == valid and len(every) > 8 * len(spaced) and {*map(str, spaced)} < {*map(str, every)}
-    )
-    assert set(seen) > {*list(Counter(re.findall(r"no\d+x", str(every))))[9:-9]}  # to the last one
+    assert same == valid and len(every) > 8 * len(spaced)
+    assert {*map(str, spaced)} < {*map(str, every)}
+    assert len(seen) > 0.9 * len(set(re.findall(r"no\d+x", str(every))))
 
 
 def test_of_one_author_every_reply_is_a_row(chat):

@@ -28,14 +28,11 @@ RATES = (2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 1e-3)
 RECIPES = {
     "defaults": {},
     **{f"rate {rate}": {"LEARNING_RATE": rate} for rate in RATES},
-    **{f"constant rate {rate}": {"SCHEDULE": "constant", "LEARNING_RATE": rate} for rate in RATES},
     **{f"scale {n}": {"SCALE": n} for n in (2.0, 5.0, 20.0)},
     **{f"rank {n}": {"RANK": n} for n in (4, 8, 16, 64)},
-    **{f"warmup {n}": {"WARMUP": n} for n in (0, 30, 60)},
     **{f"layers {n}": {"NUM_LAYERS": n} for n in (4, 8, 16)},
     **{f"batch {n}": {"BATCH_SIZE": n} for n in (1, 4, 8)},
     **{f"dropout {p}": {"DROPOUT": p} for p in (0.05, 0.1)},
-    **{f"{name}": {"OPTIMIZER": name} for name in ("adamw", "muon", "sgd", "adafactor")},
     "no embeddings": {"EMBEDDINGS": 0},
     "mask": {"MASK_PROMPT": 1},
     **{

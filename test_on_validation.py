@@ -30,6 +30,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections import Counter, defaultdict
@@ -191,10 +192,6 @@ def missing(kind, name, what, others, make):
     fail(f"there is no {what}{known}", f"export {kind}={there[0]}" if forgotten else make)
 
 
-def give_up(*_):
-    raise TimeoutError("it took more than a minute")
-
-
 def load(fix, folder, adapter=None):
     """Return (model, tokenizer). All files are checked; weights are not read before their use."""
     last = adapter or folder
@@ -202,17 +199,11 @@ def load(fix, folder, adapter=None):
         fail(f"there is no folder {last}", fix)
     options = {"lazy": True, "adapter_path": adapter and str(adapter)}
     options["tokenizer_config"] = {"trust_remote_code": False}  # no code of a model, nor a question
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)  # a chat template is a program, and may have no end
     try:
         layers = read_json(folder / "config.json", "num_hidden_layers")
         if type(layers) is int and layers > 1000:
             raise ValueError(f"{layers} layers would fill the memory")
-        model, tokenizer = mlx_lm.load(str(folder), **options)
-        if tokenizer.has_chat_template:
-            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
-        signal.alarm(0)
-        return model, tokenizer
+        return mlx_lm.load(str(folder), **options)
     except Exception as e:  # whatever is wrong with the files of a model
         fail(f"{last} does not load: {in_short(e)}", fix)
 
@@ -246,7 +237,7 @@ def is_stale(adapter, fused):
     return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
 
 
-def find_warnings(args, models, stale):
+def find_warnings(args, models, stale, adapter, valid):
     """Return what the figures will lack, said on the terminal, too."""
     found = []
     if len(models) == 2 and args.models == "base,adapter,fused":
@@ -254,6 +245,12 @@ def find_warnings(args, models, stale):
     if "fused" in models and stale:
         found.append("the fused model was made from another adapter than the one there now")
     found = [f"{w}; to make it: VERSION={args.version} MODEL={args.model} ./fuse.sh" for w in found]
+    checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
+    trained = adapter / "lora_config.yaml"
+    if trained.is_file() and len(models) > 1 and checksum.strip() not in trained.read_bytes():
+        what = "valid.jsonl is not the one of the training, which may have seen some of its rows"
+        train = f"VERSION={args.version} MODEL={args.model} ./fine_tune.sh"
+        found.append(f"{what}; to train anew: {train}")
     for warning in found:
         say(f"warning: {warning}", sys.stderr)
     return found
@@ -294,6 +291,10 @@ def chat_of(line):
     return chat
 
 
+def give_up(*_):
+    raise TimeoutError("it took more than a minute")
+
+
 def read_rows(args, valid, base, tokenizer):
     """Return the rows of valid.jsonl."""
     build = f"VERSION={args.version} python build_train.py"
@@ -302,6 +303,8 @@ def read_rows(args, valid, base, tokenizer):
         fail(f"{base} has no chat template", other)
     authors = read_json(valid.with_name("settings.json"), "authors") or ["reply"]
     names = {"user": "", "assistant": f"{authors[0]}: "}
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)  # a template is a program, and may have no end
     rows = []
     for number, line in enumerate(valid.read_bytes().splitlines(), 1):
         where = f"{valid} line {number}"
@@ -320,6 +323,7 @@ def read_rows(args, valid, base, tokenizer):
             fail(f"{what}, so no loss is that of the reply alone ({where})", other)
         context = "\n".join(names[m["role"]] + m["content"] for m in chat[:-1])
         rows.append(Row(number, context, chat[-1]["content"], ask, tokens))
+    signal.alarm(0)
     if not rows:
         fail(f"{valid} is empty", build)
     return rows
@@ -732,7 +736,7 @@ def test(args, valid, final):
     drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
     asked = [rows[place] for place in drawn]
     stale = is_stale(adapter, fused)
-    warnings = find_warnings(args, models, stale)
+    warnings = find_warnings(args, models, stale, adapter, valid)
     say(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:

@@ -725,6 +725,18 @@ def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_same", [True, False])
+def test_data_built_anew_after_the_training_is_told(project, stage_4, is_same):
+    valid = project / VALID
+    checksum = subprocess.check_output(["cksum"], input=valid.read_bytes(), text=False).decode()
+    (project / ADAPTER / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
+    if not is_same:
+        valid.write_bytes(b"".join(valid.read_bytes().splitlines(keepends=True)[1:]))
+    code, _, err = stage_4(project, "--models", "base,adapter", "--replies", "0")
+    assert code == 0 and ("is not the one of the training" in err) == (not is_same)
+
+
+@pytest.mark.slow
 def test_a_fuse_is_not_blamed_for_an_adapter_that_is_newer(project, stage_4):
     (project / FUSED / "fused_from.json").write_text(json.dumps({"adapter_sha256": "0"}))
     code, _, err = stage_4(project, "--replies", "0")

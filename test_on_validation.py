@@ -815,7 +815,7 @@ header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
 .far { color: var(--mixed); font-weight: 600 }
 .panel { margin: 1.25rem 0 0; padding: 1.1rem; min-width: 0; overflow-x: auto;
   background: var(--card); border: 1px solid var(--line); border-radius: .75rem }
-.two { display: grid; gap: 0 1.25rem;
+.two { display: grid; gap: 0 1.25rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
 .big { margin: .3rem 0; font-size: 2rem; line-height: 1.2 }
 svg { margin-top: 1rem; width: 100%; fill: none; stroke: var(--adapter); overflow: visible }

@@ -244,13 +244,14 @@ def find_warnings(args, models, stale, adapter, valid):
         found.append("there is no fused model to test")
     if "fused" in models and stale:
         found.append("the fused model was made from another adapter than the one there now")
-    found = [f"{w}; to make it: VERSION={args.version} MODEL={args.model} ./fuse.sh" for w in found]
+    run = f"VERSION={args.version} MODEL={args.model}"
+    found = [f"{warning}; to make it: {run} ./fuse.sh" for warning in found]
     checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
     trained = adapter / "lora_config.yaml"
-    if trained.is_file() and len(models) > 1 and checksum.strip() not in trained.read_bytes():
+    is_learned = models.keys() != {"base"} and trained.is_file()
+    if is_learned and checksum.strip() not in trained.read_bytes():
         what = "valid.jsonl is not the one of the training, which may have seen some of its rows"
-        train = f"VERSION={args.version} MODEL={args.model} ./fine_tune.sh"
-        found.append(f"{what}; to train anew: {train}")
+        found.append(f"{what}; to train anew: {run} ./fine_tune.sh")
     for warning in found:
         say(f"warning: {warning}", sys.stderr)
     return found

@@ -725,15 +725,23 @@ def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_same", [True, False])
-def test_data_built_anew_after_the_training_is_told(project, stage_4, is_same):
+@pytest.mark.parametrize(
+    ("models", "is_same", "is_told"),
+    [
+        ("base,adapter", True, False),
+        ("base,adapter", False, True),
+        ("fused", False, True),
+        ("base", False, False),  # it has learned nothing
+    ],
+)
+def test_data_built_anew_after_the_training_is_told(project, stage_4, models, is_same, is_told):
     valid = project / VALID
-    checksum = subprocess.check_output(["cksum"], input=valid.read_bytes(), text=False).decode()
+    checksum = subprocess.check_output(["cksum"], input=valid.read_bytes()).decode()
     (project / ADAPTER / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
     if not is_same:
         valid.write_bytes(b"".join(valid.read_bytes().splitlines(keepends=True)[1:]))
-    code, _, err = stage_4(project, "--models", "base,adapter", "--replies", "0")
-    assert code == 0 and ("is not the one of the training" in err) == (not is_same)
+    code, _, err = stage_4(project, "--models", models, "--replies", "0")
+    assert code == 0 and ("is not the one of the training" in err) == is_told
 
 
 @pytest.mark.slow

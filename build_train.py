@@ -248,7 +248,8 @@ INVISIBLE = re.compile(
     f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # beyond 30 accents on one letter NFC takes for ever
 )
 CONTROL = (  # what the chat templates of models are made of
-    r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
+    r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\|)>"
+    r"|<(?:/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
 )
 
@@ -805,7 +806,7 @@ def find_raw(version):
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
         if (folder / name).exists() and (folder / name).stat().st_size:
             return folder / name
-    files = sorted(path.name for path in folder.iterdir() if path.name.isprintable())
+    files = sorted(path.name for path in folder.glob("[!.]*") if path.name.isprintable())
     exports = [f"data/raw/{name}" for name in files if name.endswith((".txt", ".zip"))]
     export = shlex.quote(exports[0]) if exports else "PATH"
     what = f"data/raw/messages_{version}.json is not there or empty; there are {', '.join(files)}"

@@ -345,6 +345,9 @@ def check_rows(s, size, train, valid):
         tokenizer = load_tokenizer(BASE, {"trust_remote_code": False})
         longest = max(len(encode(tokenizer, row)[0]) for row in valid[:20] + by_length[-100:])
     signal.alarm(0)
+    if s.BATCH_SIZE > len(train):
+        what = f"train.jsonl has {len(train)} rows, fewer than BATCH_SIZE={s.BATCH_SIZE}"
+        fail(what, f"BATCH_SIZE={len(train)} ./fine_tune.sh")
     if longest > s.MAX_SEQ_LENGTH:
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
         fail(what, f"MAX_SEQ_LENGTH={longest} ./fine_tune.sh")
@@ -398,16 +401,13 @@ def check_memory(s, size, longest):
     fail("no settings make it fit", f"a smaller base, or MAX_SEQ_LENGTH={longest // 2} {BUILD}")
 
 
-def print_iterations(s, rows):
-    """Print how far the run goes; make a number of ITERS=auto.
+def settle_iterations(s, rows):
+    """Make a number of ITERS=auto, and print how far the run goes.
 
     One epoch was the best in the measurements of tests/benchmarks/README.md; the bound is for the
     time that a large model takes.
     """
     epoch = rows // s.BATCH_SIZE
-    if not epoch:
-        what = f"train.jsonl has {rows} rows, fewer than BATCH_SIZE={s.BATCH_SIZE}"
-        fail(what, f"BATCH_SIZE={rows} ./fine_tune.sh")
     if s.ITERS == "auto":
         s.ITERS = min(epoch, max(1, 1200 // s.BATCH_SIZE))
     print(f"run         {s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
@@ -529,7 +529,7 @@ def check(*arguments):
     print(f"base model  {MODEL}")
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
-    print_iterations(s, len(train))
+    settle_iterations(s, len(train))
     print(f"settings    {' '.join(other) or 'all as usual'}")
     check_memory(s, size, longest)
     rate = learning_rate(s, size)

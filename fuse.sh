@@ -137,7 +137,7 @@ def fail(what, fix):
 
 try:
     config = json.load(open(f"{base}/config.json"))
-    if config.get("text_config", config)["num_hidden_layers"] > 1000:
+    if config.get("text_config", config).get("num_hidden_layers", 0) > 1000:
         raise ValueError("so many layers would fill the memory")
     quantized = config.get("quantization")
     here = sum(map(os.path.getsize, glob.glob(f"{base}/model*.safetensors")))

@@ -142,7 +142,8 @@ def speakers(args, settings):
 
 # ---- the prompt, as build_train.py makes it ------------------------------------------------------
 CONTROL = (  # what the chat templates of models are made of
-    r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\||/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
+    r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\|)>"
+    r"|<(?:/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"  # noqa: RUF001
 )
 

@@ -734,8 +734,9 @@ def test_training_rows_follow_one_another_and_no_message_is_trained_twice(chat):
     assert chat.build() is None
     spaced, valid = chat.sides()
     seen = Counter(re.findall(r"no\d+x", str(spaced)))
-    replies = {row["completion"] for row in spaced}
-    assert all(count == 1 + (text in str(replies)) for text, count in seen.items() if count > 1)
+    twice = [message for message, count in seen.items() if count > 1]
+    replies = str([row["completion"] for row in spaced])  # each begins the context of the next row
+    assert max(seen.values()) == 2 and all(message in replies for message in twice)
     assert chat.build("--stride", 1) is None
     every, same = chat.sides()
     assert same == valid and len(every) > 8 * len(spaced)

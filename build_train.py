@@ -712,6 +712,9 @@ def token_counter(folder):
     try:
         from mlx_lm.utils import load_tokenizer  # here, because it takes a second
 
+        config = folder / "config.json"
+        if config.exists() and json.loads(config.read_bytes()).get("num_hidden_layers", 0) > 1000:
+            raise ValueError("so many layers would fill the memory")
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False})  # no code of its own runs
         count([{"prompt": "Hi!", "completion": "Hello"}])
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()

@@ -257,7 +257,7 @@ def test_a_resumed_run_does_the_rest(project, train, run):
     [
         ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 4000 "),
         (
-            f'"$@" & until ls {WORK}/0*; do sleep 0.1; done; kill -9 $!',
+            f'"$@" & until ls {WORK}/0* 2>/dev/null; do sleep 0.1; done; kill -9 $!',
             "error: mlx_lm.lora ended with code 0 after ",
         ),
         ('"$@" & "$@"; wait', "error: the processes of LAUNCH do not find each other"),

@@ -723,7 +723,8 @@ def token_counter(folder):
         what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
         fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
         fail(what, f"{fix} and hf download it again")
-    signal.alarm(0)
+    finally:
+        signal.alarm(0)
     control = [token.content for token in added if token.special and token.content in template]
     control = {*control, *tokenizer.all_special_tokens}
     return count, sorted(token for token in control if len(token.strip()) > 2)

@@ -222,10 +222,11 @@ def load(parts):
             folder, fix = parts[1]
             model = mlx_lm.utils.load_adapters(model, str(folder))
             model.eval()
-        signal.alarm(0)
     except Exception as e:  # whatever is wrong with the files
         reason = " ".join(str(e).split())[:200].rstrip(".")
         fail(f"{folder} does not load: {reason}", fix)
+    finally:
+        signal.alarm(0)
     return model, tokenizer
 
 

@@ -368,7 +368,7 @@ def test_a_signal_ends_a_stage_and_all_that_it_started(scope):
     def one(project, name, moment, number):
         before = output_of(project, name)
         process = start(project, name)
-        time.sleep(0.1 + moment * scope.seconds[name])
+        time.sleep(0.4 + moment * scope.seconds[name])  # before its first line Python answers
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
         else:

@@ -22,18 +22,18 @@ spec.loader.exec_module(from_export)
 
 @pytest.fixture
 def convert(tmp_path):
-    """Return convert({"chat.txt": …}, keep="bot"): (entries, {kind: number left out})."""
+    """Return convert({"chat.txt": …}, keep=["bot"]): (entries, {kind: number left out})."""
     from_export.notes.clear()
     from_export.slack_names.clear()
 
-    def convert(files, keep="", dates=None):
+    def convert(files, keep=(), dates=None):
         for name, content in files.items():
             path = tmp_path / "export" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             content = content if isinstance(content, str | bytes) else json.dumps(content)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         read, _ = from_export.read_files([str(tmp_path / "export")], dates)
-        conversations, left_out = from_export.sort_out(read, set(keep.split(",")) - {""})
+        conversations, left_out = from_export.sort_out(read, keep)
         counts = {kind: len(texts) for kind, texts in left_out.items()}
         return from_export.entries_of(conversations), counts
 
@@ -49,70 +49,80 @@ def of(key, entries):
     return [entry.get(key) for entry in entries]
 
 
-# ---- WhatsApp: how a message begins ------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("header", "clock"),
-    [
-        ("24/11/26, 10:44 - ", "10:44:00"),
-        ("11/24/26, 12:04 AM - ", "00:04:00"),
-        ("11/24/26, 10:44\u202fPM - ", "22:44:00"),
-        ("24. 11. 2026, 10:44 - ", "10:44:00"),
-        ("24.11.2026 klo 10.44 - ", "10:44:00"),
-        ("24/11/2026 à 10:44 - ", "10:44:00"),
-        ("24.11.2026 г., 10:44 ч. - ", "10:44:00"),
-        ("24/11/26 10:44 p. m. - ", "22:44:00"),
-        ("24/11/26 10:44 a.\xa0m. - ", "10:44:00"),
-        ("24/11/26, 9:15 in the morning - ", "09:15:00"),
-        ("24/11/26, 9:15 in the evening - ", "21:15:00"),
-        ("24/11/26, 9:15 at night - ", "21:15:00"),
-        ("24/11/26, 2:15 at night - ", "02:15:00"),
-        ("24/11/26 9:15 de la noche - ", "21:15:00"),
-        ("24/11/26, 9:15 μ.μ. - ", "21:15:00"),
-        ("2026-11-24 10:44 - ", "10:44:00"),
-        ("2026/11/24 上午10:44 - ", "10:44:00"),
-        ("2026年11月24日 下午1:44 - ", "13:44:00"),
-        ("2026년 11월 24일 오후 1:44 - ", "13:44:00"),
-        ("24/11/2569 10:44 - ", "10:44:00"),
-        ("10:44, 24/11/2026 - ", "10:44:00"),
-        ("٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - ", "22:44:00"),
-        ("२४/११/२६, १०:४४ - ", "10:44:00"),
-        ("11/24/26, 10:44:25 PM: ", "22:44:25"),
-        ("[24/11/26, 10:44:25] ", "10:44:25"),
-        ("[11/24/26, 10:44:25\u202fPM] ", "22:44:25"),
-        ("[2026. 11. 24. 오후 1:44:25] ", "13:44:25"),
-        ("[24.11.26 10.44.25] ", "10:44:25"),
-        ("[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] ", "22:44:25"),
-        ("\u200e[24/11/2026, 10:44:25] ", "10:44:25"),
-        ("\u200f[24/11/2026, 10:44:25] ", "10:44:25"),
-    ],
-)
-def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, header, clock):
-    chat = f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"
-    entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == ["Ann: hi: you\n[1] second line", "Bob: ok"] and not left_out
-    assert entries[0]["time"] == f"2026-11-24T{clock}"
+# ---- WhatsApp ----------------------------------------------------------------------------------
+ANDROID, IPHONE = "24/11/26, 10:44 - {}", "[24/11/26, 10:44:25] {}"
 
 
 @pytest.mark.parametrize(
-    ("dates", "first", "assumed"),
+    ("clock", "headers"),
+    {
+        "00:04:00": ["11/24/26, 12:04 AM - "],
+        "02:15:00": ["24/11/26, 2:15 at night - "],
+        "09:15:00": ["24/11/26, 9:15 in the morning - "],
+        "10:44:00": [
+            "24/11/26, 10:44 - ",
+            "24. 11. 2026, 10:44 - ",
+            "24.11.2026 klo 10.44 - ",
+            "24.11.2026 г., 10:44 ч. - ",
+            "24/11/26 10:44 a.\xa0m. - ",
+            "2026-11-24 10:44 - ",
+            "2026/11/24 上午10:44 - ",
+            "24/11/2569 10:44 - ",
+            "10:44, 24/11/2026 - ",
+            "२४/११/२६, १०:४४ - ",
+        ],
+        "10:44:25": [
+            "[24/11/26, 10:44:25] ",
+            "[24.11.26 10.44.25] ",
+            "\u200e[24/11/2026, 10:44:25] ",
+            "\u200f[24/11/2026, 10:44:25] ",
+        ],
+        "13:44:00": ["2026年11月24日 下午1:44 - ", "2026년 11월 24일 오후 1:44 - "],
+        "21:15:00": [
+            "24/11/26, 9:15 in the evening - ",
+            "24/11/26, 9:15 at night - ",
+            "24/11/26 9:15 de la noche - ",
+            "24/11/26, 9:15 μ.μ. - ",
+        ],
+        "22:44:00": ["11/24/26, 10:44\u202fPM - ", "٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - "],
+        "22:44:25": [
+            "11/24/26, 10:44:25 PM: ",
+            "[11/24/26, 10:44:25\u202fPM] ",
+            "[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] ",
+        ],
+    }.items(),
+)
+def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, clock, headers):
+    for header in headers:
+        chat = f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"
+        entries, left_out = convert({"chat.txt": chat})
+        assert said(entries) == ["Ann: hi: you\n[1] second line", "Bob: ok"], header
+        assert entries[0]["time"] == f"2026-11-24T{clock}" and not left_out, header
+
+
+@pytest.mark.parametrize(
+    ("dates", "first", "else_"),
     [
-        ("1/2/26 13/2/26", "2026-02-01", False),  # no month is 13
-        ("1/2/26 2/13/26", "2026-01-02", False),
-        ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03", False),  # so time goes on
-        ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03", False),
-        ("26-04-03 26-04-04 26-05-01", "2026-04-03", False),
-        ("1/2/26 2/2/26", "2026-02-01", True),  # nothing decides
+        ("1/2/26 13/2/26", "2026-02-01", ""),  # no month is 13
+        ("1/2/26 2/13/26", "2026-01-02", ""),
+        ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03", ""),  # so time goes on
+        ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03", ""),
+        ("26-04-03 26-04-04 26-05-01", "2026-04-03", ""),
+        ("1/2/26 2/2/26", "2026-02-01", "mdy"),  # nothing decides
     ],
 )
-def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, first, assumed):
-    chat = "\n".join(f"{day}, 10:44 - {'AB'[i % 2]}: hi" for i, day in enumerate(dates.split()))
+def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, first, else_):
+    chat = "\n".join(f"{day}, 9:44 - {'AB'[i % 2]}: hi" for i, day in enumerate(dates.split()))
     assert convert({"chat.txt": chat})[0][0]["time"][:10] == first
-    assert [note.endswith("else --dates mdy") for note in from_export.notes] == assumed * [True]
-    chat = "1/2/26, 10:44 - A: a\n1/2/26, 10:44 - B: b"
-    assert convert({"chat.txt": chat}, dates="mdy")[0][0]["time"][:10] == "2026-01-02"
+    assert [note[-3:] for note in from_export.notes] == ([else_] if else_ else [])
 
 
-# ---- WhatsApp: what is the app's and what the author's -----------------------------------------
+def test_where_nothing_decides_american_capitals_or_the_setting_do(convert):
+    chat = "1/2/26, 9:44 AM - A: a\n1/2/26, 9:44 AM - B: b"
+    assert convert({"chat.txt": chat})[0][0]["time"][:10] == "2026-01-02"
+    assert convert({"chat.txt": chat}, dates="dmy")[0][0]["time"][:10] == "2026-02-01"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -123,9 +133,9 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
         ("so <big grin>", "so <big grin>"),
         ("null and void", "null and void"),
         ("the image omitted a lot", "the image omitted a lot"),
+        ("oh. (that is all)", "oh. (that is all)"),
         ("ok \u200e<This message was edited>", "ok"),
         ("gut <Diese Nachricht wurde bearbeitet.>", "gut"),
-        ("tamam <Bu mesaj düzenlendi>", "tamam"),
         ("<Media omitted>\nlook here", "look here"),
         ("IMG-20261124-WA0001.jpg (file attached)\nlook\nhere", "look\nhere"),
         ("IMG-20261124-WA0001.jpg (Datei angehängt)\nschau", "schau"),
@@ -136,94 +146,91 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
     ],
 )
 def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, words):
-    chat = f"24/11/26, 10:44 - Ann: {text}\n24/11/26, 10:44 - Bob: ok"
+    chat = f"{ANDROID.format('Ann: ')}{text}\n{ANDROID.format('Bob: ok')}"
     assert said(convert({"chat.txt": chat})[0]) == [f"Ann: {words}", "Bob: ok"]
 
 
-ANDROID, IPHONE = "24/11/26, 10:44 - {}", "[24/11/26, 10:44:25] {}"
+@pytest.mark.parametrize(
+    ("form", "kind", "texts"),
+    [
+        (ANDROID, "media", ["<Media omitted>", "<Без медиафайлов>", "<המדיה לא נכללה>", "null"]),
+        (ANDROID, "media", ["AUD-1-WA0001. (file attached)", "görüntü dahil edilmedi"]),
+        (ANDROID, "media", ["<Pominięto multimedia>\nplan.pdf", "S.webp (archivo adjunto)"]),
+        (ANDROID, "deleted", ["This message was deleted", "Diese Nachricht wurde gelöscht."]),
+        (ANDROID, "deleted", ["تم حذف هذه الرسالة.", "这条消息已被删除。"]),
+        (ANDROID, "call", ["Missed voice call", "Videollamada perdida", "मिस्ड वीडियो कॉल"]),
+        (ANDROID, "location", ["Ort: https://maps.google.com/?q=48,16", "live location shared"]),
+        (ANDROID, "poll", ["UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)"]),
+        (ANDROID, "app", ["Waiting for this message. This may take a while."]),
+        (IPHONE, "media", ["\u200eimage omitted", "\u200f\u200eلم يتم إدراج الصورة"]),
+        (IPHONE, "media", ["\u200e<adjunto: 00000012-STICKER-2026-11-24-10-44-25.webp>"]),
+        (IPHONE, "media", ["report.pdf • \u200e12 pages \u200edocument omitted"]),
+        (IPHONE, "deleted", ["\u200eYou deleted this message."]),
+        (IPHONE, "app", ["\u200eMissed voice call. \u200eTap to call back", "\u200eCy added you"]),
+        (IPHONE, "app", ["\u200e\u200eDein Code hat sich geändert. \u200eMehr"]),
+        (IPHONE, "poll", ["\u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"]),
+        (IPHONE, "location", ["\u200eLocation: https://maps.google.com/?q=48.2,16.3"]),
+    ],
+)  # fmt: skip
+def test_what_whatsapp_wrote_is_left_out_in_many_languages(convert, form, kind, texts):
+    lines = [f"Ann: {text}" for text in texts] + ["A: a", "B: b"]
+    entries, left_out = convert({"chat.txt": "\ufeff" + "\r\n".join(map(form.format, lines))})
+    assert said(entries) == ["A: a", "B: b"] and left_out == {kind: len(texts)}
 
 
 @pytest.mark.parametrize(
-    ("form", "kind", "text"),
+    "notice",
     [
-        (ANDROID, "media", "Ann: <Media omitted>"),
-        (ANDROID, "media", "Ann: <Multimedia omitido>"),
-        (ANDROID, "media", "Ann: <Без медиафайлов>"),
-        (ANDROID, "media", "Ann: <המדיה לא נכללה>"),
-        (ANDROID, "media", "Ann: <省略多媒体文件>"),
-        (ANDROID, "media", "Ann: null"),
-        (ANDROID, "media", "Ann: AUD-20261124-WA0001. (file attached)"),
-        (ANDROID, "media", "Ann: STK-20261124-WA0001.webp (archivo adjunto)"),
-        (ANDROID, "media", "Ann: plan.pdf (file attached)\nplan"),
-        (ANDROID, "media", "Ann: <Pominięto multimedia>\nplan.pdf"),
-        (ANDROID, "media", "Ann: görüntü dahil edilmedi"),
-        (ANDROID, "deleted", "Ann: This message was deleted"),
-        (ANDROID, "deleted", "Ann: Diese Nachricht wurde gelöscht."),
-        (ANDROID, "deleted", "Ann: تم حذف هذه الرسالة."),
-        (ANDROID, "deleted", "Ann: 这条消息已被删除。"),
-        (ANDROID, "call", "Ann: Missed voice call"),
-        (ANDROID, "call", "Ann: Videollamada perdida"),
-        (ANDROID, "location", "Ann: Standort: https://maps.google.com/?q=48.2,16.3"),
-        (ANDROID, "location", "Ann: live location shared"),
-        (ANDROID, "poll", "Ann: UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)"),
-        (ANDROID, "app", "Ann: Waiting for this message. This may take a while."),
-        (ANDROID, "app", "Messages and calls are end-to-end encrypted. Tap to learn more."),
-        (ANDROID, "app", 'Ann changed the subject from "Plans: May" to "Plans: June"'),
-        (ANDROID, "app", "Ann ha creato il gruppo “Gita: mare”"),
-        (IPHONE, "media", "Ann: \u200eimage omitted"),
-        (IPHONE, "media", "Ann: \u200f\u200eلم يتم إدراج الصورة"),
-        (IPHONE, "media", "Ann: \u200e<adjunto: 00000012-STICKER-2026-11-24-10-44-25.webp>"),
-        (IPHONE, "media", "Ann: report.pdf • \u200e12 pages \u200edocument omitted"),
-        (IPHONE, "media", "Ann: report.pdf • \u200e12 Seiten \u200e<Anhang: 00000012-report.pdf>"),
-        (IPHONE, "deleted", "Ann: \u200eYou deleted this message."),
-        (IPHONE, "app", "Ann: \u200eMissed voice call. \u200eTap to call back"),
-        (IPHONE, "app", "Ann: \u200e\u200eDein Code hat sich geändert. \u200eMehr"),
-        (IPHONE, "app", "Ann: \u200eCy added you"),
-        (IPHONE, "poll", "Ann: \u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"),
-        (IPHONE, "location", "Ann: \u200eLocation: https://maps.google.com/?q=48.2,16.3"),
+        "Messages and calls are end-to-end encrypted. Tap to learn more.",
+        'Ann changed the subject from "Plans: May" to "Plans: June"',
+        "Ann ha creato il gruppo “Gita: mare”",
     ],
 )
-def test_what_whatsapp_wrote_is_left_out_in_many_languages(convert, form, kind, text):
-    chat = "\r\n".join(form.format(line) for line in (text, "A: a", "B: b"))
-    entries, left_out = convert({"chat.txt": "\ufeff" + chat})
-    assert said(entries) == ["A: a", "B: b"] and left_out == {kind: 1}
-
-
-def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(convert):
-    texts = ["<Média kihagyva innen>", "<Média kihagyva innen>\nnézd", "jó <Média kihagyva innen>"]
-    chat = "\n".join(f"24/11/26, 10:44 - {'AB'[i % 2]}: {text}" for i, text in enumerate(texts))
+def test_a_line_of_whatsapp_without_an_author_is_a_notice(convert, notice):
+    chat = "\n".join(map(ANDROID.format, [notice, "A: a", "B: b"]))
     entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == ["B: nézd", "A: jó"] and left_out == {"media": 1}
+    assert said(entries) == ["A: a", "B: b"] and left_out == {"app": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<Média kihagyva innen>\nnézd",
+        "nézd <Média kihagyva innen>",
+        "nézd\u200ekép kihagyva",
+        "1.pdf (fájl innen)\nnézd",
+    ],
+)
+def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(convert, text):
+    lines = [ANDROID.format(f"{name}: {text}") for name in "ABC"]
+    assert of("message", convert({"chat.txt": "\n".join(lines)})[0]) == ["nézd"] * 3
+    once = of("message", convert({"chat.txt": "\n".join(lines[:2])})[0])
+    assert once == [text.replace("\u200e", "")] * 2
 
 
 # ---- authors -----------------------------------------------------------------------------------
-def test_an_author_who_is_a_phone_number_becomes_a_person(convert):
-    numbers = [
-        "+43 660 0000001",
-        "\u202a+43 660 0000001\u202c",
-        "~\u202fAnn",
-        "+1 (555) 010\u20110002",
-        "\u202a+44\xa07700\xa0900000\u202c",
-    ]
-    chat = "\n".join(f"24/11/26, 10:44 - {name}: hi" for name in numbers)
-    people = ["Person 1", "Person 1", "Ann", "Person 2", "Person 3"]
-    assert of("author", convert({"chat.txt": chat})[0]) == people
-
-
-def test_names_lose_what_is_invisible_but_not_what_makes_an_emoji(convert):
-    farmer = "\U0001f468\u200d\U0001f33e"
-    chat = f"24/11/26, 10:44 - A\x1b[2Jn\u202e  Lee: hi\n24/11/26, 10:44 - {farmer}: ok"
-    assert of("author", convert({"chat.txt": chat})[0]) == ["A[2Jn Lee", farmer]
+def test_authors_lose_what_is_no_name_and_a_phone_number_becomes_a_person(convert):
+    names = {
+        "+43 660 0000001": "Person 1",
+        "\u202a+43 660 0000001\u202c": "Person 1",
+        "~\u202fAnn": "Ann",
+        "+1 (555) 010\u20110002": "Person 2",
+        "\u202a+44\xa07700\xa0900000\u202c": "Person 3",
+        "A\x1b[2Jn\u202e  Lee": "A[2Jn Lee",
+        "\U0001f468\u200d\U0001f33e": "\U0001f468\u200d\U0001f33e",
+    }
+    chat = "\n".join(ANDROID.format(f"{name}: hi") for name in names)
+    assert of("author", convert({"chat.txt": chat})[0]) == list(names.values())
 
 
 def test_bots_are_known_by_name(convert):
     log = "[10:00:00] <ann> hi\n[10:00:01] <Nightbot> buy!\n[10:00:02] <bob> ok"
     entries, left_out = convert({"a.log": log})
     assert said(entries) == ["ann: hi", "bob: ok"] and left_out == {"bot": 1}
-    assert len(convert({}, keep="bot")[0]) == 3
+    assert len(convert({}, keep=["bot"])[0]) == 3
 
 
-# ---- Telegram ----------------------------------------------------------------------------------
+# ---- the apps ----------------------------------------------------------------------------------
 def telegram(text, name="Ann", **more):
     return {"type": "message", "from": name, "from_id": "user1", "text": text} | more
 
@@ -283,7 +290,6 @@ def test_a_topic_of_a_forum_is_a_conversation(convert):
     assert of("message", entries) == ["soup?", "bread", "hello all", "hello"]
 
 
-# ---- the other apps ----------------------------------------------------------------------------
 def test_discord(convert):
     def message(name, content, form="Default", **more):
         author = {"name": name, "nickname": "N", "isBot": name == "robot"}
@@ -306,29 +312,28 @@ def test_discord(convert):
     assert left_out == {"app": 1, "bot": 1, "media": 1, "forwarded": 1}
 
 
-def test_discord_csv(convert):
+def test_discord_csv_and_what_is_not_understood_in_it(convert):
     csv = (
-        "AuthorID,Author,Date,Content,Attachments,Reactions\n"
-        '"1","ann#0001","24-Nov-26 10:44 AM","hi, ""all""\nof you","",""\n'
-        '"2","bob","2026-11-24T10:45:25.1234567+00:00","ok","",""\n'
-        '"2","bob","24-Nov-26 10:46 PM","","a.png",""\n'
+        "AuthorID,Author,Date,Content,Attachments\n"
+        '"1","ann#0001","24-Nov-26 10:44 AM","hi, ""all""\nof you",""\n'
+        '"2","bob","2026-11-24T10:45:25.1234567+00:00","ok",""\n'
+        '"2","bob","24-Nov-26 10:46 PM","","a.png"\n'
     )
     entries, left_out = convert({"general.csv": csv})
     assert said(entries) == ['ann#0001: hi, "all"\nof you', "bob: ok"]
     assert entries[0]["time"] == "2026-11-24T10:44:00" and left_out == {"media": 1}
-    note = "nothing was understood in Attachments, AuthorID, Reactions of general"
-    assert from_export.notes == [note]
+    assert from_export.notes == ["nothing was understood in Attachments, AuthorID of general"]
 
 
 def test_instagram_is_newest_first_in_several_files_and_latin_1(convert):
     zoe, moji = "Zo\u00c3\u00ab", "\u00f0\u009f\u0098\u0082"
 
     def file(*messages):
-        times = [{"timestamp_ms": 1795513440000 + 60000 * minute} for minute, _, _ in messages]
-        rest = [{"sender_name": name} | more for _, name, more in messages]
-        people = [{"name": zoe}, {"name": "Bob"}]
-        together = [a | b for a, b in zip(times, rest, strict=True)]
-        return {"participants": people, "title": zoe, "messages": together}
+        together = [
+            {"timestamp_ms": 1795513440000 + 60000 * minute, "sender_name": name} | more
+            for minute, name, more in messages
+        ]
+        return {"participants": [{"name": zoe}], "title": zoe, "messages": together}
 
     newer = file(
         (9, "Bob", {"content": "bye"}),
@@ -384,7 +389,6 @@ def test_twitch_downloader(convert):
     [
         ("2026-11-24", "# Log started: 2026-11-24 10:00:00 +0100\n"
          "[10:44:25] <@Ann> hi\n[10:45] <+bob> ok"),
-        ("1970-01-01", "[10:44:25] <Ann> hi\n[10:45:00] <bob> ok"),
         ("2026-11-24", "[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok"),
         ("2026-11-24", "--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
          "10:45 -!- cy joined\n10:45 <@bob> ok"),
@@ -392,8 +396,6 @@ def test_twitch_downloader(convert):
          "2026-11-24 10:45:00\tbob\tok"),
         ("2026-11-24", "**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n\n"
          "Nov 24 10:44:25 <Ann>\thi\nNov 24 10:45:00 <bob>\tok"),
-        ("2026-11-24", "Session Start: Tue Nov 24 09:00:00 2026\n"
-         "[10:44:25] <Ann> hi\n[10:45] <bob> ok"),
         ("1970-01-01", "[10:44:25] Ann: hi\n[10:45:00] bob: ok"),
         ("2026-11-24", "[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok"),
     ],
@@ -405,19 +407,10 @@ def test_logs_of_irc_and_twitch(convert, day, log):
 
 
 def test_a_log_goes_on_after_midnight_and_may_have_its_day_in_its_name(convert):
-    log = "[23:59:50] <ann> late\n[00:00:10] <bob> early\n[00:00:05] <ann> a clock that goes wrong"
-    entries, _ = convert({"#home.2026-11-24.log": log})
-    assert [time[8:] for time in of("time", entries)] == [
-        "24T23:59:50",
-        "25T00:00:05",
-        "25T00:00:10",
-    ]
-
-
-def test_every_day_of_a_channel_may_be_a_file(convert):
-    log = "[10:44:25] <ann> hi\n[10:45:00] <bob> ok"
-    entries, _ = convert({f"#home/2026-11-{day}.log": log for day in (23, 24)})
-    assert [time[8:10] for time in of("time", entries)] == ["23", "23", "24", "24"]
+    late = "[23:59:50] <ann> late\n[00:00:10] <bob> early\n[00:00:05] <ann> a clock goes wrong"
+    entries, _ = convert({"#home/2026-11-24.log": late, "#home/2026-11-26.log": "[10:44] <a> hi"})
+    times = ["24T23:59:50", "25T00:00:05", "25T00:00:10", "26T10:44:00"]
+    assert [time[8:] for time in of("time", entries)] == times
     assert set(of("conversation", entries)) == {"#home"}
 
 
@@ -483,7 +476,6 @@ This message responded to an earlier message.
 Nov 24, 2026  1:45:00 PM
 Me
 an answer
-This message responded to an earlier message.
 
 Nov 24, 2026  1:46:00 PM You named the conversation Home
 
@@ -498,20 +490,16 @@ Ann
 
 
 def test_google_chat(convert):
-    def message(name, text, clock, **more):
+    def message(name, text, **more):
         creator = {"name": name, "email": "a@b.c", "user_type": "Bot" if name == "B" else "Human"}
-        when = f"Tuesday, November 24, 2026 at {clock} UTC"
+        when = "Tuesday, November 24, 2026 at 10:44:25\u202fPM UTC"
         return {"creator": creator, "created_date": when, "text": text} | more
 
-    messages = [
-        message("Ann", "hi", "10:44:25\u202fAM"),
-        message("Bob", "ok", "10:45:25 PM"),
-        message("B", "beep", "10:46:25 PM"),
-        message("Bob", "", "10:47:25 PM", message_state="DELETED"),
-    ]
+    messages = [message("Ann", "hi"), message("Bob", "ok"), message("B", "beep")]
+    messages.append(message("Bob", "", message_state="DELETED"))
     entries, left_out = convert({"DM abc/messages.json": {"messages": messages}})
     assert said(entries) == ["Ann: hi", "Bob: ok"]
-    assert of("time", entries) == ["2026-11-24T10:44:25", "2026-11-24T22:45:25"]
+    assert of("time", entries) == ["2026-11-24T22:44:25"] * 2
     assert entries[0]["conversation"] == "DM abc" and left_out == {"bot": 1, "deleted": 1}
 
 
@@ -590,6 +578,7 @@ def test_a_log_that_runs_backwards_is_turned(convert):
 
 ROLES = ["system", "user", "assistant", "user", "assistant"]
 TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", strict=True)]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -602,10 +591,7 @@ TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", s
         ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
         ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
         ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-            [("a", "b")],
-        ),
+        ({"conversations": SHAREGPT}, [("a", "b")]),
     ],
 )
 def test_a_training_set_becomes_pairs(row, pairs):
@@ -622,10 +608,10 @@ def test_texts_without_questions_are_messages(convert):
 # ---- several files -----------------------------------------------------------------------------
 def test_a_message_that_two_exports_hold_is_read_once(convert):
     old = "24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: hi\n24/11/26, 10:45 - Bob: ok"
-    new = old.split("\n", 1)[1] + "\n24/11/26, 10:46 - Ann: more\n24/11/26, 10:46 - Ann: more"
+    new = old + "\n24/11/26, 10:46 - Ann: more\n24/11/26, 10:46 - Ann: more"
     entries, left_out = convert({"Ann.txt": old, "Ann (1).txt": new})
     assert said(entries) == ["Ann: hi"] * 2 + ["Bob: ok"] + ["Ann: more"] * 2
-    assert left_out == {"copy": 2}
+    assert left_out == {"copy": 3}
 
 
 def test_without_times_nothing_is_a_copy(convert):
@@ -650,6 +636,7 @@ CHAT = """\
 25/11/26, 10:46 - Ann Lee: soup?
 """
 FOLDER = "my project/data/raw"
+OUTPUT = f"{FOLDER}/messages_sample.json"
 
 
 @pytest.fixture
@@ -671,17 +658,24 @@ def export(home, run):
     return export
 
 
+@pytest.fixture
+def fails(home, monkeypatch):
+    """Return fails("chat.txt", …): the error of a run in this process, which must end in one."""
+
+    def fails(*arguments):
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(from_export, "RAW", home / FOLDER)
+        monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "sample", *arguments])
+        with pytest.raises(SystemExit) as end:
+            from_export.main()
+        return end.value.code
+
+    return fails
+
+
 def written(home):
     """Return {"messages_sample.json": content, …}, of all versions."""
     return {path.name: path.read_text("utf-8") for path in (home / FOLDER).glob("messages_*")}
-
-
-def failed(result):
-    """Return the error of a run that must have ended as every script of the guide does."""
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    error = result.stderr.splitlines()[-1]
-    assert error.startswith("error: ") and " FIX: " in error
-    return error
 
 
 def pack(path, **members):
@@ -695,7 +689,7 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
     pack(home / "WhatsApp Chat with Bob.zip", **members)
     result = export("WhatsApp Chat with Bob.zip")
     assert result.returncode == 0 and result.stderr == ""
-    lines = written(home)["messages_sample.json"].splitlines()
+    lines = (home / OUTPUT).read_text().splitlines()
     assert lines[0] == "[" and lines[-1] == "]" and len(lines) == 5
     assert json.loads(lines[1].removesuffix(",")) == {
         "conversation": "WhatsApp Chat with Bob",
@@ -721,11 +715,11 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
     ]
 
 
-def test_the_author_of_most_conversations_is_the_one_to_learn(home, export):
-    for name in "XYZ":
-        lines = ["24/11/26, 10:44 - Me: hi", *[f"24/11/26, 10:44 - {name}: ok"] * 9]
-        (home / f"{name}.txt").write_text("\n".join(lines))
-    assert "--only-author Me " in export("X.txt", "Y.txt", "Z.txt").stdout
+def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
+    talks = [("Me", "X"), ("X", "X"), ("X", "X"), ("Me", "Y"), ("Y", "Y"), ("Y", "Y")]
+    entries = [{"author": author, "conversation": place} for author, place in talks]
+    from_export.next_steps(entries, "v1")
+    assert "--only-author Me " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -733,7 +727,7 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(home, export):
     [
         ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'"),
         ("a.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
-        ("a.json", '{"messages": [{"type": "mess', "a.json is damaged JSON"),
+        ("a.json", '{"messages": [{"type": "mess', "a text that begins with '{\"messages"),
         ("a.json", "[" * 100000, "not as its app writes it"),
         ("a.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
         ("a.json", "[1, null]", "JSON with the keys (none)"),
@@ -745,25 +739,33 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(home, export):
         ("a.zip", b"PK\x05\x06" + bytes(18), "holds no such file"),
     ],
 )
-def test_what_no_reader_knows_gets_an_error(home, name, content, what):
+def test_what_no_reader_knows_gets_an_error(home, fails, name, content, what):
     (home / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(SystemExit) as end:
-        from_export.read_files([str(home / name)], None)
-    assert what in end.value.code and "; known are WhatsApp .txt; Telegram" in end.value.code
-    assert "FIX: export the chat again" in end.value.code
+    error = fails(name)
+    assert what in error and "; known are Telegram, Discord" in error
+    assert "FIX: export the chat again" in error and written(home) == {}
 
 
-def test_what_cannot_be_read_is_told_and_nothing_is_written(home, export):
+def test_what_cannot_be_read_is_told_and_nothing_is_written(home, fails):
     (home / "chat.txt").write_text("24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you")
-    assert "nothing is left that people said to each other" in failed(export("chat.txt"))
+    assert "nothing is left that people said to each other" in fails("chat.txt")
     os.mkfifo(home / "pipe.txt")
-    assert "pipe.txt is not there, or no file" in failed(export("pipe.txt", timeout=20))
-    assert "x.zip is not there, or no file" in failed(export("elsewhere/x.zip"))
-    assert "is not a name for a file" in failed(export("chat.txt", env={"VERSION": "../x"}))
-    assert export().returncode == 2 and written(home) == {}
+    assert "pipe.txt is not there, or no file" in fails("pipe.txt")
+    assert "x.zip is not there, or no file" in fails("elsewhere/x.zip")
+    assert "is not a name for a file" in fails("chat.txt", "--version", "../x")
+    assert fails("chat.txt", "--keep", "apps") == fails() == 2 and written(home) == {}
 
 
-def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export):
+def test_a_path_without_its_quotes_is_told_with_them(home, fails):
+    for name in "Chat - Ann.zip", "Ann & I.txt":
+        (home / name).write_text(CHAT)
+    error = fails("chat.txt", "Chat", "-", "Ann.zip", "Ann", "&", "I.txt", "--dates", "dmy")
+    command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'Ann & I.txt'"
+    assert error.startswith("error: Chat is not there")
+    assert error.endswith(f"FIX: {command} --dates dmy")
+
+
+def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export, fails):
     folder = home / "Downloads"
     (folder / "deep er").mkdir(parents=True)
     (folder / "deep er/chat.txt").write_text(CHAT)
@@ -772,43 +774,34 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export):
     (folder / "loop").symlink_to(folder)
     result = export("Downloads")
     assert result.returncode == 0 and "1  Downloads/bill.txt: a text" in result.stdout
-    assert len(json.loads(written(home)["messages_sample.json"])) == 3
-    assert "Dear customer" in failed(export("Downloads/deep er", "Downloads/bill.txt"))
+    assert len(json.loads((home / OUTPUT).read_text())) == 3
+    assert "Dear customer" in fails("Downloads/deep er", "Downloads/bill.txt")
 
 
-def test_chats_and_training_sets_do_not_mix(home, export):
+def test_chats_and_training_sets_do_not_mix(home, export, fails):
     (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert "chats and training sets" in failed(export("chat.txt", "set.jsonl"))
+    assert "chats and training sets" in fails("chat.txt", "set.jsonl")
     result = export("set.jsonl", env={"VERSION": None})
     assert result.stdout.splitlines()[-1] == "next  VERSION=v1 python build_train.py"
     assert list(written(home)) == ["messages_v1.json"]
     assert json.loads(*written(home).values()) == [{"prompt": "a", "completion": "b"}]
 
 
-def test_another_export_is_not_written_over_unless_told(home, export):
+def test_another_export_is_not_written_over_unless_told(home, export, fails):
     assert export("chat.txt").returncode == 0
     first = written(home)
     assert export("chat.txt").returncode == 0 and written(home) == first
     (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
-    assert "FIX: add --replace" in failed(export("chat.txt")) and written(home) == first
-    assert export("chat.txt", "--version", "two").returncode == 0
-    assert written(home)["messages_sample.json"] == first["messages_sample.json"]
-    assert export("chat.txt", "--replace").returncode == 0
-    assert written(home)["messages_sample.json"] == written(home)["messages_two.json"]
-
-
-def test_kinds_can_be_kept(home, export):
-    assert export("chat.txt", "--keep", "app, media").returncode == 0
-    assert len(json.loads(written(home)["messages_sample.json"])) == 5
-    result = export("chat.txt", "--keep", "apps")
-    assert result.returncode == 2 and "choose from app, deleted, call" in result.stderr
+    assert "FIX: add --replace" in fails("chat.txt") and written(home) == first
+    assert export("chat.txt", "--replace", "--keep", "app").returncode == 0
+    assert len(json.loads((home / OUTPUT).read_text())) == 5
 
 
 # ---- whole or not at all, and nowhere else -----------------------------------------------------
-def test_a_second_run_on_the_same_name_is_refused(home, export):
+def test_a_second_run_on_the_same_name_is_refused(home, export, fails):
     with open(home / FOLDER / ".messages_sample.json.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is writing" in failed(export("chat.txt"))
+        assert "another run is writing" in fails("chat.txt")
         assert export("chat.txt", "--version", "two").returncode == 0
     assert export("chat.txt").returncode == 0
 
@@ -820,7 +813,8 @@ def test_a_full_disk_leaves_what_was_there(home, export):
     limited = 'ulimit -f 4; VERSION=sample exec "$0" "$@" chat.txt --replace'
     command = ["bash", "-c", limited, sys.executable, home / FOLDER / "from_export.py"]
     result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
-    assert "File too large" in failed(result) and written(home) == first
+    assert result.returncode == 1 and "File too large" in result.stderr.splitlines()[-1]
+    assert written(home) == first
 
 
 def test_ctrl_c_ends_it_quietly(home, export):
@@ -841,25 +835,16 @@ def test_nothing_of_a_zip_is_unpacked(home, export):
     assert {path for path in home.rglob("*") if FOLDER not in str(path)} == before
 
 
-def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
-    pack(home / "bomb.zip", **{f"{number}.txt": bytes(1 << 20) for number in range(3)})
-    monkeypatch.setattr(from_export, "MOST_BYTES", 3 << 20)
-    assert len(list(from_export.files_in(home / "bomb.zip"))) == 3
-    monkeypatch.setattr(from_export, "MOST_BYTES", (3 << 20) - 1)
-    with pytest.raises(SystemExit, match=r"bomb.zip holds over .* FIX: unzip it"):
-        list(from_export.files_in(home / "bomb.zip"))
-
-
-def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, export):
+def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, fails):
     pack(home / "a.zip", **{"chat.txt": CHAT})
     content = (home / "a.zip").read_bytes()
     (home / "a.zip").write_bytes(content.replace(b"Ann Lee", b"Ann Lea"))
-    assert "cannot be unpacked: Bad CRC-32" in failed(export("a.zip"))
+    assert "cannot be unpacked: Bad CRC-32" in fails("a.zip")
     locked = bytearray(content)
     locked[6] |= 1
     locked[content.index(b"PK\x01\x02") + 8] |= 1
     (home / "a.zip").write_bytes(locked)
-    assert "cannot be unpacked" in failed(export("a.zip"))
+    assert "cannot be unpacked" in fails("a.zip")
 
 
 # ---- untrusted text, odd surroundings ----------------------------------------------------------
@@ -870,7 +855,7 @@ def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, export):
     result = export("a\x1b[2J.json")
     assert result.returncode == 0
     assert all(c.isprintable() or c == "\n" for c in result.stdout)
-    entries = json.loads(written(home)["messages_sample.json"])
+    entries = json.loads((home / OUTPUT).read_text())
     assert said(entries)[0] == "A[2J'; rm -rf ~; ': ?hi"
     assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"'' """ in result.stdout
 
@@ -879,22 +864,20 @@ def test_the_same_bytes_in_any_surroundings(home, export):
     (home / "chat.txt").write_text(CHAT.replace("Bob", "Zoë 🙂"), "utf-8")
     assert export("chat.txt").returncode == 0
     first = written(home)
+    for folder in (home, home / FOLDER):  # files beside the script are not its modules
+        for name in ("json", "signal", "csv", "dateutil", "argparse"):
+            (folder / f"{name}.py").write_text("raise SystemExit('ran')")
     env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
     result = export("chat.txt", env=env, stdin=subprocess.DEVNULL)
     assert result.returncode == 0 and result.stderr == "" and written(home) == first
 
 
-def test_files_beside_the_script_are_not_its_modules(home, export):
-    for folder in (home, home / FOLDER):
-        for name in ("json", "signal", "csv", "dateutil", "argparse"):
-            (folder / f"{name}.py").write_text("raise SystemExit('ran')")
-    assert export("chat.txt").returncode == 0
-
-
 def test_without_the_environment_it_says_so(home):
     command = [sys.executable, "-I", "-S", home / FOLDER / "from_export.py", "chat.txt"]
     result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
-    assert failed(result).endswith("FIX: source venv/bin/activate; pip install -r requirements.txt")
+    assert result.returncode == 1 and result.stderr.endswith(
+        "FIX: source venv/bin/activate; pip install -r requirements.txt\n"
+    )
 
 
 TEXTS = " ", "\n", "!", "<", "a <", "\u200e<", "(1 ", "1", "1/", "1/2/26, 10:44", ":", "\t", "«"
@@ -904,8 +887,8 @@ TEXTS = " ", "\n", "!", "<", "a <", "\u200e<", "(1 ", "1", "1/", "1/2/26, 10:44"
 def test_no_text_takes_long(head):
     for text in TEXTS:
         content = head + text * (50_000 // len(text))
-        start = time.monotonic()
+        start = time.process_time()
         _, messages = from_export.read("a.txt", content.encode())
         messages = from_export.read_times(messages, None, "a")
         from_export.sort_out([("a.txt", "", messages)], set())
-        assert time.monotonic() - start < 2, text
+        assert time.process_time() - start < 2, text

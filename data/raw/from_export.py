@@ -26,6 +26,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import functools
@@ -68,13 +69,7 @@ KINDS = {
 }
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
 ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
-READABLE = {".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".log", ".md", ".html", ".xml"}
-MOST_BYTES = 2 << 30  # that a .zip may hold
-KNOWN = (
-    "WhatsApp .txt; Telegram, Discord, Instagram, Messenger, TwitchDownloader, Slack, Google Chat,"
-    " Matrix .json; Signal .md; iMessage .txt; IRC and Chatty .log; .csv with a header; training"
-    " sets .jsonl"
-)
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
 RAW = Path(__file__).resolve().parent
 
 
@@ -84,14 +79,11 @@ def settings():
     add, version = parser.add_argument, os.environ.get("VERSION") or "v1"
     add("paths", nargs="+", metavar="PATH", help="file, folder or .zip that an app exported")
     add("--version", default=version, help="name of the data; $VERSION, or else v1")
-    add("--keep", default="", help=f"kinds not to leave out, with commas: {','.join(KINDS)}")
+    add("--keep", action="append", choices=KINDS, default=[], help="a kind not to leave out")
     add("--dates", choices=list(ORDERS), help="order of day, month, year; else found by itself")
     add("--replace", action="store_true", help="write over the messages of another export")
     s = parser.parse_args()
 
-    s.keep = {kind.strip() for kind in s.keep.split(",") if kind.strip()}
-    if unknown := s.keep - set(KINDS):
-        parser.error(f"--keep {shown(min(unknown))}: choose from {', '.join(KINDS)}")
     if not re.fullmatch(r"\w[\w.-]*", s.version, re.ASCII):
         fail(f"VERSION={s.version} is not a name for a file", "--version with letters and digits")
     return s
@@ -110,38 +102,45 @@ def shown(text):
 def files_in(path):
     """Yield (name, content) of a file, or of all files in a folder or .zip."""
     if path.is_dir():
-        for child in sorted(path.iterdir()):
-            ours = child.parent.resolve() == RAW and child.name.startswith("messages_")
-            if child.name.startswith(".") or ours or (child.is_dir() and child.is_symlink()):
-                continue
-            if child.is_dir() or child.suffix.lower() in READABLE | {".zip"}:
-                yield from files_in(child)
+        for file in sorted(path.rglob("*")):
+            is_ours = file.parent.resolve() == RAW and file.name.startswith("messages_")
+            if may_be_a_chat(file.relative_to(path)) and file.is_file() and not is_ours:
+                yield from files_in(file)
     elif not path.is_file():
-        fail(
-            f"{path} is not there, or no file",
-            "name a file that is there: drag it into this window",
-        )
+        fix = "name a file that is there: drag it into this window"
+        if (words := with_quotes(sys.argv)) != sys.argv:
+            fix = shlex.join(["python", *words])
+        fail(f"{path} is not there, or no file", fix)
     elif zipfile.is_zipfile(path):
-        try:
-            yield from files_in_zip(path)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # also a password
-            fail(f"{path} cannot be unpacked: {e}", "unzip it yourself, and name the folder")
+        yield from files_in_zip(path)
     else:
         yield str(path), path.read_bytes()
 
 
 def files_in_zip(path):
-    with zipfile.ZipFile(path) as archive:
-        members = [
-            member
-            for member in archive.infolist()
-            if Path(member.filename).suffix.lower() in READABLE
-            and not re.search(r"(^|/)(\.|__MACOSX)", member.filename)
-        ]
-        if sum(member.file_size for member in members) > MOST_BYTES:
-            fail(f"{path} holds over {MOST_BYTES >> 30} GB", "unzip it, and name the chats in it")
-        for member in members:
-            yield f"{path}/{member.filename}", archive.read(member)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if may_be_a_chat(Path(name)):
+                    yield f"{path}/{name}", archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # also a password
+        fail(f"{path} cannot be unpacked: {e}", "unzip it yourself, and name the folder")
+
+
+def may_be_a_chat(path):
+    """Say whether a file in a folder or .zip is to be read: no picture, and nothing hidden."""
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in READABLE and not is_hidden
+
+
+def with_quotes(words):
+    """Join the words that are one path: ["Chat", "with", "Ann.zip"] → ["Chat with Ann.zip"]."""
+    for length in range(len(words), 1, -1):
+        for start in range(len(words) - length + 1):
+            path, rest = " ".join(words[start : start + length]), words[start + length :]
+            if os.path.exists(path):
+                return [*with_quotes(words[:start]), path, *with_quotes(rest)]
+    return words
 
 
 @functools.cache
@@ -154,7 +153,7 @@ def title_of(name):
     everyones = r"_chat|chat|data|export|index|messages?|message_\d+|result|\d{4}-\d\d-\d\d"
     if re.fullmatch(everyones, path.stem) and path.parent.name:
         path = path.parent
-    stem = path.stem if path.suffix.lower() in READABLE | {".zip"} else path.name
+    stem = path.stem if path.suffix.lower() in READABLE else path.name
     return re.sub(r" ?\(\d+\)$", "", stem)
 
 
@@ -189,11 +188,14 @@ def read(name, content):
         for app, looks_like, reader in TEXT_READERS:
             if looks_like(line):
                 return app, list(reader(text, name))
-    raise UnknownFileError(what_it_is(text))
+    start = text.strip()[:60]
+    if re.match(r"(?i)<!doctype html|<html", start):
+        raise UnknownFileError("a web page: export as JSON (in Telegram: Machine-readable JSON)")
+    raise UnknownFileError(f"a text that begins with {start!r}" if start else "empty")
 
 
 def decode(content):
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as Excel writes it
         return content.decode("utf-16", "replace")
     if b"\0" in content[:1000]:
         raise UnknownFileError("no text")
@@ -205,16 +207,13 @@ def decode(content):
 
 def parse_json(text):
     """Return what the JSON holds (of JSON lines a list), or None if it is none."""
-    if text.lstrip()[:1] not in ("{", "["):
+    if not text.lstrip().startswith(("{", "[")):
         return None
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError:
-        return None
+    for parts in [text], text.split("\n"):  # one document, or one in every line
+        with contextlib.suppress(ValueError):
+            found = [json.loads(part) for part in parts if part.strip()]
+            return found if len(found) > 1 else found[0]
+    return None
 
 
 def messages_of(data):
@@ -228,16 +227,6 @@ def keys_of(data):
     """Return the keys of a dict, or of the first dicts in a list: [{"a": 1}, {"b": 2}] → {a, b}."""
     entries = [data] if isinstance(data, dict) else data[:100]
     return {key for entry in entries if isinstance(entry, dict) for key in entry if key}
-
-
-def what_it_is(text):
-    """Return what can be said of a text that no reader knows."""
-    start = text.strip()[:60]
-    if re.match(r"(?i)<!doctype html|<html", start):
-        return "a web page: export it again as JSON (in Telegram: Machine-readable JSON)"
-    if re.match(r'[{[]\s*["{[]', start):
-        return "damaged JSON: export it again"
-    return f"a text that begins with {start!r}" if start else "empty"
 
 
 # ---- read: JSON of the apps. A reader yields the messages of a file -----------------------------
@@ -269,8 +258,10 @@ def since_1970(number):
 
 def read_telegram(data, name):
     """Read one chat, or the export of all; a topic of a forum is a conversation of its own."""
-    parts = [data.get(key) or {} for key in ("chats", "left_chats")]
-    chats = [chat for part in parts for chat in part.get("list", [])] or [data]
+    chats = []
+    for key in "chats", "left_chats":
+        chats += data.get(key, {}).get("list", [])
+    chats = chats or [data]
     names = Counter(chat.get("name") for chat in chats)
     for chat in chats:
         title = text_of(chat.get("name")) or title_of(name)
@@ -320,7 +311,7 @@ def read_meta(data, name):
             deleted=m.get("is_unsent") or m.get("isUnsent"),
             call="call_duration" in m or m.get("type") == "Call",
             app=m.get("type") in ("Subscribe", "Unsubscribe", "placeholder")
-            or META.fullmatch(text)
+            or SENTENCES.get(plain(re.sub(r"[^\w\s]+ ", "", text))) == "app"  # without its emoji
             or (text.startswith(f"{author} ") and text.endswith(".")),  # "Zoë sent an attachment."
         )
         when = since_1970(m.get("timestamp_ms") or m.get("timestamp"))
@@ -405,13 +396,9 @@ COLUMNS = {
     "author": "author sender sender_name username user from nick nickname name display_name",
     "message": "message text content body msg contents",
 }
-PAIRS = list(
-    itertools.product(
-        ("prompt", "instruction", "question", "input"),
-        ("completion", "output", "response", "answer"),
-    )
-)
-ASKED_ANSWERED = re.compile(
+ASKED = "prompt", "instruction", "question", "input"
+ANSWERED = "completion", "output", "response", "answer"
+ASKED_AND_ANSWERED = re.compile(
     r"(?is)(?:### ?)?(?:q|question|user|human|instruction|prompt)s? ?:\s?(.*)"
     r"\n(?:### ?)?(?:a|answer|assistant|bot|gpt|response|output)s? ?:\s?(.*)"
 )
@@ -467,7 +454,8 @@ def is_csv_header(line):
 def read_pairs(data, name):
     """Yield the pairs of a training set: {"instruction", "input", "output"} and the like."""
     for entry in messages_of(data):
-        asked, answered = next(pair for pair in PAIRS if set(pair) <= set(entry))
+        asked = next(key for key in ASKED if key in entry)
+        answered = next(key for key in ANSWERED if key in entry)
         parts = [entry[asked], entry.get("input") if asked == "instruction" else ""]
         prompt = "\n\n".join(filter(None, map(text_of, parts)))
         yield {"prompt": prompt, "completion": text_of(entry[answered])}
@@ -490,7 +478,9 @@ def read_turns(data, name):
 
 def read_texts(data, name):
     r"""Read {"text": …}: "Q: hi?\nA: hello" is a pair, and all else a list of messages."""
-    parts = [ASKED_ANSWERED.fullmatch(text_of(entry.get("text"))) for entry in messages_of(data)]
+    parts = [
+        ASKED_AND_ANSWERED.fullmatch(text_of(entry.get("text"))) for entry in messages_of(data)
+    ]
     if not all(parts):
         return read_entries(data, name)
     return [{"prompt": part[1], "completion": part[2]} for part in parts]
@@ -500,22 +490,24 @@ def read_texts(data, name):
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
 DAY = rf"(\d{{1,4}}){MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?(\d{{1,4}})"
 CLOCK = r"(\d\d?)[:.](\d\d)(?:[:.](\d\d))?"
-WHEN = re.compile(rf"{DAY}(?:(\D{{1,20}}?){CLOCK}(\D{{0,24}}))?")
-TIME_FIRST = re.compile(rf"(\d\d?:\d\d(?::\d\d)?)\D{{1,3}}({DAY})")
 # "[24/11/26, 10:44:25] Ann: hi" on an iPhone, "24/11/26, 10:44 - Ann: hi" on Android,
-# "24/11/26, 10:44:25 PM: Ann: hi" on old iPhones
+# "24/11/26, 10:44:25 PM: Ann: hi" on old iPhones, "10:44, 24/11/26 - Ann: hi" in Vietnam
 ENTRY = re.compile(
-    rf"{MARK}{{0,3}}(\[)?{MARK}?"
-    rf"(?P<when>{DAY}\D{{1,20}}?{CLOCK}[^\d\]]{{0,24}}?|{TIME_FIRST.pattern})"
-    r"(?(1)\]|(?:\s[-–]|:))(?:\s|$)"
+    rf"{MARK}{{0,3}}(?P<iphone>\[)?{MARK}?"
+    rf"(?P<when>{DAY}\D{{1,20}}?{CLOCK}[^\d\]]{{0,24}}?|{CLOCK}\D{{1,3}}{DAY})"
+    r"(?(iphone)\]|(?:\s[-–]|:))(?:\s|$)"
 )
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
-TAG = re.compile(r'<([^<>\n\d/="]{3,60})>(?=\n|\Z)')
-MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>")
-FILE = re.compile(r"(.{1,200}) \(([^()\n]{3,40})\)")
-FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
 LOCATION = re.compile(r"[^\n:]{1,60}: https://maps\.google\.com/\?q=\S+")
 POLL = re.compile(r"\W?[^\W\d_]{2,20} ?:\n(?s:.*)\(\W?\d+ [^()\n]+\)")
+FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
+MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>")
+TAGS = (  # what may be the app's in a message, and its words
+    re.compile(r"\A.{1,200}\.\w{0,5} \(([^()\n]{3,40})\)(?=\n|\Z)"),  # IMG-1.jpg (file attached)
+    re.compile(r'\A<([^<>\n\d/="]{3,60})>(?=\n|\Z)'),  # <Media omitted>
+    re.compile(r'<([^<>\n\d/="]{3,60})>\Z'),  # ok <This message was edited>
+    re.compile(r"\u200e([^\u200e\n<>]{3,60})\Z"),  # look, and then "image omitted"
+)
 
 
 def read_whatsapp(text, name):
@@ -529,16 +521,29 @@ def read_whatsapp(text, name):
             entries.append((start, [line[start.end() :]]))
         elif entries:
             entries[-1][1].append(line)
-    bodies = ["\n".join(lines).strip() for _, lines in entries]
-    tags = Counter(found[1] for found in map(TAG.search, bodies) if found)
-    for (start, _), body in zip(entries, bodies, strict=True):
-        said = AUTHOR.match(body)
-        # “Ann named the group "a: b"” is a notice: nobody's name has one quotation mark
-        if not said or sum(said[1].count(quote) for quote in '"“”„«»') % 2:
-            yield Message(start["when"], "", body, "app")
-            continue
-        words, kind = whatsapp_words(body[said.end() :], bool(start[1]), tags)
-        yield Message(start["when"], said[1], words, kind)
+    said = [author_and_words("\n".join(lines).strip()) for _, lines in entries]
+    counts = Counter(tag for _, words in said for tag in tags_in(words))
+    tags = {
+        tag for tag, count in counts.items() if count >= 3
+    }  # also in languages that no table has
+    for (start, _), (author, words) in zip(entries, said, strict=True):
+        words, kind = whatsapp_words(words, bool(start["iphone"]), tags)
+        yield Message(start["when"], author, words, kind if author else "app")
+
+
+def author_and_words(text):
+    """Return the parts of "Ann: hi" → ("Ann", "hi"); the notices of the app have no author."""
+    found = AUTHOR.match(text)
+    # subtle: 'Ann named the group "a: b"' is a notice; nobody's name has one quotation mark
+    if not found or sum(found[1].count(quote) for quote in '"“”„«»') % 2:
+        return "", text
+    return found[1], text[found.end() :]
+
+
+def tags_in(text):
+    """Return what in a message may be the app's: "<Media omitted>" → {"Media omitted"}."""
+    tags = {found[1] for tag in TAGS if (found := tag.search(text))}
+    return {tag for tag in tags if " " in tag or not tag.isascii()}  # no <div>, no <grin>
 
 
 def whatsapp_words(text, is_iphone, tags):
@@ -549,44 +554,30 @@ def whatsapp_words(text, is_iphone, tags):
     if kind := kind_of_sentence(text):
         return text, kind
     words = MARKED_TAG.sub("", text).strip()
-    if is_iphone and text.startswith(("\u200e", "\u200f")):  # before all that is not a person's
-        return text, "app" if words else "media"
     if "• \u200e" in text:  # "report.pdf • 12 pages"
         return text, "media"
-    before, mark, after = words.rpartition("\u200e")
-    if mark and kind_of_sentence(after):
-        words = before
-    line, _, rest = words.partition("\n")
-    if (file := FILE.fullmatch(line)) and SENTENCES.get(plain(file[2])) == "attached":
-        words = "" if rest in (file[1], Path(file[1]).stem) else rest
-    elif (tag := TAG.fullmatch(line)) and is_tag(tag[1], tags):
-        words = "" if FILE_NAME.fullmatch(rest) else rest
-    last = TAG.search(words, max(0, len(words) - 62))
-    if last and last.end() == len(words) and is_tag(last[1], tags):
-        words = words[: last.start()]
+    if is_iphone and text.startswith(("\u200e", "\u200f")):  # before all that is not a person's
+        return text, "app" if words else "media"
+    for tag in TAGS:
+        found = tag.search(words)
+        if found and (found[1] in tags or plain(found[1]) in SENTENCES):
+            words = (words[: found.start()] + words[found.end() :]).strip()
+            words = "" if FILE_NAME.fullmatch(words) else words
     return words, ""
 
 
 def kind_of_sentence(text):
     """Return the kind of a message that the app wrote from beginning to end, or ""."""
-    start = plain(text[:200])
-    if start.startswith(NOTICES):
-        return "app"
     if LOCATION.fullmatch(text):
         return "location"
     if POLL.fullmatch(text):
         return "poll"
-    kind = SENTENCES.get(start)
-    return kind if kind in KINDS and len(text) < 200 else ""
-
-
-def is_tag(words, tags):
-    """Say whether "<words>" is the app's: in its tables, or three times in the file."""
-    return plain(words) in SENTENCES or (tags[words] >= 3 and (" " in words or not words.isascii()))
+    kind = SENTENCES.get(plain(text), "")
+    return kind if kind in KINDS else ""
 
 
 def plain(sentence):
-    r"""Return it as the tables have it: "\u200e<Media omitted>." → "media omitted"."""
+    r"""Return it as the table has it: "\u200e<Media omitted>." → "media omitted"."""
     return INVISIBLE.sub("", sentence).strip(" \n<>").rstrip(".。।").casefold()
 
 
@@ -600,87 +591,85 @@ def read_signal(text, name):
         yield m._replace(text=words, kind=kind)
 
 
-LOG_LINE = re.compile(
-    r"\[?(?:(?P<day>\d{4}-\d\d-\d\d|[A-Z][a-z]{2} [ \d]\d)[T ])?\[?"
-    r"(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d))?\]?\s+"
-    r"(?:<[\s@+%&~!]{0,3}(?P<nick>[^>\s]{1,60})>|[@+%&~]?(?P<tabbed>[\w\[\]\\`^{|}-]*\w)\t"
-    r"|(?(day)(?!)|(?P<name>[^\s:<>]{1,60}):\s))\s?(?P<words>.*)"
+LOG_CLOCK = r"\[?(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d))?\]?\s+"
+LOG_STAMP = rf"\[?(?:(?P<day>\d{{4}}-\d\d-\d\d|[A-Z][a-z]{{2}} [ \d]\d)[T ])?{LOG_CLOCK}"
+LOG_LINES = (
+    re.compile(LOG_STAMP + r"<[\s@+%&~!]{0,3}(?P<nick>[^>\s]{1,60})>\s?(?P<words>.*)"),
+    re.compile(LOG_STAMP + r"[@+%&~]?(?P<nick>[\w\[\]\\`^{|}-]*\w)\t(?P<words>.*)"),
+    re.compile(LOG_CLOCK + r"(?P<nick>[^\s:<>]{1,60}):\s(?P<words>.*)"),
 )
 LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
+
+
+def log_line(line):
+    """Return the parts of a line that one nick said, or None: "[10:44] <@ann> hi" → nick: "ann"."""
+    found = next(filter(None, (form.match(line) for form in LOG_LINES)), None)
+    return found and found.groupdict("")
 
 
 def read_log(text, name):
     """Read a log of IRC or Twitch, a message a line; the day has lines of its own, if at all."""
     last = day_in(Path(name).stem, datetime(1970, 1, 1))
     for line in filter(str.strip, text.split("\n")):
-        found = LOG_LINE.match(line)
-        if not found:
-            if LOG_DAY.match(line):
-                last = day_in(line, last)
+        if parts := log_line(line):
+            day = parts.get("day", "")
+            clock = [int(parts[part] or 0) for part in ("hour", "minute", "second")]
+            now = day_in(day, last) + timedelta(hours=clock[0], minutes=clock[1], seconds=clock[2])
+            if now < last - timedelta(minutes=1) and not day:  # past midnight
+                now += timedelta(days=1)
+            last = now
+            yield Message(now, parts["nick"], parts["words"])
+        else:
+            last = day_in(line, last) if LOG_DAY.match(line) else last
             yield Message(last, "", line, "app")
-            continue
-        hour, minute, second = (int(found[part] or 0) for part in ("hour", "minute", "second"))
-        now = day_in(found["day"] or "", last)
-        now += timedelta(hours=hour, minutes=minute, seconds=second)
-        if now < last - timedelta(minutes=1) and not found["day"]:  # past midnight
-            now += timedelta(days=1)
-        last = now
-        yield Message(now, found["nick"] or found["tabbed"] or found["name"], found["words"])
 
 
 def day_in(text, otherwise):
     """Return the midnight of the day in a text, as in "--- Day changed Tue Jan 02 2024"."""
     when = otherwise
-    if re.search(r"(19|20)\d\d-\d\d-\d\d|\b[A-Z][a-z]{2} [ \d]\d\b", text):
-        try:
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.search(r"(19|20)\d\d-\d\d-\d\d|\b[A-Z][a-z]{2} [ \d]\d\b", text):
             when = date_parser.parse(text.strip("#-* "), fuzzy=True, default=otherwise)
-        except (ValueError, OverflowError):
-            when = otherwise
     return when.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
 
 
-IMESSAGE_DATE = re.compile(r"([A-Z][a-z]{2} \d\d, \d{4} +\d\d?:\d\d:\d\d [AP]M)(.*)")
+IMESSAGE_DATE = re.compile(
+    r"(?m)^([A-Z][a-z]{2} \d\d, \d{4} +\d\d?:\d\d:\d\d [AP]M) *(?:\(.*)?(.*)\n?"
+)
 IMESSAGE_NOTE = re.compile(
-    r"This message (responded to an earlier|was deleted)|Sent with |(\w+ )?Sticker from |"
-    r"Attachment missing!|/.*/Attachments/|attachments/"
+    r"(?m)^(?:    |This message (?:responded to an earlier|was deleted)|Sent with "
+    r"|Attachment missing!|(?:\w+ )?Sticker from |/.*/Attachments/|attachments/).*\n?"
 )
 
 
 def read_imessage(text, name):
     """Read what imessage-exporter writes: a line with the time, one with the name, the words."""
-    blocks = []  # (time, the rest of its line, lines)
-    for line in text.split("\n"):
-        if start := IMESSAGE_DATE.match(line):
-            when = datetime.strptime(" ".join(start[1].split()), "%b %d, %Y %I:%M:%S %p")
-            blocks.append((when, start[2].strip(), []))
-        elif blocks and not line.startswith("    "):  # an indented reply comes again below
-            blocks[-1][2].append(line)
-    for when, note, lines in blocks:
-        if note and not note.startswith("("):
+    _, *parts = IMESSAGE_DATE.split(text)
+    for when, note, block in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        author, _, words = block.partition("\n")
+        words = re.split(r"(?m)^(?:Tapbacks|Reactions):$", words)[0]
+        words = re.sub(r"(?ms)\A.*^Edited .{1,60}? later: ", "", words)
+        if note:
             yield Message(when, "", note, "app")
-            continue
-        author, words = lines[0] if lines else "", []
-        for line in lines[1:]:
-            if line in ("Tapbacks:", "Reactions:"):
-                break
-            if edited := re.match(r"Edited .{1,60}? later: ", line):
-                words = [line[edited.end() :]]
-            elif not IMESSAGE_NOTE.match(line):
-                words.append(line)
-        yield Message(when, author, "\n".join(words))
+        else:
+            yield Message(when, author, IMESSAGE_NOTE.sub("", words))
 
 
 # ---- times --------------------------------------------------------------------------------------
+MORNING = r"(am|午前|上午|早上|凌晨|오전|ص|πμ|morning|mañana|madrugada)$"
+AFTERNOON = r"(pm|午後|下午|中午|오후|م|μμ|afternoon|evening|noon|tarde)$"
+NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 3
+
+
 def read_times(messages, order, title):
     """Return the messages with datetimes; the order of day and month is found, or else told."""
-    texts = dict.fromkeys(m.time for m in messages if isinstance(m.time, str))
-    stamps = {text: stamp_of(text) for text in texts}
+    stamps = {m.time: stamp_of(m.time) for m in messages if isinstance(m.time, str)}
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     if dates and not order:
         order, is_sure = date_order(dates)
         if not is_sure:  # capitals are how American phones write it
             order, other = "dmy", "mdy"
-            if re.search("[AP]M", next(iter(texts))):
+            if re.search("[AP]M", next(iter(stamps))):
                 order, other = other, order
             told = f"dates are read as {order}, for nothing decides: else --dates {other}"
             notes.append(f"{title}: {told}")
@@ -688,6 +677,7 @@ def read_times(messages, order, title):
     return [m._replace(time=times.get(m.time, m.time)) for m in messages]
 
 
+@functools.cache
 def stamp_of(text):
     """Return (number, number, number, hour, minute, second), whichever of the first is the day.
 
@@ -696,10 +686,8 @@ def stamp_of(text):
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
-        if found := WHEN.search(TIME_FIRST.sub(r"\2 \1", text)):
-            *day, before, hour, minute, second, after = found.groups("")
-            hour = hour_of_day(int(hour or 0), before + after)
-            return (*map(int, day), hour, int(minute or 0), int(second or 0))
+        if day := re.search(DAY, text):
+            return *map(int, day.groups()), *clock_in(text[: day.start()] + text[day.end() :])
         try:
             when = date_parser.parse(text[:60])
         except (ValueError, OverflowError):
@@ -707,19 +695,19 @@ def stamp_of(text):
     return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
 
 
-MORNING = r"(am|午前|上午|早上|凌晨|오전|ص|πμ|morning|mañana|madrugada)$"
-AFTERNOON = r"(pm|午後|下午|中午|오후|م|μμ|afternoon|evening|noon|tarde)$"
-NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 3
-
-
-@functools.cache
-def hour_of_day(hour, words):
-    """Return the hour of 24: (9, " in the afternoon") → 21, (12, " a. m.") → 0, (9, ", ") → 9."""
-    words = re.sub(r"\W", "", words.casefold())
+def clock_in(text):
+    """Return (hour, minute, second): ", 10:44 PM" → (22, 44, 0), " 12:05 a. m." → (0, 5, 0)."""
+    found = re.search(CLOCK, text)
+    if not found:
+        return 0, 0, 0
+    hour, minute, second = (int(number or 0) for number in found.groups())
+    words = re.sub(r"\W", "", (text[: found.start()] + text[found.end() :]).casefold())
     at_night = re.search(NIGHT, words)
     if re.search(AFTERNOON, words) or (at_night and 6 <= hour < 12):
-        return hour % 12 + 12
-    return 0 if hour == 12 and (at_night or re.search(MORNING, words)) else hour
+        hour = hour % 12 + 12
+    elif hour == 12 and (at_night or re.search(MORNING, words)):
+        hour = 0
+    return hour, minute, second
 
 
 def date_order(dates):
@@ -760,40 +748,33 @@ def tidy_name(name):
 def sort_out(files, keep):
     """Return ({conversation: messages in the order of time}, {kind: texts that are left out})."""
     conversations, left_out = defaultdict(list), defaultdict(list)
-    before = Counter()  # message → how often it stood in one of the files before
+    before = set()  # the messages of the files before
     for name, _, messages in files:
-        here, talks = Counter(), defaultdict(list)
+        title, talks = title_of(name), defaultdict(list)
         for m in messages:
-            place = tidy_name(m.conversation) or tidy_name(title_of(name))
             text = INVISIBLE.sub("", m.text).strip()
+            place = tidy_name(m.conversation or title)
             m = Message(m.time, tidy_name(m.author), text, m.kind, place)
-            here[m] += 1
-            bot = m.author.casefold() in BOTS
-            kind = m.kind or first(bot=bot, media=not m.text, copy=m.time and here[m] <= before[m])
-            if m.text and kind in keep | {""}:
-                talks[m.conversation].append(m)
+            is_copy = m.time and m in before
+            is_bot = m.author.casefold() in BOTS
+            kind = m.kind or first(bot=is_bot, media=not m.text, copy=is_copy)
+            if m.text and kind in ["", *keep]:
+                talks[place].append(m)
             else:
                 left_out[kind].append(m.text)
-        before |= here
         for place, talk in talks.items():
-            conversations[place] += oldest_first(talk)
+            times = [m.time for m in talk if m.time]
+            is_newest_first = times and times[0] > times[-1]
+            conversations[place] += talk[::-1] if is_newest_first else talk
+            before.update(talk)
 
     for place, talk in list(conversations.items()):
         authors = {m.author for m in talk}
         if len(authors) == 1 and "" not in authors and "alone" not in keep:
             left_out["alone"] += [m.text for m in conversations.pop(place)]
-        else:
-            conversations[place] = oldest_first(talk)
+        elif all(m.time for m in talk):
+            talk.sort(key=lambda m: m.time)  # equal times stay as the file has them
     return conversations, left_out
-
-
-def oldest_first(messages):
-    """Return messages in the order of time; equal times stay as the file has them."""
-    if not all(m.time for m in messages):
-        return messages
-    if messages[0].time > messages[-1].time:  # newest first, within a minute too
-        messages = messages[::-1]
-    return sorted(messages, key=lambda m: m.time)
 
 
 def without_number(name, people):
@@ -821,9 +802,6 @@ def entries_of(conversations):
 # ---- write --------------------------------------------------------------------------------------
 def claim(target):
     """Return an open file whose lock keeps a second run on the same target away."""
-    log = target.with_suffix(".jsonl")
-    if log.exists():
-        fail(f"{log} holds data of this version", "--version NAME, another one")
     lock = open(target.with_name(f".{target.name}.lock"), "w")  # noqa: SIM115 (open until the end)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -845,33 +823,33 @@ def write(target, entries, replace):
 
 
 # ---- tell ---------------------------------------------------------------------------------------
-def line(title, number, text):
+def tell(title, number, text=""):
     number = f"{number:,}" if isinstance(number, int) else number
     print(f"{title:<14}{number:>9}  {shown(text)}".rstrip())
 
 
 def report(files, not_read, left_out, entries):
-    for app, number in Counter(app for _, app, _ in files).items():
-        name = next(name for name, its_app, _ in files if its_app == app)
-        line("read", number, f"{app}, {name}" + " and so on" * (number > 1))
-    for name, why in list(not_read.items())[:5]:
-        line("not read", 1, f"{name}: {why}")
-    if len(not_read) > 5:
-        line("not read", len(not_read) - 5, "more files")
-    for title, key in (("conversations", "conversation"), ("authors", "author")):
-        if counts := Counter(e[key] for e in entries if key in e and "message" in e):
-            line(title, len(counts), "")
+    apps = Counter(app for _, app, _ in files)
+    names = {app: name for name, app, _ in reversed(files)}  # of the first file of each app
+    for app, number in apps.items():
+        tell("read", number, f"{app}, {names[app]}" + " and so on" * (number > 1))
+    for name, why in list(not_read.items())[:1]:
+        tell("not read", len(not_read), f"{name}: {why}" + " and so on" * (len(not_read) > 1))
+    talk = [entry for entry in entries if "message" in entry]  # of chats, not of training sets
+    for title, key in ("conversations", "conversation"), ("authors", "author"):
+        if counts := Counter(entry[key] for entry in talk if key in entry):
+            tell(title, len(counts))
             for name, number in counts.most_common(10):
-                line("", number, name)
+                tell("", number, name)
             if len(counts) > 10:
-                line("", "…", f"and {len(counts) - 10:,} more")
+                tell("", "…", f"and {len(counts) - 10:,} more")
     if days := sorted(entry["time"][:10] for entry in entries if "time" in entry):
-        line("period", "", f"{days[0]} to {days[-1]}")
+        tell("period", "", f"{days[0]} to {days[-1]}")
     for kind, texts in sorted(left_out.items(), key=lambda item: -len(item[1])):
         sample = " ".join(next(filter(None, texts), "").split())[:40]
-        line("left out", len(texts), f"{KINDS[kind]} ({kind})" + (f": {sample}" if sample else ""))
+        tell("left out", len(texts), f"{KINDS[kind]} ({kind}): {sample}".removesuffix(": "))
     for note in notes[:10]:
-        line("note", "", note)
+        tell("note", "", note)
 
 
 def next_steps(entries, version):
@@ -908,7 +886,9 @@ def read_files(paths, dates):
     wrong = [name for name in not_read if name in paths or not files]
     if wrong or not files:
         what = f"{wrong[0]} is {not_read[wrong[0]]}" if wrong else f"{paths[0]} holds no such file"
-        fail(f"{what}; known are {KNOWN}", "export the chat again in one of these forms")
+        known = ", ".join(dict.fromkeys(app for app, *_ in JSON_READERS + TEXT_READERS))
+        fix = "export the chat again: as JSON or CSV if the app can, else as text"
+        fail(f"{what}; known are {known}", fix)
     return files, not_read
 
 
@@ -937,10 +917,8 @@ def main():
 # ---- tables: who reads what ---------------------------------------------------------------------
 JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the first that fits
     ("Telegram", "chats", "", read_telegram),
-    ("Telegram", "left_chats", "", read_telegram),
     ("Discord", "guild channel messages", "", read_discord),
-    ("Instagram or Messenger", "participants", "sender_name", read_meta),
-    ("Instagram or Messenger", "participants", "senderName", read_meta),
+    ("Instagram or Messenger", "participants messages", "", read_meta),
     ("Twitch", "comments", "commenter", read_twitch),
     ("Matrix", "room_name", "sender", read_matrix),
     ("Google Chat", "messages", "creator", read_google_chat),
@@ -950,13 +928,13 @@ JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the fir
     ("training set", "messages", "role", read_turns),
     ("training set", "", "messages", read_turns),
     ("training set", "", "conversations", read_turns),
-    *(("training set", "", " ".join(pair), read_pairs) for pair in PAIRS),
+    *(("training set", "", f"{a} {b}", read_pairs) for a in ASKED for b in ANSWERED),
     ("list of texts", "", "text", read_texts),
     ("list of messages", "", "", read_entries),
 )
 TEXT_READERS = (  # app, how one of the first lines looks, reader
     ("iMessage", IMESSAGE_DATE.match, read_imessage),
-    ("log", LOG_LINE.match, read_log),
+    ("log", log_line, read_log),
     ("Signal", re.compile(r"\[\d{4}(-\d\d){2},? \d\d:\d\d\S*\] Me: ").match, read_signal),
     ("Twitch", re.compile(r"\[\S+ \S+ UTC\] ").match, read_whatsapp),
     ("WhatsApp", ENTRY.match, read_whatsapp),
@@ -971,160 +949,107 @@ INVISIBLE = re.compile(  # control characters but line breaks and tabs, and MARK
 TABLE = """
 deleted:
 This message was deleted | You deleted this message | This message was deleted by an admin | Diese
-Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje | Este mensaje
-fue eliminado | Eliminaste este mensaje | Ce message a été supprimé | Vous avez supprimé ce message
-| Questo messaggio è stato eliminato | Hai eliminato questo messaggio | Mensagem apagada | Esta
-mensagem foi apagada | Você apagou esta mensagem | Apagou esta mensagem | Apagaste esta mensagem |
-Dit bericht is verwijderd | U hebt dit bericht verwijderd | Je hebt dit bericht verwijderd | Данное
-сообщение удалено | Вы удалили данное сообщение | Вы удалили это сообщение | Сообщение удалено | Це
-повідомлення було видалено | Ви видалили це повідомлення | Ta wiadomość została usunięta | Usunięto
-tę wiadomość | Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva byla smazána | Tato zpráva byla odstraněna
-| Tuto zprávu jste smazal/a | Tuto zprávu jste odstranil/a | Táto správa bola odstránená | Túto
-správu ste odstránili | Acest mesaj a fost șters | Ați șters acest mesaj | Ez az üzenet törlésre
-került | Törölted ezt az üzenetet | Ezt az üzenetet törölted | Αυτό το μήνυμα διαγράφηκε |
-Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz | הודעה זו נמחקה | מחקת הודעה זו |
-מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة | أنت حذفت هذه الرسالة | این پیام
-حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید | یہ میسج حذف کر دیا گیا ہے | یہ پیغام حذف
-کیا گیا | آپ نے یہ میسج حذف کر دیا ہے | यह मैसेज डिलीट कर दिया गया है | यह संदेश मिटाया गया | आपने
-यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে | આ મેસેજ ડિલીટ કરાયો |
-Pesan ini dihapus | Pesan ini telah dihapus | Anda menghapus pesan ini | Anda telah menghapus pesan
-ini | Mesej ini telah dipadam | Anda telah memadamkan mesej ini | Tin nhắn này đã bị xóa | Bạn đã
-xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 | 您已刪除此訊息 |
-这条消息已被删除 | 您已删除这条消息 | このメッセージは削除されました | このメッセージを削除しました
-| 이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한 메시지입니다 | Det här meddelandet
-raderades | Du raderade det här meddelandet | Detta meddelande raderades | Denne besked er blevet
-slettet | Denne besked blev slettet | Du har slettet denne besked | Du slettede denne besked | Denne
-meldingen ble slettet | Du slettet denne meldingen | Tämä viesti poistettiin | Poistit tämän viestin
-| Ova je poruka izbrisana | Izbrisali ste ovu poruku | Ова порука је обрисана | Съобщението беше
-изтрито | Aquest missatge s'ha suprimit | Has suprimit aquest missatge | Ujumbe huu ulifutwa |
-Umefuta ujumbe huu | Hierdie boodskap was uitgevee
+Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje | Este
+mensaje fue eliminado | Eliminaste este mensaje | Ce message a été supprimé | Vous avez supprimé
+ce message | Questo messaggio è stato eliminato | Hai eliminato questo messaggio | Mensagem
+apagada | Esta mensagem foi apagada | Você apagou esta mensagem | Apagou/Apagaste esta mensagem |
+Dit bericht is verwijderd | U/Je hebt dit bericht verwijderd | Данное сообщение удалено | Вы
+удалили данное/это сообщение | Сообщение удалено | Це повідомлення було видалено | Ви видалили це
+повідомлення | Ta wiadomość została usunięta | Usunięto/Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva
+byla smazána/odstraněna | Tuto zprávu jste smazal/smazala/odstranil/odstranila | Táto správa bola
+odstránená | Túto správu ste odstránili | Acest mesaj a fost șters | Ați șters acest mesaj | Ez az
+üzenet törlésre került | Törölted ezt az üzenetet | Ezt az üzenetet törölted | Αυτό το μήνυμα
+διαγράφηκε | Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz | הודעה זו נמחקה |
+מחקת הודעה זו | מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة | أنت حذفت هذه
+الرسالة | این پیام حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید | یہ میسج حذف کر دیا
+گیا ہے | یہ پیغام حذف کیا گیا | آپ نے یہ میسج حذف کر دیا ہے | यह मैसेज डिलीट कर दिया गया है | यह
+संदेश मिटाया गया | आपने यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে |
+આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus | Pesan ini telah dihapus | Anda menghapus pesan ini |
+Anda telah menghapus pesan ini | Mesej ini telah dipadam | Anda telah memadamkan mesej ini | Tin
+nhắn này đã bị xóa | Bạn đã xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 |
+您已刪除此訊息 | 这条消息已被删除 | 您已删除这条消息 | このメッセージは削除されました |
+このメッセージを削除しました | 이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한
+메시지입니다 | Det här meddelandet raderades | Du raderade det här meddelandet | Detta meddelande
+raderades | Denne besked er blevet slettet | Denne besked blev slettet | Du har slettet denne
+besked | Du slettede denne besked | Denne meldingen ble slettet | Du slettet denne meldingen |
+Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana | Izbrisali ste ovu
+poruku | Ова порука је обрисана | Съобщението беше изтрито
 
 call:
-Missed voice call | Missed video call | Missed group voice call | Missed group video call |
-Verpasster Sprachanruf | Verpasster Videoanruf | Llamada perdida | Llamada de voz perdida |
-Videollamada perdida | Appel vocal manqué | Appel vidéo manqué | Chiamata vocale persa |
-Videochiamata persa | Chamada de voz perdida | Chamada de vídeo perdida | Videochamada perdida |
-Ligação de voz perdida | Ligação de vídeo perdida | Gemist spraakgesprek | Gemist videogesprek |
-Gemiste spraakoproep | Gemiste video-oproep | Пропущенный аудиозвонок | Пропущенный видеозвонок |
-Пропущений аудіодзвінок | Пропущений відеодзвінок | Nieodebrane połączenie | Nieodebrane połączenie
-głosowe | Nieodebrane połączenie wideo | Zmeškaný hovor | Zmeškaný hlasový hovor | Zmeškaný
-videohovor | Apel vocal nepreluat | Apel video nepreluat | Nem fogadott hanghívás | Nem fogadott
-videohívás | Αναπάντητη κλήση | Αναπάντητη φωνητική κλήση | Αναπάντητη βιντεοκλήση | Cevapsız sesli
-arama | Cevapsız görüntülü arama | שיחה קולית שלא נענתה | שיחת וידאו שלא נענתה | مكالمة صوتية فائتة
-| مكالمة فيديو فائتة | تماس صوتی پاسخ داده نشده | تماس تصویری پاسخ داده نشده | مسڈ وائس کال | مسڈ
-ویڈیو کال | मिस्ड वॉइस कॉल | मिस्ड वीडियो कॉल | Panggilan suara tak terjawab | Panggilan video tak
-terjawab | Panggilan suara terlepas | Panggilan video terlepas | Cuộc gọi nhỡ | Cuộc gọi nhỡ video |
-สายที่ไม่ได้รับ | 未接語音通話 | 未接視像通話 | 未接视频通话 | 未接语音通话 | 不在着信 |
-音声通話不在着信 | ビデオ通話不在着信 | 부재중 전화 | 부재중 영상통화 | Missat röstsamtal | Missat
-videosamtal | Ubesvaret taleopkald | Ubesvaret videoopkald | Tapt taleanrop | Tapt videoanrop |
-Vastaamaton äänipuhelu | Vastaamaton videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv
-| Trucada de veu perduda
+Missed voice/video call | Missed group voice/video call | Verpasster Sprachanruf/Videoanruf |
+Llamada/Videollamada perdida | Llamada de voz perdida | Videochamada perdida | Chamada/Ligação de
+voz/vídeo perdida | Appel vocal/vidéo manqué | Chiamata vocale persa | Videochiamata persa |
+Gemist spraakgesprek/videogesprek | Gemiste spraakoproep/video-oproep | Пропущенный
+аудиозвонок/видеозвонок | Пропущений аудіодзвінок/відеодзвінок | Nieodebrane połączenie |
+Nieodebrane połączenie głosowe/wideo | Zmeškaný hovor/videohovor | Zmeškaný hlasový hovor | Apel
+vocal/video nepreluat | Nem fogadott hanghívás/videohívás | Αναπάντητη κλήση/βιντεοκλήση |
+Αναπάντητη φωνητική κλήση | Cevapsız sesli/görüntülü arama | שיחה קולית שלא נענתה | שיחת וידאו שלא
+נענתה | مكالمة صوتية/فيديو فائتة | تماس صوتی/تصویری پاسخ داده نشده | مسڈ وائس/ویڈیو کال | मिस्ड
+वॉइस/वीडियो कॉल | Panggilan suara/video tak terjawab | Panggilan suara/video terlepas | Cuộc gọi
+nhỡ | Cuộc gọi nhỡ video | สายที่ไม่ได้รับ | 未接語音通話 | 未接視像通話 | 未接视频通话 |
+未接语音通话 | 不在着信 | 音声通話不在着信 | ビデオ通話不在着信 | 부재중 전화/영상통화 | Missat
+röstsamtal/videosamtal | Ubesvaret taleopkald/videoopkald | Tapt taleanrop/videoanrop |
+Vastaamaton äänipuhelu/videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv
 
 media:
-Media omitted | image omitted | video omitted | audio omitted | sticker omitted | GIF omitted |
-document omitted | Contact card omitted | video note omitted | View once voice message omitted |
-null | Medien ausgeschlossen | Medien weggelassen | Bild weggelassen | Video weggelassen | Audio
-weggelassen | Sticker weggelassen | GIF weggelassen | Dokument weggelassen | Kontaktkarte
-ausgelassen | Multimedia omitido | Archivo omitido | imagen omitida | Video omitido | audio omitido
-| sticker omitido | GIF omitido | documento omitido | Tarjeta de contacto omitida | Médias omis |
-Fichier omis | image absente | vidéo absente | audio omis | sticker omis | GIF retiré | document
-manquant | Fiche contact manquante | Media omessi | Media omesso | immagine omessa | video omesso |
-audio omesso | sticker non incluso | GIF esclusa | documento omesso | Scheda contatto omessa | Mídia
-oculta | Mídia omitida | Arquivo de mídia oculto | Ficheiro não revelado | imagem ocultada | imagem
-não revelada | vídeo omitido | vídeo não revelado | áudio ocultado | ficheiro de áudio não revelado
-| figurinha omitida | sticker não revelado | GIF não revelada | Cartão do contato omitido | Contacto
-não revelado | Media weggelaten | afbeelding weggelaten | video weggelaten | audio weggelaten |
-sticker weggelaten | GIF weggelaten | document weggelaten | Visitekaartje weggelaten | Без
-медиафайлов | Файл пропущен | изображение отсутствует | видео отсутствует | аудиофайл отсутствует |
-аудио отсутствует | стикер не добавлен | GIF отсутствует | документ отсутствует | Карточка контакта
-отсутствует | Медіа пропущено | зображення відсутнє | відео відсутнє | аудіо відсутнє | Наклейку не
-додано | Pominięto multimedia | pliki pominięto | obraz pominięty | wideo pominięte | audio
-pominięte | pominięto naklejkę | Plik GIF pominięty | dokument pominięty | Média vynechána | Média
-vynechány | obrázek vynechán | video vynecháno | zvukový soubor vynechán | nálepka vynechána | Médiá
-vynechané | obrázok vynechaný | video vynechané | Conținut media omis | Imagine omisă | clip video
-omis | Hiányzó médiafájl | kép küldése sikertelen | Videó kihagyva | Εξαίρεση πολυμέσων | εικόνα
-παραλείφθηκε | βίντεο παραλείφθηκε | ήχος παραλείφθηκε | Medya dahil edilmedi | Medya atlanmış |
-görüntü dahil edilmedi | video dahil edilmedi | ses dahil edilmedi | Çıkartma dahil edilmedi | GIF
-dahil edilmedi | belge dahil edilmedi | Kişi kartı dahil edilmedi | המדיה לא נכללה | המדיה הוסרה |
-מדיה הושמטה | התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט | סטיקר הושמט | GIF הושמט | מסמך
-הושמט | כרטיס איש קשר הושמט | تم استبعاد الوسائط | لم يتم إدراج الصورة | لم يتم إدراج الفيديوهات |
-لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF | لم يتم إدراج المستند | لم
-يتم إدراج بطاقة جهة اتصال | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد | استیکر حذف شد | میڈیا چھوڑ
-دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई | वीडियो छोड़ा गया | ऑडियो हटाई गयी | स्टिकर
-छोड़ा गया | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Media tidak disertakan | gambar tidak
-disertakan | video tidak disertakan | audio tidak disertakan | stiker tidak disertakan | Media
-disingkirkan | imej tidak dimasukkan | Bỏ qua Media | đã bỏ qua hình ảnh | đã bỏ video | đã bỏ
-sticker | สื่อถูกลบ | ไม่มีรูปภาพ | วิดีโอถูกลบ | ไม่มีสติกเกอร์ | 省略多媒体文件 | 忽略多媒體檔 |
-圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 | 音频已忽略 |
-貼圖已略去 | 贴图已省略 | メディアは含まれていません | 画像は含まれていません |
+Media/image/video/audio/sticker/GIF/document omitted | Contact card omitted | video note omitted |
+View once voice message omitted | null | Medien ausgeschlossen/weggelassen |
+Bild/Video/Audio/Sticker/GIF/Dokument weggelassen | Kontaktkarte ausgelassen |
+Multimedia/Archivo/Video/audio/sticker/GIF/documento/vídeo omitido | imagen/Mídia/figurinha
+omitida | Tarjeta de contacto omitida | Médias/Fichier/audio/sticker omis | image/vidéo absente |
+GIF retiré | GIF esclusa | document manquant | Fiche contact manquante | Media omessi/omesso |
+Media disingkirkan | immagine omessa | video/audio/documento omesso | sticker non incluso | Scheda
+contatto omessa | Mídia oculta | Arquivo de mídia oculto | Ficheiro/vídeo/sticker/Contacto não
+revelado | imagem ocultada | imagem/GIF não revelada | áudio ocultado | ficheiro de áudio não
+revelado | Cartão do contato omitido |
+Media/afbeelding/video/audio/sticker/GIF/document/Visitekaartje weggelaten | Без медиафайлов |
+Файл пропущен | изображение/видео/аудиофайл/аудио/GIF/документ отсутствует | стикер не добавлен |
+Карточка контакта отсутствует | Медіа пропущено | Pominięto multimedia | Média vynechány | Médiá
+vynechané | Conținut media omis | Hiányzó médiafájl | Εξαίρεση πολυμέσων |
+Medya/görüntü/video/ses/Çıkartma/GIF/belge dahil edilmedi | Medya atlanmış | Kişi kartı dahil
+edilmedi | המדיה לא נכללה | המדיה הוסרה | מדיה/התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט
+| סטיקר/GIF/מסמך הושמט | כרטיס איש קשר הושמט | تم استبعاد الوسائط | لم يتم إدراج
+الصورة/الفيديوهات/المستند | لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF
+| لم يتم إدراج بطاقة جهة اتصال | میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई
+| वीडियो/स्टिकर छोड़ा गया | ऑडियो हटाई गयी | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું |
+Media/gambar/video/audio/stiker tidak disertakan | Bỏ qua Media | สื่อถูกลบ | 省略多媒体文件 |
+忽略多媒體檔 | 圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 |
+音频已忽略 | 貼圖已略去 | 贴图已省略 | メディアは含まれていません | 画像は含まれていません |
 ビデオは含まれていません | 音声は含まれていません | スタンプは含まれていません | 미디어 파일을
-생략한 대화내용 | 미디어 파일 제외됨 | 이미지 생략됨 | 비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨
-| Media har utelämnats | bild utesluten | video utesluten | Mediefil udeladt | billede udeladt |
-video udeladt | Uten vedlegg | bilde ikke inkludert | video utelatt | Media jätetty pois | ei kuvaa
-| Medijski zapis izostavljen | slika izostavljena | Без файл | Imatge omesa | Mitjans omesos | Media
-imerukwa | Media weggelaat
+생략한 대화내용 | 미디어 파일 제외됨 | 이미지/비디오/오디오 생략됨 | 스티커 제외됨 | Media har
+utelämnats | Mediefil udeladt | Uten vedlegg | Media jätetty pois | Medijski zapis izostavljen
 
 location:
 live location shared | Live-Standort wird geteilt | ubicación en tiempo real compartida |
-Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada |
-live locatie gedeeld | Геоданные отправлены | udostępniona transmisja położenia | Mevcut konum
-paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر | Lokasi terkini dibagikan
+Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada
 
 app:
-Waiting for this message. This may take a while | Warte auf diese Nachricht. Dies kann etwas dauern
-| Warten auf diese Nachricht | Esperando este mensaje. Esto puede tomar tiempo | Esperando el
-mensaje. Esto puede tardar un tiempo | En attente de ce message. Cela peut prendre du temps | In
-attesa del messaggio. Potrebbe volerci qualche minuto | Aguardando mensagem. Essa ação pode levar
-alguns instantes | Wachten op dit bericht. Dit kan even duren
+Reacted to your message | Liked a message | Audio/Video call ended | You missed a call | You
+missed a video call | You sent an attachment | You left the group | Hat mit auf deine Nachricht
+reagiert | Gefällt eine Nachricht | Reaccionó con a tu mensaje | Le gustó un mensaje | Indicó que
+le gusta un mensaje | A réagi avec à votre message | A réagi à votre message | A aimé un message |
+Ha reagito con al tuo messaggio | Ha messo mi piace a un messaggio | Reagiu com à sua mensagem |
+Curtiu uma mensagem | Heeft gereageerd op je bericht | Vond een bericht leuk | Waiting for this
+message. This may take a while | Warte auf diese Nachricht. Dies kann etwas dauern | Warten auf
+diese Nachricht | Esperando este mensaje. Esto puede tomar tiempo | Esperando el mensaje. Esto
+puede tardar un tiempo | En attente de ce message. Cela peut prendre du temps | In attesa del
+messaggio. Potrebbe volerci qualche minuto | Aguardando mensagem. Essa ação pode levar alguns
+instantes | Wachten op dit bericht. Dit kan even duren
 
-edited:
-This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mensaje | Este mensaje
-fue editado | Ce message a été modifié | Questo messaggio è stato modificato | Mensagem editada |
-Esta mensagem foi editada | Dit bericht is bewerkt | Данное сообщение изменено | Сообщение изменено
-| Це повідомлення було відредаговано | Ta wiadomość została zmieniona | Tato zpráva byla upravena |
-Bu mesaj düzenlendi | ההודעה נערכה | تم تعديل هذه الرسالة | Pesan ini diedit | यह मैसेज एडिट किया
-गया | 此訊息已編輯 | 这条消息已编辑 | このメッセージは編集されました | 수정된 메시지입니다 |
-Meddelandet har redigerats | Beskeden blev redigeret | Viestiä muokattiin
-
-attached:
-file attached | Datei angehängt | archivo adjunto | archivo adjuntado | fichier joint | file
-allegato | arquivo anexado | ficheiro anexado | bestand bijgevoegd | файл добавлен | файл додано |
-plik załączony | załączony plik | soubor byl přiložen | súbor pripojený | fișier atașat | fájl
-csatolva | συνημμένο αρχείο | dosya ekli | קובץ מצורף | الملف مرفق | پیوست شد | پیوستہ فائل | फाइल
-अटैच कर दी गई है | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ | file terlampir | fail
-dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 | 添付ファイル有り | 파일 첨부됨 |
-bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto | datoteka u privitku | priložena datoteka
-| прикачен файл | прикачена датотека | arxiu adjunt | faili limeambatanishwa | lêer aangeheg
-
-notice:
-Messages and calls are end-to-end encrypted | Messages you send to this chat and calls are now
-secured | Messages to this chat and calls are now secured | Messages to this group are now secured |
-Your security code with | Nachrichten und Anrufe sind Ende-zu-Ende-verschlüsselt | Nachrichten in
-diesem Chat sowie Anrufe sind jetzt mit | Los mensajes y las llamadas están cifrados | Les messages
-et les appels sont chiffrés | Les messages envoyés dans cette discussion et les appels | I messaggi
-e le chiamate sono crittografati | I messaggi inviati a questa chat e le chiamate sono | As
-mensagens e as chamadas são protegidas | As mensagens e chamadas são encriptadas | Berichten en
-gesprekken worden end-to-end | Сообщения и звонки защищены | Повідомлення й дзвінки захищено |
-Wiadomości i połączenia są | Mesajlar ve aramalar uçtan uca | ההודעות והשיחות מוצפנות | الرسائل
-والمكالمات مشفرة | Pesan dan panggilan terenkripsi | मैसेजेस और कॉल्स एंड-टू-एंड |
-メッセージと通話はエンドツーエンド | 메시지 및 전화는 종단간 | 消息和通话都进行端到端加密 |
-訊息和通話經端對端加密
+tag:
+This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mensaje | Ce message a
+été modifié | Questo messaggio è stato modificato | Mensagem editada | Dit bericht is bewerkt |
+Данное сообщение изменено | Bu mesaj düzenlendi | تم تعديل هذه الرسالة | Pesan ini diedit | यह
+मैसेज एडिट किया गया | file attached | Datei angehängt | archivo adjunto | fichier joint | file
+allegato | arquivo/ficheiro anexado | bestand bijgevoegd | файл добавлен | dosya ekli | الملف مرفق
+| file terlampir | फाइल अटैच कर दी गई है
 """
-SENTENCES = {}  # "this message was deleted" → "deleted"; a notice only begins with its words
+SENTENCES = {}  # "this message was deleted" → "deleted"
 for block in TABLE.strip().split("\n\n"):
     kind, _, sentences = block.partition(":\n")
-    SENTENCES |= {plain(sentence): kind for sentence in sentences.replace("\n", " ").split("|")}
-NOTICES = tuple(sentence for sentence, kind in SENTENCES.items() if kind == "notice")
-META = re.compile(  # what Instagram and Messenger write under a person's name
-    r"(?i)(reacted .{1,20} to your message|liked a message|(audio|video) call ended"
-    r"|you (missed a (video |voice )?call|sent an attachment|(named|left|created) the group.{0,60})"
-    r"|hat mit .{1,20} auf deine nachricht reagiert|gefällt eine nachricht"
-    r"|reaccionó con .{1,20} a tu mensaje|le gustó un mensaje|indicó que le gusta un mensaje"
-    r"|a réagi (avec )?.{1,20} à votre message|a aimé un message"
-    r"|ha reagito con .{1,20} al tuo messaggio|ha messo mi piace a un messaggio"
-    r"|reagiu com .{1,20} à sua mensagem|curtiu uma mensagem"
-    r"|heeft .{1,20} gereageerd op je bericht|vond een bericht leuk)\W*"
-)
+    for sentence in sentences.replace("\n", " ").split("|"):
+        for words in itertools.product(*(word.split("/") for word in sentence.split())):
+            SENTENCES[plain(" ".join(words))] = kind
 
 
 if __name__ == "__main__":

@@ -45,6 +45,13 @@ def said(entries):
     return [f"{entry.get('author')}: {entry['message']}" for entry in entries]
 
 
+def gives(result, *talk, **left_out):
+    """Check what was said and how much of each kind was left out; return the entries."""
+    entries, counts = result
+    assert said(entries) == list(talk) and counts == left_out
+    return entries
+
+
 def of(key, entries):
     return [entry.get(key) for entry in entries]
 
@@ -55,49 +62,28 @@ ANDROID, IPHONE = "24/11/26, 10:44 - {}", "[24/11/26, 10:44:25] {}"
 
 @pytest.mark.parametrize(
     ("clock", "headers"),
-    {
-        "00:04:00": ["11/24/26, 12:04 AM - "],
-        "02:15:00": ["24/11/26, 2:15 at night - "],
-        "09:15:00": ["24/11/26, 9:15 in the morning - "],
-        "10:44:00": [
-            "24/11/26, 10:44 - ",
-            "24. 11. 2026, 10:44 - ",
-            "24.11.2026 klo 10.44 - ",
-            "24.11.2026 г., 10:44 ч. - ",
-            "24/11/26 10:44 a.\xa0m. - ",
-            "2026-11-24 10:44 - ",
-            "2026/11/24 上午10:44 - ",
-            "24/11/2569 10:44 - ",
-            "10:44, 24/11/2026 - ",
-            "२४/११/२६, १०:४४ - ",
-        ],
-        "10:44:25": [
-            "[24/11/26, 10:44:25] ",
-            "[24.11.26 10.44.25] ",
-            "\u200e[24/11/2026, 10:44:25] ",
-            "\u200f[24/11/2026, 10:44:25] ",
-        ],
-        "13:44:00": ["2026年11月24日 下午1:44 - ", "2026년 11월 24일 오후 1:44 - "],
-        "21:15:00": [
-            "24/11/26, 9:15 in the evening - ",
-            "24/11/26, 9:15 at night - ",
-            "24/11/26 9:15 de la noche - ",
-            "24/11/26, 9:15 μ.μ. - ",
-        ],
-        "22:44:00": ["11/24/26, 10:44\u202fPM - ", "٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - "],
-        "22:44:25": [
-            "11/24/26, 10:44:25 PM: ",
-            "[11/24/26, 10:44:25\u202fPM] ",
-            "[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] ",
-        ],
-    }.items(),
+    [
+        ("00:04:00", "11/24/26, 12:04 AM - "),
+        ("02:15:00", "24/11/26, 2:15 at night - "),
+        ("09:15:00", "24/11/26, 9:15 in the morning - "),
+        ("10:44:00", "24/11/26, 10:44 - |24. 11. 2026, 10:44 - |24.11.2026 klo 10.44 - "),
+        ("10:44:00", "24.11.2026 г., 10:44 ч. - |24/11/26 10:44 a.\xa0m. - |2026-11-24 10:44 - "),
+        ("10:44:00", "2026/11/24 上午10:44 - |24/11/2569 10:44 - |२४/११/२६, १०:४४ - "),
+        ("10:44:00", "10:44, 24/11/2026 - "),
+        ("10:44:25", "[24/11/26, 10:44:25] |[24.11.26 10.44.25] |\u200e[24/11/2026, 10:44:25] "),
+        ("13:44:00", "2026年11月24日 下午1:44 - |2026년 11월 24일 오후 1:44 - "),
+        ("21:15:00", "24/11/26, 9:15 in the evening - |24/11/26, 9:15 at night - "),
+        ("21:15:00", "24/11/26 9:15 de la noche - |24/11/26, 9:15 μ.μ. - "),
+        ("22:44:00", "11/24/26, 10:44\u202fPM - |٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - "),
+        ("22:44:25", "11/24/26, 10:44:25 PM: |[11/24/26, 10:44:25\u202fPM] "),
+        ("22:44:25", "\u200f[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] "),
+    ],
 )
 def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, clock, headers):
-    for header in headers:
-        chat = f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"
-        entries, left_out = convert({"chat.txt": chat})
-        assert said(entries) == ["Ann: hi: you\n[1] second line", "Bob: ok"], header
-        assert entries[0]["time"] == f"2026-11-24T{clock}" and not left_out, header
+    for header in headers.split("|"):
+        result = convert({"a.txt": f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"})
+        entries = gives(result, "Ann: hi: you\n[1] second line", "Bob: ok")
+        assert entries[0]["time"] == f"2026-11-24T{clock}", header
 
 
 @pytest.mark.parametrize(
@@ -126,14 +112,8 @@ def test_where_nothing_decides_american_capitals_or_the_setting_do(convert):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("see <https://a.b>", "see <https://a.b>"),
-        ("std::vector<int>", "std::vector<int>"),
-        ("</h1>", "</h1>"),
-        ("3 < 4 > 2", "3 < 4 > 2"),
-        ("so <big grin>", "so <big grin>"),
-        ("null and void", "null and void"),
-        ("the image omitted a lot", "the image omitted a lot"),
-        ("oh. (that is all)", "oh. (that is all)"),
+        *[(text, text) for text in ("see <https://a.b>", "std::vector<int>", "</h1>", "3 < 4 > 2")],
+        *[(text, text) for text in ("so <big grin>", "the image omitted a lot", "oh. (it is)")],
         ("ok \u200e<This message was edited>", "ok"),
         ("gut <Diese Nachricht wurde bearbeitet.>", "gut"),
         ("<Media omitted>\nlook here", "look here"),
@@ -174,22 +154,18 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, 
 )  # fmt: skip
 def test_what_whatsapp_wrote_is_left_out_in_many_languages(convert, form, kind, texts):
     lines = [f"Ann: {text}" for text in texts] + ["A: a", "B: b"]
-    entries, left_out = convert({"chat.txt": "\ufeff" + "\r\n".join(map(form.format, lines))})
-    assert said(entries) == ["A: a", "B: b"] and left_out == {kind: len(texts)}
+    result = convert({"chat.txt": "\ufeff" + "\r\n".join(map(form.format, lines))})
+    gives(result, "A: a", "B: b", **{kind: len(texts)})
 
 
-@pytest.mark.parametrize(
-    "notice",
-    [
+def test_a_line_of_whatsapp_without_an_author_is_a_notice(convert):
+    notices = [
         "Messages and calls are end-to-end encrypted. Tap to learn more.",
         'Ann changed the subject from "Plans: May" to "Plans: June"',
         "Ann ha creato il gruppo “Gita: mare”",
-    ],
-)
-def test_a_line_of_whatsapp_without_an_author_is_a_notice(convert, notice):
-    chat = "\n".join(map(ANDROID.format, [notice, "A: a", "B: b"]))
-    entries, left_out = convert({"chat.txt": chat})
-    assert said(entries) == ["A: a", "B: b"] and left_out == {"app": 1}
+    ]
+    chat = "\n".join(map(ANDROID.format, [*notices, "A: a", "B: b"]))
+    gives(convert({"chat.txt": chat}), "A: a", "B: b", app=3)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +201,7 @@ def test_authors_lose_what_is_no_name_and_a_phone_number_becomes_a_person(conver
 
 def test_bots_are_known_by_name(convert):
     log = "[10:00:00] <ann> hi\n[10:00:01] <Nightbot> buy!\n[10:00:02] <bob> ok"
-    entries, left_out = convert({"a.log": log})
-    assert said(entries) == ["ann: hi", "bob: ok"] and left_out == {"bot": 1}
+    gives(convert({"a.log": log}), "ann: hi", "bob: ok", bot=1)
     assert len(convert({}, keep=["bot"])[0]) == 3
 
 
@@ -249,17 +224,22 @@ def test_telegram_keeps_what_people_wrote(convert):
         telegram("a post", "News", from_id="channel7"),
         telegram("", poll={"question": "When?"}),
     ]
-    entries, left_out = convert({"result.json": {"name": "Ann", "id": 7, "messages": messages}})
-    people = ["Ann: ciao", "Bob: see https://a.it there", "Ann: a caption", "Bob: parts"]
-    assert said(entries) == [*people, "None: who?"] and entries[0]["conversation"] == "Ann"
+    result = convert({"result.json": {"name": "Ann", "id": 7, "messages": messages}})
+    talk = [
+        "Ann: ciao",
+        "Bob: see https://a.it there",
+        "Ann: a caption",
+        "Bob: parts",
+        "None: who?",
+    ]
+    entries = gives(result, *talk, app=1, media=1, forwarded=1, bot=1, channel=1, poll=1)
+    assert entries[0]["conversation"] == "Ann"
     assert entries[0]["time"] == "2026-11-24T09:44:00"  # not the clock of the phone
-    kinds = {"app": 1, "media": 1, "forwarded": 1, "bot": 1, "channel": 1, "poll": 1}
-    assert left_out == kinds
 
 
 def test_telegrams_export_of_everything_gives_the_talks_between_people(convert):
     def chat(name, form, number, *names):
-        messages = [telegram(f"hi from {who}", who) for who in names]
+        messages = [telegram("hi", who) for who in names]
         return {"name": name, "type": form, "id": number, "messages": messages}
 
     chats = [
@@ -271,10 +251,10 @@ def test_telegrams_export_of_everything_gives_the_talks_between_people(convert):
         chat("Ann", "personal_chat", 6, "Ann", "Me"),
     ]
     gone = [chat("Gone", "private_group", 8, "Cy", "Me")]
-    export = {"chats": {"list": chats}, "left_chats": {"list": gone}}
-    entries, left_out = convert({"result.json": export})
+    result = convert({"result.json": {"chats": {"list": chats}, "left_chats": {"list": gone}}})
+    talk = ["Ann: hi", "Me: hi"] * 2 + ["Cy: hi", "Me: hi"]
+    entries = gives(result, *talk, channel=1, bot=2, notes=1, alone=2)
     assert of("conversation", entries[::2]) == ["Ann 5", "Ann 6", "Gone"]
-    assert left_out == {"channel": 1, "bot": 2, "notes": 1, "alone": 2}
 
 
 def test_a_topic_of_a_forum_is_a_conversation(convert):
@@ -285,9 +265,9 @@ def test_a_topic_of_a_forum_is_a_conversation(convert):
         telegram("bread", "Bob", id=13, reply_to_message_id=11),
         telegram("hello", id=14),
     ]
-    entries, _ = convert({"result.json": {"name": "Home", "messages": messages}})
+    result = convert({"result.json": {"name": "Home", "messages": messages}})
+    entries = gives(result, "Ann: soup?", "Bob: bread", "Bob: hello all", "Ann: hello", app=1)
     assert of("conversation", entries) == ["Home / Food"] * 2 + ["Home"] * 2
-    assert of("message", entries) == ["soup?", "bread", "hello all", "hello"]
 
 
 def test_discord(convert):
@@ -305,23 +285,22 @@ def test_discord(convert):
         message("bob", "", forwardedMessage={"content": "old"}),
     ]
     export = {"guild": {"name": "G"}, "channel": {"name": "general"}, "messages": messages}
-    entries, left_out = convert({"a.json": export})
-    assert said(entries) == ["ann: hi", "bob: yes?"]
+    result = convert({"a.json": export})
+    entries = gives(result, "ann: hi", "bob: yes?", app=1, bot=1, media=1, forwarded=1)
     assert entries[0]["conversation"] == "G / general"
     assert entries[0]["time"] == "2026-11-24T09:44:25"
-    assert left_out == {"app": 1, "bot": 1, "media": 1, "forwarded": 1}
 
 
 def test_discord_csv_and_what_is_not_understood_in_it(convert):
     csv = (
         "AuthorID,Author,Date,Content,Attachments\n"
         '"1","ann#0001","24-Nov-26 10:44 AM","hi, ""all""\nof you",""\n'
-        '"2","bob","2026-11-24T10:45:25.1234567+00:00","ok",""\n'
         '"2","bob","24-Nov-26 10:46 PM","","a.png"\n'
+        '"2","bob","2026-11-24T10:47:25.1234567+00:00","ok",""\n'
     )
-    entries, left_out = convert({"general.csv": csv})
-    assert said(entries) == ['ann#0001: hi, "all"\nof you', "bob: ok"]
-    assert entries[0]["time"] == "2026-11-24T10:44:00" and left_out == {"media": 1}
+    result = convert({"general.csv": csv})
+    entries = gives(result, 'ann#0001: hi, "all"\nof you', "bob: ok", media=1)
+    assert of("time", entries) == ["2026-11-24T10:44:00", "2026-11-24T10:47:25"]
     assert from_export.notes == ["nothing was understood in Attachments, AuthorID of general"]
 
 
@@ -330,58 +309,58 @@ def test_instagram_is_newest_first_in_several_files_and_latin_1(convert):
 
     def file(*messages):
         together = [
-            {"timestamp_ms": 1795513440000 + 60000 * minute, "sender_name": name} | more
-            for minute, name, more in messages
+            {"timestamp_ms": 1795513440000 + 60000 * minute, "sender_name": name, "content": text}
+            | more[0]
+            for minute, name, text, *more in ((*message, {}) for message in messages)
         ]
         return {"participants": [{"name": zoe}], "title": zoe, "messages": together}
 
     newer = file(
-        (9, "Bob", {"content": "bye"}),
-        (8, zoe, {"content": f"Reacted {moji} to your message "}),
-        (7, zoe, {"content": f"{zoe} hat einen Anhang gesendet."}),
-        (6, "Bob", {"content": "Liked a message"}),
-        (6, "Bob", {"content": "You sent me soup"}),
-        (5, zoe, {"photos": [{"uri": "a.jpg"}]}),
-        (5, zoe, {"content": "x", "is_unsent": True}),
-        (4, "Bob", {"content": "Audio call ended", "call_duration": 3}),
-        (4, zoe, {"content": f"third {moji}"}),
+        (9, "Bob", "bye"),
+        (8, zoe, f"Reacted {moji} to your message "),
+        (7, zoe, f"{zoe} hat einen Anhang gesendet."),
+        (6, "Bob", "Liked a message"),
+        (6, "Bob", "You sent me soup"),
+        (5, zoe, None, {"photos": [{"uri": "a.jpg"}]}),
+        (5, zoe, "x", {"is_unsent": True}),
+        (4, "Bob", "Audio call ended", {"call_duration": 3}),
+        (4, zoe, f"third {moji}"),
     )
-    older = file((3, zoe, {"content": "second"}), (2, "Bob", {"content": "first"}))
-    files = {"inbox/zoe_1/message_1.json": newer, "inbox/zoe_1/message_2.json": older}
-    entries, left_out = convert(files)
-    people = ["Bob: first", "Zoë: second", "Zoë: third 😂", "Bob: You sent me soup", "Bob: bye"]
-    assert said(entries) == people and set(of("conversation", entries)) == {"Zoë"}
-    assert left_out == {"app": 3, "media": 1, "deleted": 1, "call": 1}
+    older = file((3, zoe, "second"), (2, "Bob", "first"))
+    result = convert({"zoe_1/message_1.json": newer, "zoe_1/message_2.json": older})
+    talk = ["Bob: first", "Zoë: second", "Zoë: third 😂", "Bob: You sent me soup", "Bob: bye"]
+    entries = gives(result, *talk, app=3, media=1, deleted=1, call=1)
+    assert set(of("conversation", entries)) == {"Zoë"}
 
 
 def test_messengers_encrypted_chats_have_keys_of_their_own(convert):
-    def message(name, text, **more):
-        return {"senderName": name, "text": text, "timestamp": 1795513440000, "type": "text"} | more
-
-    messages = [message("Zoë", "später"), message("Bob", "früher")]
-    messages.append(message("Bob", "", isUnsent=True))
-    export = {"participants": ["Bob", "Zoë"], "threadName": "Zoë_12", "messages": messages}
-    entries, left_out = convert({"Zoë_12.json": export})
-    assert said(entries) == ["Zoë: später", "Bob: früher"]
-    assert entries[0]["conversation"] == "Zoë" and left_out == {"deleted": 1}
+    names, when = ["Bob", "Zoë"], 1795513440000
+    messages = [
+        {"senderName": "Zoë", "text": "später", "timestamp": when + 1000, "type": "text"},
+        {"senderName": "Bob", "text": "früher", "timestamp": when, "type": "text"},
+        {"senderName": "Bob", "text": "", "timestamp": when, "isUnsent": True},
+    ]
+    export = {"participants": names, "threadName": "Zoë_12", "messages": messages}
+    entries = gives(convert({"Zoë_12.json": export}), "Bob: früher", "Zoë: später", deleted=1)
+    assert entries[0]["conversation"] == "Zoë"
 
 
 def test_twitch_downloader(convert):
-    def comment(name, text, seconds, **message):
+    def comment(name, text, seconds, notice=None):
         commenter = name and {"display_name": name, "name": name.lower()}
-        message = {"body": text, "fragments": [{"text": "x"}]} | message
+        message = {"body": text, "user_notice_params": {"msg-id": notice}}
         return {"content_offset_seconds": seconds, "commenter": commenter, "message": message}
 
     comments = [
         comment("Ann", "hi", 5),
-        comment("Bob", "later", 65, user_notice_params={"msg-id": None}),
-        comment("Bob", "subscribed!", 66, user_notice_params={"msg-id": "resub"}),
+        comment("Bob", "subscribed!", 66, "resub"),
         comment(None, "gone", 68),
+        comment("Bob", "later", 69) | {"created_at": "2026-11-24T10:44:25Z"},
     ]
-    comments[1]["created_at"] = "2026-11-24T10:44:25Z"
-    entries, left_out = convert({"vod.json": {"streamer": {}, "comments": comments, "video": {}}})
-    assert sorted(said(entries)) == ["Ann: hi", "Bob: later", "None: gone"]
-    assert "2026-11-24T10:44:25" in of("time", entries) and left_out == {"app": 1}
+    result = convert({"vod.json": {"streamer": {}, "comments": comments, "video": {}}})
+    entries = gives(result, "Ann: hi", "None: gone", "Bob: later", app=1)
+    times = ["1970-01-01T00:00:05", "1970-01-01T00:01:08", "2026-11-24T10:44:25"]
+    assert of("time", entries) == times
 
 
 @pytest.mark.parametrize(
@@ -419,25 +398,28 @@ def test_slack_has_names_in_a_file_of_their_own(convert):
         when = f"17955134{second}.0001"
         return {"type": "message", "user": user, "text": text, "ts": when} | more
 
-    files = {
-        "general/2026-11-24.json": [
-            message("U1", "hi <@U2> &amp; all, <https://a.b|look> <https://c.d>", 41),
-            message("U3", "who am I", 43, user_profile={"real_name": "Cy"}),
-            message("U1", "has joined", 44, subtype="channel_join"),
-            message("U1", "beep", 45, bot_id="B1"),
-            message("U1", "soup?", 46, thread_ts="1795513446.0001"),
-            message("U2", "yes", 47, thread_ts="1795513446.0001"),
-        ],
-        "users.json": [
-            {"id": "U1", "name": "ann.l", "profile": {"display_name": "", "real_name": "Ann Lee"}},
-            {"id": "U2", "name": "bob", "profile": {"display_name": "Bob"}},
-        ],
-    }
-    entries, left_out = convert(files)
-    talk = ["Ann Lee: hi @Bob & all, look https://c.d", "Cy: who am I"]
-    assert said(entries) == [*talk, "Ann Lee: soup?", "Bob: yes"]
+    thread = {"thread_ts": "1795513446.0001"}
+    day = [
+        message("U1", "hi <@U2> &amp; all, <https://a.b|look> <https://c.d>", 41),
+        message("U3", "who am I", 43, user_profile={"real_name": "Cy"}),
+        message("U1", "has joined", 44, subtype="channel_join"),
+        message("U1", "beep", 45, bot_id="B1"),
+        message("U1", "soup?", 46, **thread),
+        message("U2", "yes", 47, **thread),
+    ]
+    users = [
+        {"id": "U1", "name": "ann.l", "profile": {"display_name": "", "real_name": "Ann Lee"}},
+        {"id": "U2", "name": "bob", "profile": {"display_name": "Bob"}},
+    ]
+    result = convert({"general/2026-11-24.json": day, "users.json": users})
+    talk = [
+        "Ann Lee: hi @Bob & all, look https://c.d",
+        "Cy: who am I",
+        "Ann Lee: soup?",
+        "Bob: yes",
+    ]
+    entries = gives(result, *talk, app=1, bot=1)
     assert of("conversation", entries)[1:3] == ["general", "general / 1795513446.0001"]
-    assert left_out == {"app": 1, "bot": 1}
 
 
 def test_signal_export(convert):
@@ -447,11 +429,9 @@ def test_signal_export(convert):
 [2026-11-24 10:44:35] Ann: (media not exported)
 [2026-11-24 10:44:40] Ann: (This message was deleted)
 """
-    files = {"Ann/chat.md": chat, "Note to Self/chat.md": chat[: chat.index("(- ")]}
-    entries, left_out = convert(files)
-    assert said(entries) == ["Me: hello", "Ann: hi, 1 > 0"]
+    result = convert({"Ann/chat.md": chat, "Note to Self/chat.md": chat[: chat.index("(- ")]})
+    entries = gives(result, "Me: hello", "Ann: hi, 1 > 0", media=1, deleted=1, notes=1)
     assert entries[0]["conversation"] == "Ann"
-    assert left_out == {"media": 1, "deleted": 1, "notes": 1}
 
 
 def test_imessage_exporter(convert):
@@ -459,7 +439,6 @@ def test_imessage_exporter(convert):
 Nov 24, 2026 10:44:25 AM (Read by you after 5 seconds)
 Me
 one
-
 two
 Tapbacks:
 Loved by Ann
@@ -483,10 +462,10 @@ Nov 24, 2026  1:47:00 PM
 Ann
 /Users/me/Library/Messages/Attachments/a/b.heic
 """
-    entries, left_out = convert({"+15550100.txt": chat})
-    assert said(entries) == ["Me: one\n\ntwo", "Ann: best", "Me: an answer"]
+    talk = ["Me: one\ntwo", "Ann: best", "Me: an answer"]
+    entries = gives(convert({"+15550100.txt": chat}), *talk, app=1, media=1)
     assert [time[11:] for time in of("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
-    assert left_out == {"app": 1, "media": 1} and entries[0]["conversation"] == "Person 1"
+    assert entries[0]["conversation"] == "Person 1"
 
 
 def test_google_chat(convert):
@@ -497,32 +476,32 @@ def test_google_chat(convert):
 
     messages = [message("Ann", "hi"), message("Bob", "ok"), message("B", "beep")]
     messages.append(message("Bob", "", message_state="DELETED"))
-    entries, left_out = convert({"DM abc/messages.json": {"messages": messages}})
-    assert said(entries) == ["Ann: hi", "Bob: ok"]
+    result = convert({"DM abc/messages.json": {"messages": messages}})
+    entries = gives(result, "Ann: hi", "Bob: ok", bot=1, deleted=1)
     assert of("time", entries) == ["2026-11-24T22:44:25"] * 2
-    assert entries[0]["conversation"] == "DM abc" and left_out == {"bot": 1, "deleted": 1}
+    assert entries[0]["conversation"] == "DM abc"
 
 
 def test_matrix(convert):
-    def event(name, form="m.room.message", relates=None, **content):
-        content |= {"m.relates_to": relates} if relates else {}
+    def event(name, form="m.room.message", **content):
         event = {"type": form, "sender": f"@{name}:a.org", "content": content}
         return event | {"origin_server_ts": 1795513440000}
 
+    answers, edits = {"m.in_reply_to": {"event_id": "$1"}}, {"rel_type": "m.replace"}
     answer = "> <@ann:a.org> hi\n> all\n\nyes\n> no quotation"
     messages = [
         event("ann", msgtype="m.text", body="hi"),
-        event("bob", msgtype="m.text", body=answer, relates={"m.in_reply_to": {"event_id": "$1"}}),
-        event("ann", msgtype="m.text", body="* hi!", relates={"rel_type": "m.replace"}),
+        event("bob", msgtype="m.text", body=answer, **{"m.relates_to": answers}),
+        event("ann", msgtype="m.text", body="* hi!", **{"m.relates_to": edits}),
         event("ann", msgtype="m.notice", body="beep"),
         event("ann", msgtype="m.image", body="a.png"),
         event("cy", "m.room.member", membership="join"),
         event("ann"),
     ]
-    entries, left_out = convert({"export.json": {"room_name": "Home", "messages": messages}})
-    assert said(entries) == ["ann: hi", "bob: yes\n> no quotation"]
+    result = convert({"export.json": {"room_name": "Home", "messages": messages}})
+    talk = ["ann: hi", "bob: yes\n> no quotation"]
+    entries = gives(result, *talk, app=2, bot=1, media=1, deleted=1)
     assert entries[0]["conversation"] == "Home"
-    assert left_out == {"app": 2, "bot": 1, "media": 1, "deleted": 1}
 
 
 # ---- lists, CSV, training sets -----------------------------------------------------------------
@@ -537,24 +516,18 @@ def test_a_list_of_messages_under_the_keys_of_other_programs(convert):
 
 
 @pytest.mark.parametrize(
-    ("value", "time"),
+    ("time", "values"),
     [
-        (1795513440, "2026-11-24T09:44:00"),
-        ("1795513440.5", "2026-11-24T09:44:00"),
-        (1795513440000, "2026-11-24T09:44:00"),
-        ("2026-11-24T10:44:25Z", "2026-11-24T10:44:25"),
-        ("Tue, 24 Nov 2026 10:44:25 +0100", "2026-11-24T09:44:25"),
-        ("24.11.2026", "2026-11-24T00:00:00"),
-        ("no time", None),
-        (float("inf"), None),
-        (float("nan"), None),
-        ("99.99.2026, 10:44", None),
-        ("24.11.2026, 10:99", None),
+        ("2026-11-24T09:44:00", [1795513440, "1795513440.5", 1795513440000, 1795513440000000]),
+        ("2026-11-24T09:44:00", ["Tue, 24 Nov 2026 10:44:00 +0100", "2026-11-24T09:44:00Z"]),
+        ("2026-11-24T00:00:00", ["24.11.2026"]),
+        (None, ["no time", float("inf"), float("nan"), "99.99.2026, 10:44", "24.11.2026, 10:99"]),
     ],
 )
-def test_times_of_lists(convert, value, time):
-    log = [{"timestamp": value, "user": {"name": name, "id": 7}, "text": "hi"} for name in "AB"]
-    assert of("time", convert({"a.json": log})[0]) == [time, time]
+def test_times_of_lists(convert, values, time):
+    for value in values:
+        log = [{"timestamp": value, "user": {"name": name, "id": 7}, "text": "hi"} for name in "AB"]
+        assert of("time", convert({"a.json": log})[0]) == [time, time], value
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -616,7 +589,7 @@ def test_a_message_that_two_exports_hold_is_read_once(convert):
 
 def test_without_times_nothing_is_a_copy(convert):
     files = {f"{folder}/chat.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
-    assert len(convert(files)[0]) == 4
+    assert of("message", convert(files)[0]) == ["ok"] * 4
 
 
 def test_conversations_are_named_by_file_or_folder(convert):

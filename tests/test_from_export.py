@@ -307,27 +307,25 @@ def test_discord_csv_and_what_is_not_understood_in_it(convert):
 def test_instagram_is_newest_first_in_several_files_and_latin_1(convert):
     zoe, moji = "Zo\u00c3\u00ab", "\u00f0\u009f\u0098\u0082"
 
-    def file(*messages):
-        together = [
-            {"timestamp_ms": 1795513440000 + 60000 * minute, "sender_name": name, "content": text}
-            | more[0]
-            for minute, name, text, *more in ((*message, {}) for message in messages)
-        ]
-        return {"participants": [{"name": zoe}], "title": zoe, "messages": together}
+    def message(minute, name, text, **more):
+        when = 1795513440000 + 60000 * minute
+        return {"timestamp_ms": when, "sender_name": name, "content": text} | more
 
-    newer = file(
-        (9, "Bob", "bye"),
-        (8, zoe, f"Reacted {moji} to your message "),
-        (7, zoe, f"{zoe} hat einen Anhang gesendet."),
-        (6, "Bob", "Liked a message"),
-        (6, "Bob", "You sent me soup"),
-        (5, zoe, None, {"photos": [{"uri": "a.jpg"}]}),
-        (5, zoe, "x", {"is_unsent": True}),
-        (4, "Bob", "Audio call ended", {"call_duration": 3}),
-        (4, zoe, f"third {moji}"),
-    )
-    older = file((3, zoe, "second"), (2, "Bob", "first"))
-    result = convert({"zoe_1/message_1.json": newer, "zoe_1/message_2.json": older})
+    newer = [
+        message(9, "Bob", "bye"),
+        message(8, zoe, f"Reacted {moji} to your message "),
+        message(7, zoe, f"{zoe} hat einen Anhang gesendet."),
+        message(6, "Bob", "Liked a message"),
+        message(6, "Bob", "You sent me soup"),
+        message(5, zoe, None, photos=[{"uri": "a.jpg"}]),
+        message(5, zoe, "x", is_unsent=True),
+        message(4, "Bob", "Audio call ended", call_duration=3),
+        message(4, zoe, f"third {moji}"),
+    ]
+    older = [message(3, zoe, "second"), message(2, "Bob", "first")]
+    exports = [{"participants": [], "title": zoe, "messages": part} for part in (newer, older)]
+    names = "zoe_1/message_1.json", "zoe_1/message_2.json"
+    result = convert(dict(zip(names, exports, strict=True)))
     talk = ["Bob: first", "Zoë: second", "Zoë: third 😂", "Bob: You sent me soup", "Bob: bye"]
     entries = gives(result, *talk, app=3, media=1, deleted=1, call=1)
     assert set(of("conversation", entries)) == {"Zoë"}
@@ -435,35 +433,17 @@ def test_signal_export(convert):
 
 
 def test_imessage_exporter(convert):
-    chat = """\
-Nov 24, 2026 10:44:25 AM (Read by you after 5 seconds)
-Me
-one
-two
-Tapbacks:
-Loved by Ann
-
-Nov 24, 2026  1:44:30 PM
-Ann
-better
-Edited 15 seconds later: best
-This message responded to an earlier message.
-    Nov 24, 2026  1:45:00 PM
-    Me
-    an answer
-
-Nov 24, 2026  1:45:00 PM
-Me
-an answer
-
-Nov 24, 2026  1:46:00 PM You named the conversation Home
-
-Nov 24, 2026  1:47:00 PM
-Ann
-/Users/me/Library/Messages/Attachments/a/b.heic
-"""
-    talk = ["Me: one\ntwo", "Ann: best", "Me: an answer"]
-    entries = gives(convert({"+15550100.txt": chat}), *talk, app=1, media=1)
+    chat = [
+        "Nov 24, 2026 10:44:25 AM (Read by you)\nMe\none\n\ntwo\nTapbacks:\nLoved by Ann\n",
+        "Nov 24, 2026  1:44:30 PM\nAnn\nbetter\nEdited 15 seconds later: best",
+        "This message responded to an earlier message.",
+        "    Nov 24, 2026  1:45:00 PM\n    Me\n    an answer\n",
+        "Nov 24, 2026  1:45:00 PM\nMe\nan answer\n",
+        "Nov 24, 2026  1:46:00 PM You named the conversation Home\n",
+        "Nov 24, 2026  1:47:00 PM\nAnn\n/Users/me/Library/Messages/Attachments/a/b.heic\n",
+    ]
+    talk = ["Me: one\n\ntwo", "Ann: best", "Me: an answer"]
+    entries = gives(convert({"+15550100.txt": "\n".join(chat)}), *talk, app=1, media=1)
     assert [time[11:] for time in of("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
     assert entries[0]["conversation"] == "Person 1"
 
@@ -632,18 +612,21 @@ def export(home, run):
 
 
 @pytest.fixture
-def fails(home, monkeypatch):
-    """Return fails("chat.txt", …): the error of a run in this process, which must end in one."""
+def main(home, monkeypatch, capsys):
+    """Return main("chat.txt", …): what a run in this process printed, or the error of its end."""
 
-    def fails(*arguments):
+    def main(*arguments):
+        from_export.notes.clear()
         monkeypatch.chdir(home)
         monkeypatch.setattr(from_export, "RAW", home / FOLDER)
         monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "sample", *arguments])
-        with pytest.raises(SystemExit) as end:
+        try:
             from_export.main()
-        return end.value.code
+        except SystemExit as end:
+            return end.code
+        return capsys.readouterr().out
 
-    return fails
+    return main
 
 
 def written(home):
@@ -712,76 +695,71 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
         ("a.zip", b"PK\x05\x06" + bytes(18), "holds no such file"),
     ],
 )
-def test_what_no_reader_knows_gets_an_error(home, fails, name, content, what):
+def test_what_no_reader_knows_gets_an_error(home, main, name, content, what):
     (home / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    error = fails(name)
+    error = main(name)
     assert what in error and "; known are Telegram, Discord" in error
     assert "FIX: export the chat again" in error and written(home) == {}
 
 
-def test_what_cannot_be_read_is_told_and_nothing_is_written(home, fails):
+def test_what_cannot_be_read_is_told_and_nothing_is_written(home, main):
     (home / "chat.txt").write_text("24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you")
-    assert "nothing is left that people said to each other" in fails("chat.txt")
+    assert "nothing is left that people said to each other" in main("chat.txt")
     os.mkfifo(home / "pipe.txt")
-    assert "pipe.txt is not there, or no file" in fails("pipe.txt")
-    assert "x.zip is not there, or no file" in fails("elsewhere/x.zip")
-    assert "is not a name for a file" in fails("chat.txt", "--version", "../x")
-    assert fails("chat.txt", "--keep", "apps") == fails() == 2 and written(home) == {}
+    assert "pipe.txt is not there, or no file" in main("pipe.txt")
+    assert "x.zip is not there, or no file" in main("elsewhere/x.zip")
+    assert "is not a name for a file" in main("chat.txt", "--version", "../x")
+    assert main("chat.txt", "--keep", "apps") == main() == 2 and written(home) == {}
 
 
-def test_a_path_without_its_quotes_is_told_with_them(home, fails):
+def test_a_path_without_its_quotes_is_told_with_them(home, main):
     for name in "Chat - Ann.zip", "Ann & I.txt":
         (home / name).write_text(CHAT)
-    error = fails("chat.txt", "Chat", "-", "Ann.zip", "Ann", "&", "I.txt", "--dates", "dmy")
+    error = main("chat.txt", "Chat", "-", "Ann.zip", "Ann", "&", "I.txt", "--dates", "dmy")
     command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'Ann & I.txt'"
     assert error.startswith("error: Chat is not there")
     assert error.endswith(f"FIX: {command} --dates dmy")
 
 
-def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, export, fails):
+def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
     folder = home / "Downloads"
     (folder / "deep er").mkdir(parents=True)
     (folder / "deep er/chat.txt").write_text(CHAT)
     (folder / "bill.txt").write_text("Dear customer")
     (folder / ".hidden.txt").write_text(CHAT)
     (folder / "loop").symlink_to(folder)
-    result = export("Downloads")
-    assert result.returncode == 0 and "1  Downloads/bill.txt: a text" in result.stdout
+    assert "1  Downloads/bill.txt: a text" in main("Downloads")
     assert len(json.loads((home / OUTPUT).read_text())) == 3
-    assert "Dear customer" in fails("Downloads/deep er", "Downloads/bill.txt")
+    assert "Dear customer" in main("Downloads/deep er", "Downloads/bill.txt")
 
 
-def test_chats_and_training_sets_do_not_mix(home, export, fails):
+def test_chats_and_training_sets_do_not_mix(home, main):
     (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert "chats and training sets" in fails("chat.txt", "set.jsonl")
-    result = export("set.jsonl", env={"VERSION": None})
-    assert result.stdout.splitlines()[-1] == "next  VERSION=v1 python build_train.py"
-    assert list(written(home)) == ["messages_v1.json"]
-    assert json.loads(*written(home).values()) == [{"prompt": "a", "completion": "b"}]
+    assert "chats and training sets" in main("chat.txt", "set.jsonl")
+    assert main("set.jsonl").splitlines()[-1] == "next  VERSION=sample python build_train.py"
+    assert json.loads((home / OUTPUT).read_text()) == [{"prompt": "a", "completion": "b"}]
 
 
-def test_another_export_is_not_written_over_unless_told(home, export, fails):
-    assert export("chat.txt").returncode == 0
-    first = written(home)
-    assert export("chat.txt").returncode == 0 and written(home) == first
+def test_another_export_is_not_written_over_unless_told(home, main):
+    first = main("chat.txt") and written(home)
+    assert "3 entries" in main("chat.txt") and written(home) == first
     (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
-    assert "FIX: add --replace" in fails("chat.txt") and written(home) == first
-    assert export("chat.txt", "--replace", "--keep", "app").returncode == 0
-    assert len(json.loads((home / OUTPUT).read_text())) == 5
+    assert "FIX: add --replace" in main("chat.txt") and written(home) == first
+    assert "5 entries" in main("chat.txt", "--replace", "--keep", "app")
+    assert "4 entries" in main("chat.txt", "--version", "two") and len(written(home)) == 2
 
 
 # ---- whole or not at all, and nowhere else -----------------------------------------------------
-def test_a_second_run_on_the_same_name_is_refused(home, export, fails):
+def test_a_second_run_on_the_same_name_is_refused(home, main):
     with open(home / FOLDER / ".messages_sample.json.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is writing" in fails("chat.txt")
-        assert export("chat.txt", "--version", "two").returncode == 0
-    assert export("chat.txt").returncode == 0
+        assert "another run is writing" in main("chat.txt")
+        assert "3 entries" in main("chat.txt", "--version", "two")
+    assert "3 entries" in main("chat.txt")
 
 
-def test_a_full_disk_leaves_what_was_there(home, export):
-    assert export("chat.txt").returncode == 0
-    first = written(home)
+def test_a_full_disk_leaves_what_was_there(home, main):
+    assert main("chat.txt") and (first := written(home))
     (home / "chat.txt").write_text(CHAT * 1000)
     limited = 'ulimit -f 4; VERSION=sample exec "$0" "$@" chat.txt --replace'
     command = ["bash", "-c", limited, sys.executable, home / FOLDER / "from_export.py"]
@@ -801,42 +779,39 @@ def test_ctrl_c_ends_it_quietly(home, export):
     assert written(home) == {}
 
 
-def test_nothing_of_a_zip_is_unpacked(home, export):
+def test_nothing_of_a_zip_is_unpacked(home, main):
     pack(home / "a.zip", **{"../../outside.txt": CHAT, f"{home}/b.txt": CHAT.replace("Bob", "Cy")})
     before = {path for path in home.rglob("*") if FOLDER not in str(path)}
-    assert export("a.zip").returncode == 0
+    assert "3 entries" in main("a.zip")
     assert {path for path in home.rglob("*") if FOLDER not in str(path)} == before
 
 
-def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, fails):
+def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, main):
     pack(home / "a.zip", **{"chat.txt": CHAT})
     content = (home / "a.zip").read_bytes()
     (home / "a.zip").write_bytes(content.replace(b"Ann Lee", b"Ann Lea"))
-    assert "cannot be unpacked: Bad CRC-32" in fails("a.zip")
+    assert "cannot be unpacked: Bad CRC-32" in main("a.zip")
     locked = bytearray(content)
     locked[6] |= 1
     locked[content.index(b"PK\x01\x02") + 8] |= 1
     (home / "a.zip").write_bytes(locked)
-    assert "cannot be unpacked" in fails("a.zip")
+    assert "cannot be unpacked" in main("a.zip")
 
 
 # ---- untrusted text, odd surroundings ----------------------------------------------------------
-def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, export):
+def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, main):
     texts = {"A\x1b[2J\u202e'; rm -rf ~; '": "\ud800\x07\x9b\x00hi", "B": "ok"}
     log = [{"author": name, "text": text} for name, text in texts.items()] * 2
     (home / "a\x1b[2J.json").write_text(json.dumps(log))
-    result = export("a\x1b[2J.json")
-    assert result.returncode == 0
-    assert all(c.isprintable() or c == "\n" for c in result.stdout)
-    entries = json.loads((home / OUTPUT).read_text())
-    assert said(entries)[0] == "A[2J'; rm -rf ~; ': ?hi"
-    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"'' """ in result.stdout
+    out = main("a\x1b[2J.json")
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert said(json.loads((home / OUTPUT).read_text()))[0] == "A[2J'; rm -rf ~; ': ?hi"
+    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"'' """ in out
 
 
-def test_the_same_bytes_in_any_surroundings(home, export):
+def test_the_same_bytes_in_any_surroundings(home, export, main):
     (home / "chat.txt").write_text(CHAT.replace("Bob", "Zoë 🙂"), "utf-8")
-    assert export("chat.txt").returncode == 0
-    first = written(home)
+    assert main("chat.txt") and (first := written(home))
     for folder in (home, home / FOLDER):  # files beside the script are not its modules
         for name in ("json", "signal", "csv", "dateutil", "argparse"):
             (folder / f"{name}.py").write_text("raise SystemExit('ran')")

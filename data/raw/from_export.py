@@ -337,15 +337,12 @@ def read_twitch(data, name):
 slack_names = {}  # number → name, from users.json, which is read before all other files
 
 
-def read_slack_users(data, name):
-    for person in data:
-        slack_names[person["id"]] = text_of(person["profile"]) or text_of(person)
-    return []
-
-
 def read_slack(data, name):
-    """Read a day of a channel; a thread is a conversation of its own."""
+    """Read a day of a channel, or users.json; a thread is a conversation of its own."""
     for m in data:
+        if "profile" in m:
+            slack_names[m["id"]] = text_of(m["profile"]) or text_of(m)
+            continue
         kind = first(
             bot=m.get("bot_id"),
             app=m.get("subtype") not in (None, "thread_broadcast", "me_message", "file_share"),
@@ -591,20 +588,25 @@ def read_signal(text, name):
         yield m._replace(text=words, kind=kind)
 
 
-LOG_CLOCK = r"\[?(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d))?\]?\s+"
+LOG_CLOCK = r"\[?(?P<hours>\d\d?):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?\]?\s+"
 LOG_STAMP = rf"\[?(?:(?P<day>\d{{4}}-\d\d-\d\d|[A-Z][a-z]{{2}} [ \d]\d)[T ])?{LOG_CLOCK}"
 LOG_LINES = (
+    # [10:44] <@ann> hi
     re.compile(LOG_STAMP + r"<[\s@+%&~!]{0,3}(?P<nick>[^>\s]{1,60})>\s?(?P<words>.*)"),
+    # 2026-11-24 10:44:25, @ann and hi with tabs between them (WeeChat)
     re.compile(LOG_STAMP + r"[@+%&~]?(?P<nick>[\w\[\]\\`^{|}-]*\w)\t(?P<words>.*)"),
+    # [10:44:25] ann: hi; with a day it would be WhatsApp's
     re.compile(LOG_CLOCK + r"(?P<nick>[^\s:<>]{1,60}):\s(?P<words>.*)"),
 )
 LOG_DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
 
 
 def log_line(line):
-    """Return the parts of a line that one nick said, or None: "[10:44] <@ann> hi" → nick: "ann"."""
-    found = next(filter(None, (form.match(line) for form in LOG_LINES)), None)
-    return found and found.groupdict("")
+    """Return the parts of what a nick said, {"nick": "ann", "words": "hi", …}, else None."""
+    for form in LOG_LINES:
+        if found := form.match(line):
+            return {"day": ""} | found.groupdict("")
+    return None
 
 
 def read_log(text, name):
@@ -612,10 +614,9 @@ def read_log(text, name):
     last = day_in(Path(name).stem, datetime(1970, 1, 1))
     for line in filter(str.strip, text.split("\n")):
         if parts := log_line(line):
-            day = parts.get("day", "")
-            clock = [int(parts[part] or 0) for part in ("hour", "minute", "second")]
-            now = day_in(day, last) + timedelta(hours=clock[0], minutes=clock[1], seconds=clock[2])
-            if now < last - timedelta(minutes=1) and not day:  # past midnight
+            clock = {unit: int(parts[unit] or 0) for unit in ("hours", "minutes", "seconds")}
+            now = day_in(parts["day"], last) + timedelta(**clock)
+            if now < last - timedelta(minutes=1) and not parts["day"]:  # past midnight
                 now += timedelta(days=1)
             last = now
             yield Message(now, parts["nick"], parts["words"])
@@ -644,11 +645,11 @@ IMESSAGE_NOTE = re.compile(
 
 def read_imessage(text, name):
     """Read what imessage-exporter writes: a line with the time, one with the name, the words."""
-    _, *parts = IMESSAGE_DATE.split(text)
+    _, *parts = IMESSAGE_DATE.split(text)  # time, note, block, time, note, block, …
     for when, note, block in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         author, _, words = block.partition("\n")
         words = re.split(r"(?m)^(?:Tapbacks|Reactions):$", words)[0]
-        words = re.sub(r"(?ms)\A.*^Edited .{1,60}? later: ", "", words)
+        words = re.sub(r"(?ms)\A.*^Edited [^\n]{1,60}? later: ", "", words)  # the last version
         if note:
             yield Message(when, "", note, "app")
         else:
@@ -740,9 +741,8 @@ def time_of(stamp, order):
 # ---- leave out ----------------------------------------------------------------------------------
 @functools.cache
 def tidy_name(name):
-    r"""Return it on one line: "\u202a~ Ann\nLee" → "Ann Lee"; joiners stay, for emoji need them."""
-    name = "".join(c for c in name if c.isprintable() or c.isspace() or c in "\u200c\u200d")
-    return " ".join(name.split()).removeprefix("~").strip()
+    r"""Return a name on one line: "\u202a~ Ann\nLee" → "Ann Lee"."""
+    return " ".join(INVISIBLE.sub("", name).split()).removeprefix("~").strip()
 
 
 def sort_out(files, keep):
@@ -924,7 +924,7 @@ JSON_READERS = (  # app, keys of the file, keys of its messages, reader; the fir
     ("Google Chat", "messages", "creator", read_google_chat),
     ("Telegram", "messages", "type text", read_telegram),
     ("Slack", "", "ts type", read_slack),
-    ("Slack", "", "id profile", read_slack_users),
+    ("Slack", "", "id profile", read_slack),
     ("training set", "messages", "role", read_turns),
     ("training set", "", "messages", read_turns),
     ("training set", "", "conversations", read_turns),
@@ -943,7 +943,7 @@ TEXT_READERS = (  # app, how one of the first lines looks, reader
 
 
 # ---- tables: what the apps write, in the languages of their users -------------------------------
-INVISIBLE = re.compile(  # control characters but line breaks and tabs, and MARK
+INVISIBLE = re.compile(  # control characters and MARK; not what joins the parts of an emoji
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc]"
 )
 TABLE = """

@@ -134,7 +134,7 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, 
     ("form", "kind", "texts"),
     [
         (ANDROID, "media", ["<Media omitted>", "<Без медиафайлов>", "<המדיה לא נכללה>", "null"]),
-        (ANDROID, "media", ["AUD-1-WA0001. (file attached)", "görüntü dahil edilmedi"]),
+        (ANDROID, "media", ["AUD-1-WA0001. (file attached)", "Medya dahil edilmedi"]),
         (ANDROID, "media", ["<Pominięto multimedia>\nplan.pdf", "S.webp (archivo adjunto)"]),
         (ANDROID, "deleted", ["This message was deleted", "Diese Nachricht wurde gelöscht."]),
         (ANDROID, "deleted", ["تم حذف هذه الرسالة.", "这条消息已被删除。"]),
@@ -590,6 +590,7 @@ CHAT = """\
 """
 FOLDER = "my project/data/raw"
 OUTPUT = f"{FOLDER}/messages_sample.json"
+DEEP = '{"messages": [{"creator": {}, "text": %s}]}' % ("[" * 700 + "]" * 700)
 
 
 @pytest.fixture
@@ -689,6 +690,7 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
         ("a.json", "[1, null]", "JSON with the keys (none)"),
         ("a.json", '[{"previous_messages": ["a"], "message": "b"}]', "copy it into data/raw"),
         ("a.json", '{"chats": {"list": 7}}', "not as its app writes it"),
+        ("a.json", DEEP, "not as its app writes it"),
         ("a.txt", "", "a.txt is empty"),
         ("a.txt", b"\x00\x01\x02", "a.txt is no text"),
         ("a.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),

@@ -166,13 +166,13 @@ class UnknownFileError(Exception):
 
 
 class Message(NamedTuple):
-    """What one person said, or what is to be left out."""
+    """What one person said, or what is to be left out: values of the app, until read_times."""
 
-    time: datetime | str | None  # a str as the app wrote it, until the whole file is known
-    author: str
-    text: str
+    time: object
+    author: object
+    text: object
     kind: str = ""  # a name of KINDS, if it is to be left out
-    conversation: str = ""  # if the file holds several
+    conversation: object = ""  # if the file holds several
 
 
 def read(name, content):
@@ -245,17 +245,6 @@ def text_of(value):
     return "" if value is None or isinstance(value, bool) else str(value)
 
 
-def since_1970(number):
-    """Return the time of so many seconds, or milli-, micro- or nanoseconds; None if it is none."""
-    try:
-        seconds = float(number)
-        for _ in range(3):
-            seconds /= 1000 if abs(seconds) > 1e11 else 1
-        return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
-    except (TypeError, ValueError, OverflowError, OSError):
-        return None
-
-
 def read_telegram(data, name):
     """Read one chat, or the export of all; a topic of a forum is a conversation of its own."""
     chats = []
@@ -282,10 +271,10 @@ def read_telegram(data, name):
                 forwarded="forwarded_from" in m or "saved_from" in m,
                 poll="poll" in m,
             )
-            when = since_1970(m.get("date_unixtime")) or text_of(m.get("date"))
-            text = text_of(m.get("text") or m.get("text_entities"))
+            when = m.get("date_unixtime") or m.get("date")
+            text = m.get("text") or m.get("text_entities")
             place = f"{title} / {topic}" if topic else title
-            yield Message(when, text_of(m.get("from")), text, kind, place)
+            yield Message(when, m.get("from"), text, kind, place)
 
 
 def read_discord(data, name):
@@ -297,8 +286,7 @@ def read_discord(data, name):
             forwarded=m.get("forwardedMessage"),
             poll=m.get("poll"),
         )
-        author, text = text_of(m["author"]), text_of(m.get("content"))
-        yield Message(text_of(m.get("timestamp")), author, text, kind, place)
+        yield Message(m.get("timestamp"), m["author"], m.get("content"), kind, place)
 
 
 def read_meta(data, name):
@@ -314,7 +302,7 @@ def read_meta(data, name):
             or SENTENCES.get(plain(re.sub(r"[^\w\s]+ ", "", text))) == "app"  # without its emoji
             or (text.startswith(f"{author} ") and text.endswith(".")),  # "Zoë sent an attachment."
         )
-        when = since_1970(m.get("timestamp_ms") or m.get("timestamp"))
+        when = m.get("timestamp_ms") or m.get("timestamp")
         yield Message(when, author, text, kind, repaired(title))
 
 
@@ -328,10 +316,9 @@ def repaired(text):
 
 def read_twitch(data, name):
     for m in data["comments"]:
-        seconds = since_1970(m.get("content_offset_seconds"))  # of the video
+        when = m.get("created_at") or m.get("content_offset_seconds")  # of the video
         notice = (m["message"].get("user_notice_params") or {}).get("msg-id")
-        author, text = text_of(m.get("commenter")), text_of(m["message"])
-        yield Message(m.get("created_at") or seconds, author, text, first(app=notice))
+        yield Message(when, m.get("commenter"), m["message"], first(app=notice))
 
 
 slack_names = {}  # number → name, from users.json, which is read before all other files
@@ -347,9 +334,9 @@ def read_slack(data, name):
             bot=m.get("bot_id"),
             app=m.get("subtype") not in (None, "thread_broadcast", "me_message", "file_share"),
         )
-        author = slack_names.get(m.get("user")) or text_of(m.get("user_profile") or m.get("user"))
+        author = slack_names.get(m.get("user")) or m.get("user_profile") or m.get("user")
         place = f"{title_of(name)} / {m['thread_ts']}" if m.get("thread_ts") else ""
-        yield Message(since_1970(m["ts"]), author, slack_text(text_of(m.get("text"))), kind, place)
+        yield Message(m["ts"], author, slack_text(text_of(m.get("text"))), kind, place)
 
 
 def slack_text(text):
@@ -365,7 +352,7 @@ def read_google_chat(data, name):
             deleted=m.get("message_state") == "DELETED",
         )
         when = text_of(m.get("created_date")).replace(" at ", " ")
-        yield Message(when, text_of(m["creator"]), text_of(m.get("text")), kind)
+        yield Message(when, m["creator"], m.get("text"), kind)
 
 
 def read_matrix(data, name):
@@ -382,8 +369,7 @@ def read_matrix(data, name):
         if "m.in_reply_to" in relation:  # the quotation before the answer
             text = re.sub(r"\A(?:> .*\n)+\n", "", text)
         author = text_of(m.get("sender")).removeprefix("@").partition(":")[0]
-        place = text_of(data["room_name"])
-        yield Message(since_1970(m.get("origin_server_ts")), author, text, kind, place)
+        yield Message(m.get("origin_server_ts"), author, text, kind, data["room_name"])
 
 
 # ---- read: lists of messages, CSV, training sets ------------------------------------------------
@@ -391,7 +377,7 @@ COLUMNS = {
     "conversation": "conversation channel chat thread room group conversation_id chat_name",
     "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts",
     "author": "author sender sender_name username user from nick nickname name display_name",
-    "message": "message text content body msg contents",
+    "text": "message text content body msg contents",
 }
 ASKED = "prompt", "instruction", "question", "input"
 ANSWERED = "completion", "output", "response", "answer"
@@ -418,7 +404,7 @@ def read_entries(data, name):
     keys = ", ".join(sorted(keys_of(data))[:9])
     data = messages_of(data)
     columns = columns_of(keys_of(data))
-    if not columns["message"]:
+    if not columns["text"]:
         raise UnknownFileError(f"JSON with the keys {keys or '(none)'}")
     if "previous_messages" in keys_of(data):
         raise UnknownFileError("what build_train.py reads as it is, if you copy it into data/raw")
@@ -430,8 +416,7 @@ def read_entries(data, name):
             column: " ".join(text_of(entry[key]) for key in keys if entry.get(key))
             for column, keys in columns.items()
         }
-        when = since_1970(values["time"]) or values["time"]
-        yield Message(when, values["author"], values["message"], "", values["conversation"])
+        yield Message(**values)
 
 
 def read_csv(text, name):
@@ -445,7 +430,7 @@ def delimiter(text):
 
 def is_csv_header(line):
     names = next(csv.reader([line], delimiter=delimiter(line)), [])
-    return len(names) > 1 and bool(columns_of(names)["message"])
+    return len(names) > 1 and bool(columns_of(names)["text"])
 
 
 def read_pairs(data, name):
@@ -663,27 +648,35 @@ NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 
 
 
 def read_times(messages, order, title):
-    """Return the messages with datetimes; the order of day and month is found, or else told."""
-    stamps = {m.time: stamp_of(m.time) for m in messages if isinstance(m.time, str)}
+    """Return the messages with datetimes (or None) and texts in place of what the app wrote.
+
+    The order of day and month is found by all dates of the file; if nothing decides, it is told.
+    """
+    texts = [text_of(m.time) for m in messages]
+    stamps = {text: stamp_of(text) for text in dict.fromkeys(texts)}
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     if dates and not order:
         order, is_sure = date_order(dates)
         if not is_sure:  # capitals are how American phones write it
             order, other = "dmy", "mdy"
-            if re.search("[AP]M", next(iter(stamps))):
+            if re.search("[AP]M", texts[0]):
                 order, other = other, order
             told = f"dates are read as {order}, for nothing decides: else --dates {other}"
             notes.append(f"{title}: {told}")
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
-    return [m._replace(time=times.get(m.time, m.time)) for m in messages]
+    return [
+        Message(times[text], text_of(m.author), text_of(m.text), m.kind, text_of(m.conversation))
+        for text, m in zip(texts, messages, strict=True)
+    ]
 
 
-@functools.cache
 def stamp_of(text):
     """Return (number, number, number, hour, minute, second), whichever of the first is the day.
 
     Or a datetime where that is clear, or None where there is no time.
     """
+    if since := since_1970(text):
+        return since
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
@@ -694,6 +687,17 @@ def stamp_of(text):
         except (ValueError, OverflowError):
             return None
     return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
+
+
+def since_1970(number):
+    """Return the time of so many seconds, or milli-, micro- or nanoseconds; None if it is none."""
+    try:
+        seconds = float(number)
+        for _ in range(3):
+            seconds /= 1000 if abs(seconds) > 1e11 else 1
+        return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def clock_in(text):
@@ -875,14 +879,13 @@ def read_files(paths, dates):
     for name, content in tqdm(contents, unit=" files", leave=False, disable=None):
         try:
             app, messages = read(name, content)
+            if messages and isinstance(messages[0], Message):
+                messages = read_times(messages, dates, title_of(name))
+            files.append((name, app, messages))
         except UnknownFileError as e:
             not_read[name] = str(e)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, csv.Error) as e:
             not_read[name] = f"not as its app writes it: {e!r:.80}"
-        else:
-            if messages and isinstance(messages[0], Message):
-                messages = read_times(messages, dates, title_of(name))
-            files.append((name, app, messages))
     wrong = [name for name in not_read if name in paths or not files]
     if wrong or not files:
         what = f"{wrong[0]} is {not_read[wrong[0]]}" if wrong else f"{paths[0]} holds no such file"
@@ -1001,23 +1004,15 @@ GIF retiré | GIF esclusa | document manquant | Fiche contact manquante | Media 
 Media disingkirkan | immagine omessa | video/audio/documento omesso | sticker non incluso | Scheda
 contatto omessa | Mídia oculta | Arquivo de mídia oculto | Ficheiro/vídeo/sticker/Contacto não
 revelado | imagem ocultada | imagem/GIF não revelada | áudio ocultado | ficheiro de áudio não
-revelado | Cartão do contato omitido |
-Media/afbeelding/video/audio/sticker/GIF/document/Visitekaartje weggelaten | Без медиафайлов |
-Файл пропущен | изображение/видео/аудиофайл/аудио/GIF/документ отсутствует | стикер не добавлен |
-Карточка контакта отсутствует | Медіа пропущено | Pominięto multimedia | Média vynechány | Médiá
-vynechané | Conținut media omis | Hiányzó médiafájl | Εξαίρεση πολυμέσων |
-Medya/görüntü/video/ses/Çıkartma/GIF/belge dahil edilmedi | Medya atlanmış | Kişi kartı dahil
-edilmedi | המדיה לא נכללה | המדיה הוסרה | מדיה/התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט
-| סטיקר/GIF/מסמך הושמט | כרטיס איש קשר הושמט | تم استبعاد الوسائط | لم يتم إدراج
-الصورة/الفيديوهات/المستند | لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج صورة GIF
-| لم يتم إدراج بطاقة جهة اتصال | میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले | फ़ोटो हटाई गई
-| वीडियो/स्टिकर छोड़ा गया | ऑडियो हटाई गयी | মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું |
-Media/gambar/video/audio/stiker tidak disertakan | Bỏ qua Media | สื่อถูกลบ | 省略多媒体文件 |
-忽略多媒體檔 | 圖片已略去 | 圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 |
-音频已忽略 | 貼圖已略去 | 贴图已省略 | メディアは含まれていません | 画像は含まれていません |
-ビデオは含まれていません | 音声は含まれていません | スタンプは含まれていません | 미디어 파일을
-생략한 대화내용 | 미디어 파일 제외됨 | 이미지/비디오/오디오 생략됨 | 스티커 제외됨 | Media har
-utelämnats | Mediefil udeladt | Uten vedlegg | Media jätetty pois | Medijski zapis izostavljen
+revelado | Cartão do contato omitido | Без медиафайлов | Файл пропущен | Медіа пропущено |
+Pominięto multimedia | Média vynechány | Médiá vynechané | Conținut media omis | Hiányzó médiafájl
+| Εξαίρεση πολυμέσων | Medya atlanmış | המדיה לא נכללה | המדיה הוסרה | تم استبعاد الوسائط | لم يتم
+إدراج الصورة/الفيديوهات/المستند | لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج
+صورة GIF | لم يتم إدراج بطاقة جهة اتصال | میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले |
+মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Bỏ qua Media | สื่อถูกลบ | 省略多媒体文件 | 忽略多媒體檔
+| メディアは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 | Media har
+utelämnats | Mediefil udeladt | Uten vedlegg | Media jätetty pois | Medijski zapis izostavljen |
+Media weggelaten | Medya dahil edilmedi | מדיה הושמטה | Media tidak disertakan
 
 location:
 live location shared | Live-Standort wird geteilt | ubicación en tiempo real compartida |

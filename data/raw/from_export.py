@@ -656,9 +656,10 @@ def read_times(messages, order, title):
     stamps = {text: stamp_of(text) for text in dict.fromkeys(texts)}
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     if dates and not order:
-        order, is_sure = date_order(dates)
-        if not is_sure:  # capitals are how American phones write it
-            order, other = "dmy", "mdy"
+        faults = {order: faults_of(dates, order) for order in ORDERS}
+        order = min(faults, key=faults.get)
+        if order != "ymd" and faults["dmy"] == faults["mdy"]:
+            order, other = "dmy", "mdy"  # capitals are how American phones write it
             if re.search("[AP]M", texts[0]):
                 order, other = other, order
             told = f"dates are read as {order}, for nothing decides: else --dates {other}"
@@ -715,19 +716,15 @@ def clock_in(text):
     return hour, minute, second
 
 
-def date_order(dates):
-    """Return (the order in which the dates are possible and time goes on, whether it is the only).
+def faults_of(dates, order):
+    """Return how many dates are impossible in an order, or go back in time.
 
-    [(1, 2, 26), (1, 13, 26)] → ("mdy", True): there is no month 13. All dates of a file count.
+    [(1, 2, 26), (1, 13, 26)]: as mdy 0, as dmy 1, for there is no month 13.
     """
-    faults = {}
-    for order in ORDERS:
-        days = [day for numbers in dates if (day := time_of(numbers, order))]
-        falls = sum(a > b for a, b in itertools.pairwise(days))
-        rises = sum(a < b for a, b in itertools.pairwise(days))
-        faults[order] = len(dates) - len(days) + min(falls, rises)  # some logs run backwards
-    best = min(faults, key=faults.get)
-    return best, best == "ymd" or faults["dmy"] != faults["mdy"]
+    days = [day for numbers in dates if (day := time_of(numbers, order))]
+    falls = sum(a > b for a, b in itertools.pairwise(days))
+    rises = sum(a < b for a, b in itertools.pairwise(days))
+    return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
 
 
 def time_of(stamp, order):

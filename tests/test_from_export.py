@@ -93,6 +93,7 @@ def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, clock, he
         ("1/2/26 2/13/26", "2026-01-02", ""),
         ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03", ""),  # so time goes on
         ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03", ""),
+        ("1/5/26 5/4/26 4/4/26 3/4/26", "2026-04-03", ""),  # or back
         ("26-04-03 26-04-04 26-05-01", "2026-04-03", ""),
         ("1/2/26 2/2/26", "2026-02-01", "mdy"),  # nothing decides
     ],
@@ -499,13 +500,14 @@ def test_times_of_lists(convert, values, time):
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_with_a_header(convert, delimiter):
+    long = "é" * 200_000
     text = 'No,Date,Chat,From,Text\n7,24/11/26 10:45,Home,B,"3,\nand ""all"""\n'
-    text += "8,24/11/26 10:44,Home,A,2\n9,24-Nov-26 10:44 AM,Home,B,1\n,,,,\n"
+    text += f"8,24/11/26 10:44,Home,A,{long}\n9,24-Nov-26 10:44 AM,Home,B,1\n,,,,\n"
     text = text.replace(",", delimiter)
-    for content in (text, text.encode("utf-16"), "\ufeff" + text.replace("\n", "\r\n")):
-        entries = gives(
-            convert({"a.csv": content}), "B: 1", "A: 2", f'B: 3{delimiter}\nand "all"', media=1
-        )
+    windows = ["\ufeff" + text.replace("\n", "\r\n"), text.encode("utf-16"), text.encode("cp1252")]
+    for content in [text, *windows]:
+        result = convert({"a.csv": content})
+        entries = gives(result, "B: 1", f"A: {long}", f'B: 3{delimiter}\nand "all"', media=1)
         assert of("time", entries)[0] == "2026-11-24T10:44:00"
         assert from_export.notes[-1] == "nothing was understood in No of a"
 
@@ -525,6 +527,7 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
         ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
         ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
+        ({"messages": TURNS[2:]}, [("b\n\nc", "d")]),
         ({"conversations": SHAREGPT}, [("a", "b")]),
     ],
 )
@@ -549,7 +552,7 @@ def test_a_message_that_two_exports_hold_is_read_once(convert):
 
 
 def test_without_times_nothing_is_a_copy(convert):
-    files = {f"{folder}/chat.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
+    files = {f"{folder}/a.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
     assert of("message", convert(files)[0]) == ["ok"] * 4
 
 
@@ -654,7 +657,7 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
 
 
 def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
-    talks = [("Me", "X"), ("X", "X"), ("X", "X"), ("Me", "Y"), ("Y", "Y"), ("Y", "Y")]
+    talks = [("Me", "X"), *[("X", "X")] * 3, ("Me", "Y"), *[("Y", "Y")] * 3]
     entries = [{"author": author, "conversation": place} for author, place in talks]
     from_export.next_steps(entries, "v1")
     assert "--only-author Me " in capsys.readouterr().out
@@ -696,10 +699,10 @@ def test_what_cannot_be_read_is_told_and_nothing_is_written(home, main):
 
 
 def test_a_path_without_its_quotes_is_told_with_them(home, main):
-    for name in "Chat - Ann.zip", "Ann & I.txt":
+    for name in "Chat - Ann.zip", "my chat.txt":
         (home / name).write_text(CHAT)
-    error = main("chat.txt", "Chat", "-", "Ann.zip", "Ann", "&", "I.txt", "--dates", "dmy")
-    command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'Ann & I.txt'"
+    error = main("chat.txt", "Chat", "-", "Ann.zip", "my", "chat.txt", "--dates", "dmy")
+    command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'my chat.txt'"
     assert error.startswith("error: Chat is not there")
     assert error.endswith(f"FIX: {command} --dates dmy")
 
@@ -713,7 +716,9 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
     (folder / "loop").symlink_to(folder)
     assert "1  Downloads/bill.txt: a text" in main("Downloads")
     assert len(json.loads((home / OUTPUT).read_text())) == 3
-    assert "Dear customer" in main("Downloads/deep er", "Downloads/bill.txt")
+    assert main("Downloads/deep er", "Downloads/bill.txt").startswith("error: Downloads/bill.txt")
+    (home / FOLDER / "chat.txt").write_text(CHAT)  # what the script wrote there is no export
+    assert "3 entries" in main(FOLDER, "--version", "two")
 
 
 def test_chats_and_training_sets_do_not_mix(home, main):

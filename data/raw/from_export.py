@@ -505,9 +505,7 @@ def read_whatsapp(text, name):
             entries[-1][1].append(line)
     said = [author_and_words("\n".join(lines).strip()) for _, lines in entries]
     counts = Counter(tag for _, words in said for tag in tags_in(words))
-    tags = {
-        tag for tag, count in counts.items() if count >= 3
-    }  # also in languages that no table has
+    tags = {tag for tag, count in counts.items() if count >= 3}  # in whatever language
     for (start, _), (author, words) in zip(entries, said, strict=True):
         words, kind = whatsapp_words(words, bool(start["iphone"]), tags)
         yield Message(start["when"], author, words, kind if author else "app")

@@ -654,7 +654,7 @@ def read_times(messages, order, title):
     stamps = {text: stamp_of(text) for text in dict.fromkeys(texts)}
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     if dates and not order:
-        faults = {order: faults_of(dates, order) for order in ORDERS}
+        faults = {each: faults_of(dates, each) for each in ORDERS}
         order = min(faults, key=faults.get)
         if order != "ymd" and faults["dmy"] == faults["mdy"]:
             order, other = "dmy", "mdy"  # capitals are how American phones write it
@@ -682,7 +682,7 @@ def stamp_of(text):
         if day := re.search(DAY, text):
             return *map(int, day.groups()), *clock_in(text[: day.start()] + text[day.end() :])
         try:
-            when = date_parser.parse(text[:60])
+            when = date_parser.parse(text[:60], default=datetime(1970, 1, 1))  # if only a clock
         except (ValueError, OverflowError):
             return None
     return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when

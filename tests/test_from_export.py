@@ -764,6 +764,15 @@ def test_nothing_of_a_zip_is_unpacked(home, main):
     assert {path for path in home.rglob("*") if FOLDER not in str(path)} == before
 
 
+def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
+    pack(home / "bomb.zip", **{f"{number}.txt": bytes(1 << 20) for number in range(3)})
+    monkeypatch.setattr(from_export, "MOST_BYTES", 3 << 20)
+    assert len(list(from_export.files_in(home / "bomb.zip"))) == 3
+    monkeypatch.setattr(from_export, "MOST_BYTES", (3 << 20) - 1)
+    with pytest.raises(SystemExit, match="bomb.zip holds over .* FIX: unzip it"):
+        list(from_export.files_in(home / "bomb.zip"))
+
+
 def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, main):
     pack(home / "a.zip", **{"chat.txt": CHAT})
     content = (home / "a.zip").read_bytes()

@@ -70,6 +70,7 @@ KINDS = {
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
 ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
+MOST_BYTES = 2 << 30  # of the chats in a .zip
 RAW = Path(__file__).resolve().parent
 
 
@@ -120,9 +121,11 @@ def files_in(path):
 def files_in_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if may_be_a_chat(Path(name)):
-                    yield f"{path}/{name}", archive.read(name)
+            names = [name for name in archive.namelist() if may_be_a_chat(Path(name))]
+            if sum(archive.getinfo(name).file_size for name in names) > MOST_BYTES:
+                fail(f"{path} holds over {MOST_BYTES >> 30} GB", "unzip it, name the chats in it")
+            for name in names:
+                yield f"{path}/{name}", archive.read(name)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # also a password
         fail(f"{path} cannot be unpacked: {e}", "unzip it yourself, and name the folder")
 

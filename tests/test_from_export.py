@@ -769,7 +769,7 @@ def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
     monkeypatch.setattr(from_export, "MOST_BYTES", 3 << 20)
     assert len(list(from_export.files_in(home / "bomb.zip"))) == 3
     monkeypatch.setattr(from_export, "MOST_BYTES", (3 << 20) - 1)
-    with pytest.raises(SystemExit, match="bomb.zip holds over .* FIX: unzip it"):
+    with pytest.raises(SystemExit, match=r"bomb.zip holds over .* FIX: unzip it"):
         list(from_export.files_in(home / "bomb.zip"))
 
 

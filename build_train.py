@@ -196,7 +196,6 @@ YEAR, DAY = r"(?:19|20)\d\d", r"[0-3]?\d"
 DATE = re.compile(  # 2024-05-31, 31/5/2024, 1914-1918
     rf"(?<!\d)(?:{YEAR}\D+(?:{DAY}\D+{DAY}|{YEAR})|{DAY}\D+{DAY}\D+{YEAR})(?!\d)"
 )
-WITH_DOTS = re.compile(r"0\d+(?:\.\d\d)*(?:\.\d{2,9})|\(?\d{3}\)?\.\d{3}\.\d{4}")
 
 
 def is_personal(number):
@@ -208,7 +207,7 @@ def is_personal(number):
     sizes = tuple(map(len, re.findall(r"\d+", number)))  # of its groups of digits
     if "+" in number or re.match("00[1-9]", number):
         return sum(sizes) >= 8
-    if "." in number and not WITH_DOTS.fullmatch(number):
+    if "." in number and sizes != (3, 3, 4) and not re.match(r"0\d", number):
         return False  # an address of the internet, a version, a price
     if DATE.search(number) or ("/" in number and number[0] != "0"):
         return False
@@ -317,16 +316,17 @@ class Row:
     places = property(lambda row: {(row.talk, i) for i in range(row.start, row.end + 1)})
 
 
+UNKNOWN = type(None)
 KEYS = {  # what a value of an entry may be, and what its key may be called
-    "message": (str, "message", "text", "content"),
-    "author": (str | int | None, "author", "sender", "username", "user", "from", "name"),
-    "time": (str | int | float | None, "time", "date", "timestamp"),
-    "conversation": (str | int | None, "conversation"),
-    "previous_messages": (list, "previous_messages"),
-    "prompt": (str, "prompt"),
-    "completion": (str, "completion"),
+    "message": (str, ["message", "text", "content"]),
+    "author": ((str, int, UNKNOWN), ["author", "sender", "username", "user", "from", "name"]),
+    "time": ((str, int, float, UNKNOWN), ["time", "date", "timestamp"]),
+    "conversation": ((str, int, UNKNOWN), ["conversation"]),
+    "previous_messages": (list, ["previous_messages"]),
+    "prompt": (str, ["prompt"]),
+    "completion": (str, ["completion"]),
 }
-ALL_KEYS = {key for _, *keys in KEYS.values() for key in keys}
+ALL_KEYS = {key for _, keys in KEYS.values() for key in keys}
 
 
 def say(*words):
@@ -368,7 +368,7 @@ def read_entries(path):
 
 def get(entry, name):
     """Return a value of the entry; raise ValueError if it is not what it may be."""
-    types, *keys = KEYS[name]
+    types, keys = KEYS[name]
     key = next((key for key in keys if key in entry), name)
     value = entry.get(key)
     if isinstance(value, types):
@@ -459,8 +459,9 @@ def talks_of_log(log, s):
     return [[joined(turn) for turn in talk] for talk in talks]
 
 
-def joined(messages):
-    return replace(messages[0], text="\n".join(message.text for message in messages))
+def joined(turn):
+    text = "\n".join(message.text for message in turn)
+    return replace(turn[0], text=text) if len(turn) > 1 else turn[0]
 
 
 def overlap(before, window):
@@ -537,10 +538,9 @@ def split(rows, s, dropped):
     Stretches of the log are drawn for validation until they hold enough rows.
     """
     starts = stretches_of(rows)
-    reach = [
-        (bisect(starts, (row.talk, row.start)), bisect(starts, (row.talk, row.end))) for row in rows
-    ]
-    sizes = Counter(last for first, last in reach if first == last)
+    firsts = [bisect(starts, (row.talk, row.start)) for row in rows]
+    lasts = [bisect(starts, (row.talk, row.end)) for row in rows]
+    sizes = Counter(last for first, last in zip(firsts, lasts, strict=True) if first == last)
     wanted = min(s.valid_rows, max(2, round(s.valid_size * len(rows))))
     drawn, count = set(), 0
     for stretch in shuffled(range(1, len(starts) + 1), s.seed)[:-1]:
@@ -548,7 +548,7 @@ def split(rows, s, dropped):
             drawn.add(stretch)
             count += sizes[stretch]
     train, valid = [], []
-    for row, (first, last) in zip(rows, reach, strict=True):
+    for row, first, last in zip(rows, firsts, lasts, strict=True):
         sides = {stretch in drawn for stretch in range(first, last + 1)}
         if len(sides) > 1:
             dropped.append((row, "split: between train and valid"))
@@ -758,11 +758,11 @@ def claim(folder):
 def write(folder, files):
     """Write {name: lines} to the folder that claim() took."""
     partial, old = beside(folder, "partial"), beside(folder, "old")
+    to_json = json.JSONEncoder(ensure_ascii=False).encode
     partial.mkdir()
     for name, lines in files.items():
         with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.writelines(to_json(line) + "\n" for line in lines)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

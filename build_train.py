@@ -509,7 +509,7 @@ def lay_out(conversations, s, dropped):
         number = lay_end_to_end(ready, number, is_one_talk=bool(conversation))
         rows += ready
     if in_turns:
-        say(f"joined     {in_turns:,} messages to the one before, of the same author: one turn")
+        say(f"joined     {in_turns:,} messages to the one before, of the same author, as one turn")
     if ready and s.window != parser.get_default("window"):
         say("note       --window has no effect: the windows of this file are cut already")
     return rows
@@ -648,15 +648,13 @@ def turns(row, s):
 
 
 # ---- count tokens, fit, order --------------------------------------------------------------------
-def chat_of(row):
-    """Return a row of the data as messages, as mlx-lm does."""
-    roles = {"user": "prompt", "assistant": "completion"}
-    return row.get("messages") or [{"role": r, "content": row[key]} for r, key in roles.items()]
-
-
 def count_tokens(rows, tokenizer):
     """Return the tokens of each row of the data, as the trainer counts them, or an estimate."""
-    chats = [chat_of(row) for row in rows]
+    roles = {"user": "prompt", "assistant": "completion"}
+    chats = [
+        row.get("messages") or [{"role": role, "content": row[key]} for role, key in roles.items()]
+        for row in rows
+    ]
     if not tokenizer:
         return [12 + sum(len(turn["content"].encode()) for turn in chat) // 3 for chat in chats]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
@@ -677,16 +675,15 @@ def find_tokenizer(folder):
     return None
 
 
-def give_up(*_):
-    raise TimeoutError("it took more than a minute")
-
-
 def load_tokenizer(folder):
     """Return a tokenizer that works, or end the run."""
     for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
         del os.environ[name]  # a wrong one would break an import, another hub would be asked
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    signal.signal(signal.SIGALRM, give_up)
+    what = f"the tokenizer or chat template of {folder} does not work"
+    fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
+    fix += " and hf download it again"
+    signal.signal(signal.SIGALRM, lambda *_: fail(f"{what}: it took more than a minute", fix))
     signal.alarm(60)  # a template is a program, and may have no end
     try:
         from mlx_lm import utils  # here, because it takes a second
@@ -697,9 +694,7 @@ def load_tokenizer(folder):
         tokenizer = utils.load_tokenizer(folder, {"trust_remote_code": False})  # it runs no code
         count_tokens([{"prompt": "Hi!", "completion": "Hello"}], tokenizer)
     except Exception as error:  # whatever a broken download leads to
-        what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
-        fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
-        fail(what, f"{fix} and hf download it again")
+        fail(f"{what}: {str(error)!a:.200}", fix)
     finally:
         signal.alarm(0)
     return tokenizer

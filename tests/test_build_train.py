@@ -147,16 +147,13 @@ def cells(text):
 # ---- settings ------------------------------------------------------------------------------------
 USAGE = [
     (["--valid-size", "1"], "--valid-size has to be between 0 and 1"),
-    (["--valid-size", "nan"], "--valid-size has to be between 0 and 1"),
     (["--window", "0"], "--window, --stride and --valid-rows have to be 1 or more"),
     (["--window", "four"], "--window"),
     (["--prompt", "hello"], "need {context}"),
     (["--shape", "round"], "--shape"),
     (["--shape", "turns"], "--shape turns needs --only-author"),
     (["--off", "lnik"], "--off names 'lnik', and the rules are: empty, "),
-    (["--nonsense"], "--nonsense"),
     (["--model", "mlx-community/gemma"], "FIX: export MODEL=mlx_community_gemma"),
-    (["--version", "../v1"], "FIX: export VERSION=v1"),
     (["--version", "my chat"], "FIX: export VERSION=my_chat"),
     (["--version", "…"], "FIX: export VERSION=v1"),
 ]
@@ -374,14 +371,18 @@ GREETING = {
 }
 
 
-@table("entries", [windows(LOG), LOG, [{"text": text, "mood": 7} for text in LOG]])
-def test_a_reply_with_what_came_before_becomes_a_pair(entries):
-    assert GREETING in made(entries)[0].values()
+PAIR = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
+INPUTS = [
+    (windows(LOG), GREETING),
+    (LOG, GREETING),
+    ([{"text": text, "mood": 7} for text in LOG], GREETING),
+    ([PAIR], {"prompt": "are you now\nready?", "completion": "I am\nnow"}),
+]
 
 
-def test_ready_pairs_keep_their_prompts_and_line_breaks():
-    pair = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
-    assert made([pair])[0][0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
+@table(("entries", "row"), INPUTS, ids=["windows", "texts", "log", "a ready pair"])
+def test_a_reply_with_what_came_before_becomes_a_pair(entries, row):
+    assert row in made(entries)[0].values()
 
 
 def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
@@ -520,11 +521,34 @@ def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log,
 
 
 # ---- talks and windows ---------------------------------------------------------------------------
-def test_conversations_are_told_apart(chat):
-    chat.raw([{"message": text, "conversation": i % 2} for i, text in enumerate(talk(200))])
-    assert chat.build("--window", 3) is None
-    for row in [row for side in chat.sides() for row in side]:
-        assert len({int(number) % 2 for number in re.findall(r"no(\d+)x", str(row))}) == 1
+@table("shape", ["windows", "log"])
+def test_a_conversation_is_on_one_side_and_never_mixed_with_another(chat, shape):
+    entries = []
+    for number in range(60):
+        log = [f"{message} of {number}" for message in talk(12, seed=number)]
+        part = windows(log) if shape == "windows" else [{"text": text} for text in log]
+        entries += [entry | {"conversation": number} for entry in part]
+    chat.raw(entries)
+    assert chat.build("--stride", 1) is None
+    sides = []
+    for side in chat.sides():
+        numbers = [set(re.findall(r" of (\d+)['\\\\]", str(row))) for row in side]
+        assert all(len(each) == 1 for each in numbers)
+        sides.append(set().union(*numbers))
+    train, valid = sides
+    assert len(train) + len(valid) == 60 and not train & valid and valid
+
+
+def test_rows_of_a_conversation_are_on_one_side_even_if_they_do_not_overlap(chat):
+    talks = [talk(30, seed=number) for number in range(20)]
+    chat.raw([
+        {"conversation": number, "previous_messages": log[i : i + 2], "message": f"to {number}"}
+        for number, log in enumerate(talks) for i in range(0, 30, 3)
+    ])  # fmt: skip
+    assert chat.build("--off", "stock reply") is None
+    train, valid = ({row["completion"] for row in side} for side in chat.sides())
+    assert len(train) + len(valid) == 20 and not train & valid
+    assert sum(map(len, chat.sides())) == 200
 
 
 GAPS = [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")]
@@ -649,18 +673,6 @@ def test_a_chat_that_was_exported_twice_does_not_leak(chat):
     train, valid = texts_of(chat)
     taken = {message for row in valid for message in row}
     assert [row for row in train if len(taken.intersection(row)) >= 3] == []
-
-
-def test_a_conversation_is_on_one_side(chat):
-    entries = []
-    for number in range(60):
-        log = [f"{message} of {number}" for message in talk(12, seed=number)]
-        entries += [entry | {"conversation": f"c{number}"} for entry in windows(log)]
-    chat.raw(entries)
-    assert chat.build("--stride", 1) is None
-    train, valid = (set(re.findall(r" of (\d+)'}", str(side))) for side in chat.sides())
-    assert len(train) + len(valid) == 60 and not train & valid and valid
-    assert chat.lines("dropped.jsonl") == []
 
 
 @table(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
@@ -901,7 +913,6 @@ def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
         r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
         r"^leaks .*: 0$",
         r"^train +[\d,]+ tokens, longest row \d+$",
-        r"^one epoch +\d+ iterations at BATCH_SIZE=2$",
         r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
         r"^next +\./fine_tune\.sh$",
         *(rf"^{rule} +[\d,]+" for rule in build_train.ALL_RULES),

@@ -272,7 +272,7 @@ wa.me/4366412345678|tel:0664123456|98765 43210|(11) 98765-4321|8 912 345-67-89|6
 010-1234-5678|9123 4567|20 12 34 56|555-1234|+43/664/1234567|00 43 664 1234567|0044 7400 123456
 ٠٥٠١٢٣٤٥٦٧|whatsapp://send?phone=39333123456|IT60 X054 2811 1010 0000 0123 456
 it60x0542811101000000123456|DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654 32
-4111 1111 1111 1111|4111111111111111|378282246310005|3782 822463 10005
+4111 1111 1111 1111|4111111111111111|378282246310005|3782 822463 10005|555.123.4567
 """
 NOT_PERSONAL = """
 TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 31/12/2024 alle 10
@@ -763,6 +763,8 @@ def test_a_row_that_is_too_long_loses_as_few_of_its_oldest_messages_as_possible(
         row.window = window[-count - 1 :]
         more = build_train.count_tokens([build_train.training_row(row, s)], None)[0]
         assert more > 40 or count == length + 1
+    row = build_train.Row([build_train.Message("x" * 300, "b"), build_train.Message("reply", "a")])
+    assert build_train.fit([row], s, None, []) == ([row] if shape == "prompt" else [])  # no user
 
 
 CHATML = (

@@ -703,20 +703,30 @@ def load_tokenizer(folder):
 def fit(rows, s, tokenizer, dropped):
     """Return the rows that fit --max-seq-length, if need be without their oldest messages."""
     kept = []
-    fewest = 2 if s.shape == "turns" else 1
     for i in bar(range(0, len(rows), 1000), "counting tokens"):
         part = rows[i : i + 1000]
         counts = count_tokens([training_row(row, s) for row in part], tokenizer)
         for row, count in zip(part, counts, strict=True):
             row.tokens = count
-            while row.tokens > s.max_seq_length and len(row.window) > fewest and not row.prompt:
-                row.window = row.window[1:]
-                [row.tokens] = count_tokens([training_row(row, s)], tokenizer)
+            if row.tokens > s.max_seq_length and not row.prompt:
+                shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
                 dropped.append((row, "over --max-seq-length"))
             else:
                 kept.append(row)
     return kept
+
+
+def shorten(row, s, tokenizer):
+    """Leave a row that is too long as many of its newest messages as fit, if any do."""
+    window = row.window
+    fewest = 2 if s.shape == "turns" else 1
+    for size in range(fewest, len(window)):
+        shorter = replace(row, window=window[-size:])
+        [tokens] = count_tokens([training_row(shorter, s)], tokenizer)
+        if tokens > s.max_seq_length:
+            return
+        row.window, row.tokens = shorter.window, tokens
 
 
 def order(rows, seed):

@@ -475,19 +475,33 @@ def overlap(before, window):
     return int(before[-1:] == window[:1])
 
 
+def frame(pairs):
+    """Return how many lines (0 or 1) at either end of the prompts are no chat: all have them."""
+    ignored = []
+    for edge in 0, -2:
+        lines = Counter(row.texts[edge] for row in pairs if len(row.window) > 1)
+        count = sum(count for _, count in lines.most_common(2))
+        ignored.append(int(count >= max(3, 0.95 * len(pairs))))
+    return ignored
+
+
 def lay_end_to_end(rows, talk, is_one_talk):
     """Give rows that came with their context their places; return the number of the last talk.
 
     a b c, b c d, x y → a at place 998, b 999, c 1000, d 1001; what overlaps nothing is far away
     """
+    first, last = frame([row for row in rows if row.prompt])
     before, end = [], 0
     for row in rows:
-        shared = overlap(before, row.texts)
+        texts = row.texts
+        if row.prompt:
+            texts = [*texts[first : len(texts) - 1 - last], row.reply]
+        shared = overlap(before, texts)
         if not before or not (shared or is_one_talk):
             talk += 1
-        end += len(row.window) - shared if shared else 1000
-        row.talk, row.start, row.end = talk, end - len(row.window) + 1, end
-        before = row.texts
+        end += len(texts) - shared if shared else 1000
+        row.talk, row.start, row.end = talk, end - len(texts) + 1, end
+        before = texts
     return talk
 
 

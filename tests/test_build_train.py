@@ -599,7 +599,8 @@ UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
 def texts_of(chat):
     """Return [(context…, reply), …] of train and of valid, built with AS_TEXT."""
     return [
-        [(*row["prompt"].split("\n"), row["completion"]) for row in side] for side in chat.sides()
+        [(*row["prompt"].removesuffix("\n!").split("\n"), row["completion"]) for row in side]
+        for side in chat.sides()
     ]
 
 
@@ -634,7 +635,8 @@ def test_no_message_of_validation_stands_at_the_same_place_in_training(
     if shape == "windows":
         chat.raw([{"previous_messages": c, "message": reply} for *c, reply in places])
     else:
-        chat.raw([{"prompt": "\n".join(c), "completion": reply} for *c, reply in places])
+        pairs = [{"prompt": "\n".join([*c, "!"]), "completion": reply} for *c, reply in places]
+        chat.raw(pairs)  # with a template, whose last line is no message
     assert chat.build(*AS_TEXT, *UNFILTERED) is None
     train, valid = ([places[texts] for texts in side] for side in texts_of(chat))
     held = set().union(*valid)

@@ -36,7 +36,7 @@ import re
 import shlex
 import shutil
 import unicodedata
-from bisect import bisect, bisect_left
+from bisect import bisect
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -66,7 +66,7 @@ add("--question-prompt", default="{context}\n\nAsk the next question in this cha
     help="the same, where the reply is a question")
 add("--names", type=int, default=1, help="1: the model sees who says what; 0: it does not")
 add("--only-author", default="", help="learn the replies of this author alone; '' of everyone")
-add("--shape", help="prompt, or turns: the only author and the others; that author's default")
+add("--shape", choices=["prompt", "turns"], help="turns, of --only-author: a talk with the others")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
     help="messages from one trained reply to the next; 0: as --window; of one author, 1")
@@ -83,6 +83,10 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 # --------------------------------------------------------------------------------------------------
 
 
+def fail(what, fix):
+    sys.exit(f"error: {what}. FIX: {fix}")
+
+
 def settings(arguments=None):
     """Return the settings of this run; end it if one of them cannot be."""
     s = parser.parse_args(arguments)
@@ -91,20 +95,20 @@ def settings(arguments=None):
     s.shape = s.shape or ("turns" if s.only_author else "prompt")
     s.stride = s.stride or (1 if s.only_author else s.window)
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
-    possible = {
-        "prompt": "{context}" in s.prompt,
-        "question_prompt": "{context}" in s.question_prompt,
-        "shape": s.shape == "prompt" or (s.shape == "turns" and s.only_author),
-        "window": s.window > 0,
-        "stride": s.stride > 0,
-        "valid_size": 0 < s.valid_size < 1,
-        "valid_rows": s.valid_rows > 0,
-    }
-    for name, is_possible in possible.items():
-        if not is_possible:
-            parser.error(f"--{name.replace('_', '-')} cannot be {getattr(s, name)!a}")
+    if "{context}" not in s.prompt or "{context}" not in s.question_prompt:
+        parser.error("--prompt and --question-prompt need {context}")
+    if s.shape == "turns" and not s.only_author:
+        parser.error("--shape turns needs --only-author")
+    if min(s.window, s.stride, s.valid_rows) < 1:
+        parser.error("--window, --stride and --valid-rows have to be 1 or more")
+    if not 0 < s.valid_size < 1:
+        parser.error("--valid-size has to be between 0 and 1")
     if unknown := set(s.off) - set(ALL_RULES):
         parser.error(f"--off names {min(unknown)!a}, and the rules are: {', '.join(ALL_RULES)}")
+    for variable, name in ("VERSION", s.version), ("MODEL", s.model):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            what = f"{variable} is {name!a}, not a name of letters, digits, '.', '_' and '-'"
+            fail(what, f"export {variable}={re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'v1'}")
     return s
 
 
@@ -192,7 +196,6 @@ YEAR, DAY = r"(?:19|20)\d\d", r"[0-3]?\d"
 DATE = re.compile(  # 2024-05-31, 31/5/2024, 1914-1918
     rf"(?<!\d)(?:{YEAR}\D+(?:{DAY}\D+{DAY}|{YEAR})|{DAY}\D+{DAY}\D+{YEAR})(?!\d)"
 )
-WITH_DOTS = re.compile(r"0\d+(?:\.\d\d)*(?:\.\d{2,9})|\(?\d{3}\)?\.\d{3}\.\d{4}")
 
 
 def is_personal(number):
@@ -204,7 +207,7 @@ def is_personal(number):
     sizes = tuple(map(len, re.findall(r"\d+", number)))  # of its groups of digits
     if "+" in number or re.match("00[1-9]", number):
         return sum(sizes) >= 8
-    if "." in number and not WITH_DOTS.fullmatch(number):
+    if "." in number and sizes != (3, 3, 4) and not re.match(r"0\d", number):
         return False  # an address of the internet, a version, a price
     if DATE.search(number) or ("/" in number and number[0] != "0"):
         return False
@@ -228,10 +231,10 @@ def hide_personal(text):
 def block_list(path):
     """Return the pattern that finds the words of a file, in any case, but not within words."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_text("utf-8-sig").split("\n") if path else []
     except (OSError, UnicodeError) as error:
         fail(f"--block: {error}", f"write words in UTF-8, one a line, to {shlex.quote(path)}")
-    words = sorted({clean(line) for line in lines} - {""}, key=len, reverse=True)
+    words = sorted(filter(None, map(clean, lines)), key=len, reverse=True)
     pattern = "|".join(map(re.escape, words)) or "(?!)"  # which nothing is
     letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"  # but of a script that sets no spaces
     return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
@@ -239,12 +242,9 @@ def block_list(path):
 
 # ---- clean ---------------------------------------------------------------------------------------
 MARKS = "".join(chr(i) for i in range(0x20000) if unicodedata.combining(chr(i)))
-INVISIBLE = re.compile(
-    # subtle: joiners (200c, 200d) stay where they make an emoji, or a word in Arabic or Hindi
+INVISIBLE = re.compile(  # but for joiners, 200c and 200d: Persian and emoji are made with them
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
-    "|(?<![\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
-    "|[\u200c\u200d](?![^\\s\u200c\u200d])"
     f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # beyond 30 accents on one letter NFC takes for ever
 )
 CONTROL = (  # what the chat templates of models are made of
@@ -267,14 +267,15 @@ def cleaners(s, tokens):
     The second makes "Person 1" of "+39 333 123 4567". `tokens` control the base model.
     """
     control = re.compile("|".join([CONTROL, *map(re.escape, tokens)]))
-    blocked = block_list(s.block) if s.block else None
+    blocked = block_list(s.block)
     people = {}
 
     @cache  # so equal messages are one string in memory
     def tidy(text):
         text = clean(text)
-        text = text if "personal data" in s.off else hide_personal(text)
-        text = blocked.sub("[…]", text) if blocked else text
+        if "personal data" not in s.off:
+            text = hide_personal(text)
+        text = blocked.sub("[…]", text)
         return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
 
     @cache
@@ -302,33 +303,30 @@ class Message:
 class Row:
     """A reply that may be learned, with what came before it."""
 
-    entry: int
-    window: tuple[Message, ...]  # the context, oldest message first, then the reply
+    window: list[Message]  # the context, oldest message first, then the reply
     prompt: str = ""  # of a pair; its lines are the context
     talk: int = 0
-    start: int = 0  # place of the oldest message in the log
+    start: int = 0  # place of the oldest message in the talk
     end: int = 0  # place of the reply
     tokens: int = 0
+    entry = property(lambda row: row.window[-1].entry)
     texts = property(lambda row: [message.text for message in row.window])
     reply = property(lambda row: row.window[-1].text)
     author = property(lambda row: row.window[-1].author)
-    places = property(lambda row: range(row.start, row.end + 1))
+    places = property(lambda row: {(row.talk, i) for i in range(row.start, row.end + 1)})
 
 
-KEYS = {  # what the keys of an entry may be called
-    "message": ("message", "text", "content"),
-    "author": ("author", "sender", "username", "user", "from", "name"),
-    "time": ("time", "date", "timestamp"),
-    "conversation": ("conversation",),
-    "previous_messages": ("previous_messages",),
-    "prompt": ("prompt",),
-    "completion": ("completion",),
+UNKNOWN = type(None)
+KEYS = {  # what a value of an entry may be, and what its key may be called
+    "message": (str, ["message", "text", "content"]),
+    "author": ((str, int, UNKNOWN), ["author", "sender", "username", "user", "from", "name"]),
+    "time": ((str, int, float, UNKNOWN), ["time", "date", "timestamp"]),
+    "conversation": ((str, int, UNKNOWN), ["conversation"]),
+    "previous_messages": (list, ["previous_messages"]),
+    "prompt": (str, ["prompt"]),
+    "completion": (str, ["completion"]),
 }
-ALL_KEYS = {key for keys in KEYS.values() for key in keys}
-
-
-def fail(what, fix):
-    sys.exit(f"error: {what}. FIX: {fix}")
+ALL_KEYS = {key for _, keys in KEYS.values() for key in keys}
 
 
 def say(*words):
@@ -368,9 +366,10 @@ def read_entries(path):
         bad_raw(path, f"{where} is not JSON in UTF-8: {error}")
 
 
-def get(entry, name, *types):
-    """Return a value of the entry; raise ValueError if it is none of the types."""
-    key = next((key for key in KEYS[name] if key in entry), name)
+def get(entry, name):
+    """Return a value of the entry; raise ValueError if it is not what it may be."""
+    types, keys = KEYS[name]
+    key = next((key for key in keys if key in entry), name)
     value = entry.get(key)
     if isinstance(value, types):
         return value
@@ -378,7 +377,9 @@ def get(entry, name, *types):
 
 
 def seconds(value):
-    """Return a time in seconds: "1970-01-01T00:01", 60 and "60" → 60.0."""
+    """Return a time in seconds: "1970-01-01T00:01", 60 and "60" → 60.0; None if not known."""
+    if value in (None, ""):
+        return None
     try:
         number = float(value)
     except ValueError:
@@ -387,24 +388,24 @@ def seconds(value):
     return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
 
 
-bare = cache(Message)  # without an author; equal ones are one object in memory
+bare = cache(Message)  # of a context; equal ones are one object in memory
 
 
 def parse(number, entry, tidy, name):
     """Return the Message that the entry of a log is, or the Row if it brings its context along."""
-    author = name(str(get(entry, "author", str, int, type(None)) or ""))
+    author = name(str(get(entry, "author") or ""))
     if "prompt" in entry:
-        texts = get(entry, "prompt", str), get(entry, "completion", str)
+        texts = get(entry, "prompt"), get(entry, "completion")
         prompt, reply = ("\n".join(map(tidy, text.split("\n"))).strip() for text in texts)
         context = prompt.split("\n")
+    elif "previous_messages" in entry:
+        prompt, reply = "", tidy(get(entry, "message"))
+        context = map(tidy, get(entry, "previous_messages"))
     else:
-        prompt, reply = "", tidy(get(entry, "message", str))
-        if "previous_messages" not in entry:
-            time = get(entry, "time", str, int, float, type(None))
-            return Message(reply, author, None if time in (None, "") else seconds(time), number)
-        context = map(tidy, get(entry, "previous_messages", list))
+        time = seconds(get(entry, "time"))
+        return Message(tidy(get(entry, "message")), author, time, number)
     window = [bare(text) for text in context if text]
-    return Row(number, (*window, Message(reply, author) if author else bare(reply)), prompt)
+    return Row([*window, Message(reply, author, None, number)], prompt)
 
 
 def read(path, tidy, name):
@@ -414,7 +415,7 @@ def read(path, tidy, name):
         entry = entry if isinstance(entry, dict) else {"message": entry}
         unknown |= entry.keys() - ALL_KEYS
         try:
-            conversation = get(entry, "conversation", str, int, type(None))
+            conversation = get(entry, "conversation")
             item = parse(number, entry, tidy, name)
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             what = f"{path}, entry or line {number}: {error} in {json.dumps(entry)[:100]}"
@@ -425,7 +426,7 @@ def read(path, tidy, name):
     return conversations
 
 
-# ---- lay out: one log with places; talks are parts of it, rows are windows of it -----------------
+# ---- lay out: talks, the places of messages in them, and rows, which are windows of them ---------
 def in_order(log):
     """Return the log in the order of time, in the order of the file if times are not known."""
     if any(message.time is None for message in log):
@@ -433,77 +434,45 @@ def in_order(log):
     back = sum(a.time > b.time for a, b in pairwise(log))
     if back <= 0.01 * len(log):  # not more than when clocks are set or tell no a.m. from p.m.
         return log
-    forth = sum(a.time < b.time for a, b in pairwise(log))
-    return sorted(log[::-1] if back > forth else log, key=lambda message: message.time)
+    newest_first = back > sum(a.time < b.time for a, b in pairwise(log))
+    return sorted(log[::-1] if newest_first else log, key=lambda message: message.time)
 
 
-def minutes(a, b):
-    """Return the minutes between two messages, 0 if that is not known."""
-    return 0 if None in (a.time, b.time) else abs(b.time - a.time) / 60
+def talks_of_log(log, s):
+    r"""Return the log as talks, which silence ends; in a talk, what is one turn is one message.
 
-
-def cut(messages, belong):
-    """Return them in groups of neighbours that belong together."""
-    groups = []
-    for message in messages:
-        if groups and belong(groups[-1][-1], message):
-            groups[-1].append(message)
-        else:
-            groups.append([message])
-    return groups
-
-
-def talks_of(log, s):
-    r"""Return the log in the order of time, cut where it was silent.
-
-    What one author wrote at a stretch is one message:
     ann "hi", ann "are you there?", bob "yes" → [[ann "hi\nare you there?", bob "yes"]]
     """
+    talks, last = [], None
+    for message in in_order(log):
+        is_timed = last and last.time is not None and message.time is not None
+        pause = abs(message.time - last.time) / 60 if is_timed else 0
+        is_same = last and last.author == message.author != ""
+        is_assistant = s.shape == "turns" and message.author == s.only_author
+        if not last or (s.gap and pause > 60 * s.gap):
+            talks.append([[message]])
+        elif is_same and (is_assistant or (s.burst and pause <= s.burst)):
+            talks[-1][-1].append(message)
+        else:
+            talks[-1].append([message])
+        last = message
+    return [[joined(turn) for turn in talk] for talk in talks]
 
-    def is_one_talk(a, b):
-        return not s.gap or minutes(a, b) <= 60 * s.gap
 
-    def is_one_message(a, b):
-        if a.author != b.author or not a.author:
-            return False
-        is_turn = s.shape == "turns" and a.author == s.only_author
-        return is_turn or (s.burst and minutes(a, b) <= s.burst)
-
-    def join(burst):
-        text = "\n".join(message.text for message in burst)
-        return replace(burst[0], text=text) if len(burst) > 1 else burst[0]
-
-    return [[*map(join, cut(talk, is_one_message))] for talk in cut(in_order(log), is_one_talk)]
-
-
-def lay_out(conversations, s, dropped):
-    """Return the rows, each with its places in one log: all conversations, one after another."""
-    rows, ready, number, place = [], [], 0, 0
-    for conversation, items in conversations.items():
-        log = [item for item in items if type(item) is Message]
-        dropped.extend((Row(item.entry, (item,)), "empty") for item in log if not item.text)
-        for talk in talks_of([item for item in log if item.text], s):
-            number += 1
-            for i, message in enumerate(talk):
-                window = tuple(talk[max(0, i - s.window) : i + 1])
-                start = place + i - len(window) + 1
-                rows.append(Row(message.entry, window, "", number, start, place + i))
-            place += len(talk)
-        ready = [item for item in items if type(item) is Row]
-        number, place = line_up(ready, number, place, bool(conversation))
-        rows += ready
-    if ready and s.window != parser.get_default("window"):
-        say("note       --window has no effect: the windows of this file are cut already")
-    return rows
+def joined(turn):
+    text = "\n".join(message.text for message in turn)
+    return replace(turn[0], text=text) if len(turn) > 1 else turn[0]
 
 
 def overlap(before, window):
-    """Return how many messages at the end of `before` begin `window`: (a b c d, c d e) → 2."""
-    starts = [i for i, text in enumerate(before) if text == window[0]] if window else []
-    for i in starts[:20]:  # the longest come first; more than 20 only in spam
-        if before[i:] == window[: len(before) - i]:
-            return len(before) - i
-    return 0
+    """Return how many messages at the end of `before` begin `window`: (a b c, b c d) → 2.
+
+    The last of `before` may be another: (a b c R, b c d) → 3; some contexts lack one's own replies.
+    """
+    for size in range(min(len(before), len(window)), 1, -1):
+        if before[-size] == window[0] and before[-size:-1] == window[: size - 1]:
+            return size
+    return int(before[-1:] == window[:1])
 
 
 def frame(pairs):
@@ -516,39 +485,60 @@ def frame(pairs):
     return ignored
 
 
-def line_up(rows, number, place, has_name):
-    """Give rows that came with their context talks and places: windows laid end to end.
+def lay_end_to_end(rows, talk, is_one_talk):
+    """Give rows that came with their context their places; return the number of the last talk.
 
-    a b c, b c d, x y → a at place 4, b 5, c 6, d 7; what overlaps nothing is far away: x 12, y 13
+    a b c, b c d, x y → a at place 998, b 999, c 1000, d 1001; what overlaps nothing is far away
     """
     first, last = frame([row for row in rows if row.prompt])
-    far = 2 * max((len(row.window) for row in rows), default=0)
-    before = []
+    before, end = [], 0
     for row in rows:
-        window = [text for text in row.texts if text]
+        texts = row.texts
         if row.prompt:
-            window = [*window[first : len(window) - 1 - last], row.reply]
-        shared = overlap(before, window)
-        if without := overlap(before[:-1], window[:-1]):  # one's own replies are in no context
-            shared = max(shared, without + 1)
-        place += len(window) - shared if shared else far
-        if not shared and not (before and has_name):
+            texts = [*texts[first : len(texts) - 1 - last], row.reply]
+        shared = overlap(before, texts)
+        if not before or not (shared or is_one_talk):
+            talk += 1
+        end += len(texts) - shared if shared else 1000
+        row.talk, row.start, row.end = talk, end - len(texts) + 1, end
+        before = texts
+    return talk
+
+
+def lay_out(conversations, s, dropped):
+    """Return the rows, one for each message or turn, with their places."""
+    rows, ready, number, in_turns = [], [], 0, 0
+    for conversation, items in conversations.items():
+        log = [item for item in items if type(item) is Message]
+        dropped.extend((Row([item]), "empty") for item in log if not item.text)
+        log = [item for item in log if item.text]
+        talks = talks_of_log(log, s)
+        in_turns += len(log) - sum(map(len, talks))
+        for talk in talks:
             number += 1
-        row.talk, row.start, row.end = number, place - len(window) + 1, place
-        before = window
-    return number, place + far
+            for end in range(len(talk)):
+                start = max(0, end - s.window)
+                rows.append(Row(talk[start : end + 1], "", number, start, end))
+        ready = [item for item in items if type(item) is Row]
+        number = lay_end_to_end(ready, number, is_one_talk=bool(conversation))
+        rows += ready
+    if in_turns:
+        say(f"joined     {in_turns:,} messages to the one before, of the same author, as one turn")
+    if ready and s.window != parser.get_default("window"):
+        say("note       --window has no effect: the windows of this file are cut already")
+    return rows
 
 
 # ---- split: no message of a validation row stands in a training row ------------------------------
 def stretches_of(rows):
-    """Return the places of the log where stretches begin that go to one side: talks, or parts."""
+    """Return the (talk, place) where stretches begin that go to one side: talks, or parts."""
     longest = max(len(row.window) for row in rows)
     length = min(max(50, 2 * longest), max(longest + 2, len(rows) // 4))  # in rows
     starts = set()
-    for _, talk in groupby(rows, lambda row: row.talk):
-        talk = list(talk)
-        starts.add(min(row.start for row in talk))
-        starts.update(talk[i].end for i in range(length, len(talk) - length // 2, length))
+    for number, talk in groupby(rows, lambda row: row.talk):
+        ends = [row.end for row in talk]
+        starts.add((number, -1))
+        starts.update((number, end) for end in ends[length : len(ends) - length // 2 : length])
     return sorted(starts)
 
 
@@ -562,8 +552,9 @@ def split(rows, s, dropped):
     Stretches of the log are drawn for validation until they hold enough rows.
     """
     starts = stretches_of(rows)
-    reach = [(bisect(starts, row.start), bisect(starts, row.end)) for row in rows]
-    sizes = Counter(last for first, last in reach if first == last)
+    firsts = [bisect(starts, (row.talk, row.start)) for row in rows]
+    lasts = [bisect(starts, (row.talk, row.end)) for row in rows]
+    sizes = Counter(last for first, last in zip(firsts, lasts, strict=True) if first == last)
     wanted = min(s.valid_rows, max(2, round(s.valid_size * len(rows))))
     drawn, count = set(), 0
     for stretch in shuffled(range(1, len(starts) + 1), s.seed)[:-1]:
@@ -571,7 +562,7 @@ def split(rows, s, dropped):
             drawn.add(stretch)
             count += sizes[stretch]
     train, valid = [], []
-    for row, (first, last) in zip(rows, reach, strict=True):
+    for row, first, last in zip(rows, firsts, lasts, strict=True):
         sides = {stretch in drawn for stretch in range(first, last + 1)}
         if len(sides) > 1:
             dropped.append((row, "split: between train and valid"))
@@ -590,16 +581,17 @@ def drop_copies(train, valid, dropped):
     """Return valid without the rows that share text with train: the chat repeats itself."""
     longest = max((len(row.window) for row in train + valid), default=0)
     size = max(2, min(3, (longest - 1) // 2))  # three, or two of short windows
-    valid_runs = [runs(row, size) for row in valid]
-    telling = {run for some in valid_runs for run in some if len(set("".join(run))) >= 12}
-    counts = Counter()
-    for row in train:
-        counts.update(telling & runs(row, size))
+    held = {run for row in valid for run in runs(row, size)}
+    telling = {run for run in held if len(set("".join(run))) >= 12}  # not "gg", "lol", "gg"
+    counts = Counter(run for row in train for run in telling & runs(row, size))
     copies = {run for run, count in counts.items() if count <= 2 * longest}  # more: a template
-    copied = [not copies.isdisjoint(some) for some in valid_runs]
-    rows = list(zip(valid, copied, strict=True))
-    dropped.extend((row, "split: is in train as well") for row, is_copy in rows if is_copy)
-    return [row for row, is_copy in rows if not is_copy]
+    kept = []
+    for row in valid:
+        if copies.isdisjoint(runs(row, size)):
+            kept.append(row)
+        else:
+            dropped.append((row, "split: is in train as well"))
+    return kept
 
 
 def thin_out(rows, s, dropped):
@@ -618,9 +610,6 @@ def thin_out(rows, s, dropped):
 
 
 # ---- rows as the trainer reads them --------------------------------------------------------------
-to_json = json.JSONEncoder(ensure_ascii=False).encode
-
-
 def settle_names(rows, s):
     """Decide whether the model sees names, and make the templates say so."""
     authors = [message.author for row in rows for message in row.window]
@@ -673,72 +662,68 @@ def turns(row, s):
 
 
 # ---- count tokens, fit, order --------------------------------------------------------------------
-def chat_of(row):
-    """Return a row of the data as messages, as mlx-lm does."""
-    if "messages" in row:
-        return row["messages"]
-    roles = ("user", row["prompt"]), ("assistant", row["completion"])
-    return [{"role": role, "content": text} for role, text in roles]
+def count_tokens(rows, tokenizer):
+    """Return the tokens of each row of the data, as the trainer counts them, or an estimate."""
+    roles = {"user": "prompt", "assistant": "completion"}
+    chats = [
+        row.get("messages") or [{"role": role, "content": row[key]} for role, key in roles.items()]
+        for row in rows
+    ]
+    if not tokenizer:
+        return [12 + sum(len(turn["content"].encode()) for turn in chat) // 3 for chat in chats]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    encode = tokenizer.backend_tokenizer.encode_batch_fast
+    return [len(tokens) for tokens in encode(texts, add_special_tokens=False)]
 
 
-def give_up(*_):
-    raise TimeoutError("it took more than a minute")
+def find_tokenizer(folder):
+    """Return the tokenizer of the base model, None if there is no base model."""
+    if folder.is_dir():
+        say(f"counting   tokens with the tokenizer and chat template of {folder}")
+        return load_tokenizer(folder)
+    there = [path.name for path in folder.parent.glob("[!.]*") if path.is_dir()]
+    fix = f"hf download mlx-community/{folder.name} --local-dir {folder}"
+    if len(there) == 1:
+        fix = f"export MODEL={shlex.quote(there[0])}"
+    print(f"warning: tokens are ESTIMATED, there is no {folder}. FIX: {fix}", file=sys.stderr)
+    return None
 
 
-def token_counter(folder):
-    """Return (function [row of the data] → [its tokens, as the trainer counts], control tokens)."""
-
-    def estimate(rows):
-        texts = ["".join(turn["content"] for turn in chat_of(row)) for row in rows]
-        return [12 + len(text.encode()) // 3 for text in texts]
-
-    def count(rows):
-        chats = [tokenizer.apply_chat_template(chat_of(row), tokenize=False) for row in rows]
-        encode = tokenizer.backend_tokenizer.encode_batch_fast
-        return [len(tokens) for tokens in encode(chats, add_special_tokens=False)]
-
-    if not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
-        fix = f"hf download mlx-community/{folder.name} --local-dir {folder}"
-        fix = f"export MODEL={shlex.quote(there[0])}" if len(there) == 1 else fix
-        print(f"warning: tokens are ESTIMATED, there is no {folder}. FIX: {fix}", file=sys.stderr)
-        return estimate, []
-    say(f"counting   tokens with the tokenizer and chat template of {folder}")
+def load_tokenizer(folder):
+    """Return a tokenizer that works, or end the run."""
     for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_", "MLXLM_"))]:
         del os.environ[name]  # a wrong one would break an import, another hub would be asked
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    signal.signal(signal.SIGALRM, give_up)
+    what = f"the tokenizer or chat template of {folder} does not work"
+    fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
+    fix += " and hf download it again"
+    signal.signal(signal.SIGALRM, lambda *_: fail(f"{what}: it took more than a minute", fix))
     signal.alarm(60)  # a template is a program, and may have no end
     try:
-        from mlx_lm.utils import load_tokenizer  # here, because it takes a second
+        from mlx_lm import utils  # here, because it takes a second
 
         config = folder / "config.json"
         if config.exists() and json.loads(config.read_bytes()).get("num_hidden_layers", 0) > 1000:
             raise ValueError("so many layers would fill the memory")
-        tokenizer = load_tokenizer(folder, {"trust_remote_code": False})  # no code of its own runs
-        count([{"prompt": "Hi!", "completion": "Hello"}])
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        template = str(tokenizer.chat_template)
+        tokenizer = utils.load_tokenizer(folder, {"trust_remote_code": False})  # it runs no code
+        count_tokens([{"prompt": "Hi!", "completion": "Hello"}], tokenizer)
     except Exception as error:  # whatever a broken download leads to
-        what = f"the tokenizer or chat template of {folder} does not work: {str(error)!a:.200}"
-        fix = f"set MODEL to an instruction-tuned model; if the download broke off, rm -r {folder}"
-        fail(what, f"{fix} and hf download it again")
+        fail(f"{what}: {str(error)!a:.200}", fix)
     finally:
         signal.alarm(0)
-    control = [token.content for token in added if token.special and token.content in template]
-    control = {*control, *tokenizer.all_special_tokens}
-    return count, sorted(token for token in control if len(token.strip()) > 2)
+    return tokenizer
 
 
-def fit(rows, s, count, dropped):
+def fit(rows, s, tokenizer, dropped):
     """Return the rows that fit --max-seq-length, if need be without their oldest messages."""
     kept = []
     for i in bar(range(0, len(rows), 1000), "counting tokens"):
         part = rows[i : i + 1000]
-        for row, tokens in zip(part, count([training_row(row, s) for row in part]), strict=True):
-            row.tokens = tokens
-            if tokens > s.max_seq_length and not row.prompt:
-                shorten(row, s, count)
+        counts = count_tokens([training_row(row, s) for row in part], tokenizer)
+        for row, count in zip(part, counts, strict=True):
+            row.tokens = count
+            if row.tokens > s.max_seq_length and not row.prompt:
+                shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
                 dropped.append((row, "over --max-seq-length"))
             else:
@@ -746,17 +731,16 @@ def fit(rows, s, count, dropped):
     return kept
 
 
-def shorten(row, s, count):
-    """Take as few of the oldest messages as possible from a row that is too long."""
-    window = row.window[-s.max_seq_length :]  # every message is a token at least
-    needed = 2 if s.shape == "turns" else 1
-
-    def fits(first):
-        row.window = window[first:]
-        row.tokens = count([training_row(row, s)])[0]
-        return row.tokens <= s.max_seq_length
-
-    fits(bisect_left(range(len(window) - needed), True, key=fits))
+def shorten(row, s, tokenizer):
+    """Leave a row that is too long as many of its newest messages as fit, if any do."""
+    window = row.window
+    fewest = 2 if s.shape == "turns" else 1
+    for size in range(fewest, len(window)):
+        shorter = replace(row, window=window[-size:])
+        [tokens] = count_tokens([training_row(shorter, s)], tokenizer)
+        if tokens > s.max_seq_length:
+            return
+        row.window, row.tokens = shorter.window, tokens
 
 
 def order(rows, seed):
@@ -783,20 +767,21 @@ def claim(folder):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another run is writing {folder}", "wait until it is done, or end it")
-    shutil.rmtree(beside(folder, "partial"), ignore_errors=True)
     if beside(folder, "old").exists() and not folder.exists():  # killed between two renames
         beside(folder, "old").rename(folder)
+    for word in "partial", "old":
+        shutil.rmtree(beside(folder, word), ignore_errors=True)
     return lock
 
 
 def write(folder, files):
     """Write {name: lines} to the folder that claim() took."""
     partial, old = beside(folder, "partial"), beside(folder, "old")
+    to_json = json.JSONEncoder(ensure_ascii=False).encode
     partial.mkdir()
     for name, lines in files.items():
         with (partial / name).open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(to_json(line) + "\n" for line in lines)
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
@@ -847,22 +832,22 @@ def report(train, valid, dropped, raw):
         fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
     counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
     say(f"\nsplit      {counts}")
-    held = {place for row in valid for place in row.places}
+    held = set().union(*(row.places for row in valid))
     leaks = sum(not held.isdisjoint(row.places) for row in train)
     say(f"leaks      validation rows hold {len(held):,} messages; training rows with one: {leaks}")
     if leaks:
         fail("the split leaks", "report it, build_train.py is wrong")
     for name, rows in ("train", train), ("valid", valid):
         tokens = [row.tokens for row in rows]
-        mean = sum(tokens) / len(tokens)
-        say(f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}, mean {mean:.1f}")
+        say(f"{name:10} {sum(tokens):,} tokens, longest row {max(tokens):,}")
     say(f"one epoch  {len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
 def build(s, raw, folder):
     """Make the training data: the story of this script."""
-    count, tokens = token_counter(Path("models/base", s.model))
-    tidy, name = cleaners(s, tokens)
+    tokenizer = find_tokenizer(Path("models/base", s.model))
+    special = tokenizer.all_special_tokens if tokenizer else []
+    tidy, name = cleaners(s, [token for token in special if len(token) > 2])
     conversations = read(raw, tidy, name)
     s.only_author = name(s.only_author)
     check_author(conversations, s, raw)
@@ -882,8 +867,8 @@ def build(s, raw, folder):
     valid = shuffled(valid, s.seed)
     dropped.extend((row, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
     train = thin_out(train, s, dropped)
-    train = order(fit(train, s, count, dropped), s.seed)
-    valid = order(fit(valid[: s.valid_rows], s, count, dropped), s.seed)
+    train = order(fit(train, s, tokenizer, dropped), s.seed)
+    valid = order(fit(valid[: s.valid_rows], s, tokenizer, dropped), s.seed)
     dropped.sort(key=lambda item: item[0].entry)
     print_table(s, dropped)
     report(train, valid, dropped, raw)
@@ -904,10 +889,6 @@ def build(s, raw, folder):
 
 def main():
     s = settings()
-    for variable, name in ("VERSION", s.version), ("MODEL", s.model):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            what = f"{variable} is {name!a}, not a name of letters, digits, '.', '_' and '-'"
-            fail(what, f"export {variable}={re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'v1'}")
     os.chdir(Path(__file__).resolve().parent)
     folder = Path("data/for_train", s.version)
     try:

@@ -1,47 +1,38 @@
-"""What build_train.py promises about training data."""
+"""What build_train.py promises about training data; kills and full disks are in test_faults.py."""
 # ruff: noqa: RUF001 (chat in many scripts)
 
 import fcntl
-import importlib.util
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import unicodedata
 from collections import Counter
 from itertools import pairwise
 
 import pytest
-from conftest import REPOSITORY, last_error
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SCRIPT = REPOSITORY / "build_train.py"
 RELAXED = settings(
     deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
 )
 ALL_UNICODE = st.text(st.characters())  # control characters and lone surrogates too
 ERROR = re.compile(r"error: .+\. FIX: .+")
+table = pytest.mark.parametrize
 
 
 # ---- helpers -------------------------------------------------------------------------------------
-def load():
-    spec = importlib.util.spec_from_file_location("build_train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_train"] = module  # where dataclass looks names up
-    handler = signal.getsignal(signal.SIGINT)
-    spec.loader.exec_module(module)
-    signal.signal(signal.SIGINT, handler)
-    return module
+sys.path.insert(0, str(REPOSITORY))
+handler = signal.getsignal(signal.SIGINT)
+import build_train  # noqa: E402 (it is no package)
 
-
-build_train = load()
+signal.signal(signal.SIGINT, handler)  # as it was
 
 
 def made(entries, *flags):
@@ -64,7 +55,7 @@ class Project:
     def __init__(self, root):
         self.root, self.out = root, root / "data/for_train/v1"
         (root / "data/raw").mkdir(parents=True)
-        self.script = shutil.copy(SCRIPT, root)
+        self.script = shutil.copy(REPOSITORY / "build_train.py", root)
 
     def raw(self, content, name="messages_v1.json"):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -83,11 +74,11 @@ class Project:
             os.chdir(folder)
             sys.argv = arguments
 
-    def start(self, *flags, **options):
+    def start(self, *flags, env=None):
         """Start the script as a person does."""
-        command = [sys.executable, self.script, "--version", "v1", "--model", "none"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        return subprocess.Popen([*command, *map(str, flags)], **options)
+        command = [sys.executable, self.script, "--version", "v1", "--model", "none", *flags]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, command)), env=os.environ | (env or {}), **streams)
 
     def lines(self, name):
         text = (self.out / name).read_text("utf-8")
@@ -149,33 +140,31 @@ def turns(*texts):
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
 
 
-def cells(table):
-    return table.strip().replace("\n", "|").split("|")
+def cells(text):
+    return text.strip().replace("\n", "|").split("|")
 
 
 # ---- settings ------------------------------------------------------------------------------------
 USAGE = [
-    (["--valid-size", "1"], 2, "--valid-size cannot be 1.0"),
-    (["--valid-size", "nan"], 2, "--valid-size cannot be nan"),
-    (["--window", "0"], 2, "--window cannot be 0"),
-    (["--window", "four"], 2, "--window"),
-    (["--prompt", "hello"], 2, "--prompt cannot be 'hello'"),
-    (["--shape", "round"], 2, "--shape cannot be 'round'"),
-    (["--shape", "turns"], 2, "--shape cannot be 'turns'"),
-    (["--off", "lnik"], 2, "--off names 'lnik', and the rules are: empty, "),
-    (["--nonsense"], 2, "--nonsense"),
-    (["--model", "mlx-community/gemma"], 1, "FIX: export MODEL=mlx_community_gemma"),
-    (["--version", "../v1"], 1, "FIX: export VERSION=v1"),
-    (["--version", "my chat"], 1, "FIX: export VERSION=my_chat"),
-    (["--version", "…"], 1, "FIX: export VERSION=v1"),
-]  # fmt: skip
+    (["--valid-size", "1"], "--valid-size has to be between 0 and 1"),
+    (["--window", "0"], "--window, --stride and --valid-rows have to be 1 or more"),
+    (["--window", "four"], "--window"),
+    (["--prompt", "hello"], "need {context}"),
+    (["--shape", "round"], "--shape"),
+    (["--shape", "turns"], "--shape turns needs --only-author"),
+    (["--off", "lnik"], "--off names 'lnik', and the rules are: empty, "),
+    (["--model", "mlx-community/gemma"], "FIX: export MODEL=mlx_community_gemma"),
+    (["--version", "my chat"], "FIX: export VERSION=my_chat"),
+    (["--version", "…"], "FIX: export VERSION=v1"),
+]
 
 
-@pytest.mark.parametrize(("flags", "code", "message"), USAGE)
-def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, code, message):
+@table(("flags", "message"), USAGE)
+def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, message):
     got = chat.build(*flags)
-    error = capsys.readouterr().err.strip().split("\n")[-1] if code == 2 else got
-    assert (2 if got == 2 else 1) == code
+    is_name = flags[0] in ("--model", "--version")
+    error = got if is_name else capsys.readouterr().err.strip().split("\n")[-1]
+    assert is_name or got == 2
     assert ERROR.fullmatch(error) and message in error
 
 
@@ -207,7 +196,7 @@ BAD_REPLIES = [
 ]
 
 
-@pytest.mark.parametrize(("reply", "rule"), BAD_REPLIES)
+@table(("reply", "rule"), BAD_REPLIES)
 def test_a_bad_reply_is_dropped_by_its_rule(reply, rule):
     entries = [{"previous_messages": ["hi all", "hi!"], "message": reply}]
     assert made(entries)[1] == {0: rule}
@@ -223,15 +212,13 @@ uso std::vector<int>, </h1>
 """
 
 
-@pytest.mark.parametrize("reply", cells(GOOD))
-def test_a_good_reply_is_kept_as_it_is(reply):
-    entry = {"previous_messages": ["how"], "message": reply}
-    assert made([entry], "--off", "too short")[0][0]["completion"] == reply
+def test_a_good_reply_is_kept_as_it_is():
+    entries = [{"previous_messages": ["how"], "message": reply} for reply in cells(GOOD)]
+    data = made(entries, "--off", "too short")[0]
+    assert [data[i]["completion"] for i in range(len(entries))] == cells(GOOD)
 
 
-@pytest.mark.parametrize(
-    ("context", "rule"), [("1 2,5 -3 4 ok", "numbers"), ("1 2 3 vai ok", None)]
-)
+@table(("context", "rule"), [("1 2,5 -3 4 ok", "numbers"), ("1 2 3 vai ok", None)])
 def test_a_context_of_numbers_is_rejected_from_four_fifths_on(context, rule):
     assert made([{"previous_messages": context.split(), "message": "vince"}])[1].get(0) == rule
 
@@ -266,13 +253,15 @@ def test_only_one_author_gives_replies_and_bots_give_none():
 def test_every_entry_is_in_exactly_one_file(chat):
     log = talk(600, stock=0.1)
     log[50:60] = ["!uptime"] * 10
+    log[300] = " ".join(f"lunga{i}" for i in range(99))
     chat.raw(windows(log))
-    assert chat.build("--valid-rows", 30, "--max-seq-length", 120) is None
+    assert chat.build("--valid-rows", 30, "--max-seq-length", 120, "--stride", 1) is None
     dropped = chat.lines("dropped.jsonl")
     entries = [line["entry"] for line in dropped]
     assert entries == sorted(set(entries))
     assert len(entries) == 599 - sum(map(len, chat.sides()))
     assert all(line["message"] == log[line["entry"] + 1] for line in dropped)
+    assert {line["entry"]: line["rule"] for line in dropped}[299] == "over --max-seq-length"
 
 
 # ---- personal data -------------------------------------------------------------------------------
@@ -283,7 +272,7 @@ wa.me/4366412345678|tel:0664123456|98765 43210|(11) 98765-4321|8 912 345-67-89|6
 010-1234-5678|9123 4567|20 12 34 56|555-1234|+43/664/1234567|00 43 664 1234567|0044 7400 123456
 ٠٥٠١٢٣٤٥٦٧|whatsapp://send?phone=39333123456|IT60 X054 2811 1010 0000 0123 456
 it60x0542811101000000123456|DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654 32
-4111 1111 1111 1111|4111111111111111|378282246310005|3782 822463 10005
+4111 1111 1111 1111|4111111111111111|378282246310005|3782 822463 10005|555.123.4567
 """
 NOT_PERSONAL = """
 TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 31/12/2024 alle 10
@@ -293,15 +282,13 @@ TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 
 """
 
 
-@pytest.mark.parametrize("text", cells(PERSONAL))
-def test_personal_data_of_all_countries_is_hidden(text):
-    shown = build_train.hide_personal(f"ecco {text} ciao")
-    assert "[…]" in shown and not re.search(r"\d", shown)
-
-
-@pytest.mark.parametrize("text", cells(NOT_PERSONAL))
-def test_other_numbers_are_not_hidden(text):
-    assert build_train.hide_personal(f"ecco {text} ciao") == f"ecco {text} ciao"
+def test_personal_data_of_all_countries_is_hidden_and_other_numbers_are_not():
+    shown = {text: build_train.hide_personal(f"ecco {text} ciao") for text in cells(PERSONAL)}
+    assert [
+        text for text in shown if "[…]" not in shown[text] or re.search(r"\d", shown[text])
+    ] == []
+    for text in cells(NOT_PERSONAL):
+        assert build_train.hide_personal(f"ecco {text} ciao") == f"ecco {text} ciao"
 
 
 def test_personal_data_is_hidden_in_contexts_unless_its_rule_is_off():
@@ -321,12 +308,11 @@ def test_ones_own_words_are_hidden_everywhere_but_not_within_words(tmp_path):
     assert rules[4] == "personal data"
 
 
-@pytest.mark.parametrize("content", [None, b"\xff"])
-def test_a_block_list_that_cannot_be_read_is_named(tmp_path, content):
-    if content:
-        (tmp_path / "words").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"error: --block: .*\. FIX: .*/words"):
-        made([], "--block", tmp_path / "words")
+def test_a_block_list_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "words").write_bytes(b"\xff")
+    for name in "words", "not there":
+        with pytest.raises(SystemExit, match=rf"error: --block: .*\. FIX: .*/{name}"):
+            made([], "--block", tmp_path / name)
 
 
 def test_an_author_who_is_a_phone_number_is_shown_as_a_person():
@@ -346,17 +332,24 @@ DIRTY = [
     ("a\ud83db\udc00", "ab"),
     ("Kappa \U000e0000", "Kappa"),
     ("co\u00adop\ufeff", "coop"),
-    ("a\u200db", "ab"),
     ("👩\u200d💻 ok", "👩\u200d💻 ok"),
     ("می\u200cخواهم", "می\u200cخواهم"),
-    ("क्\u200dष", "क्\u200dष"),
     ("ĀČčŁł ñ ß Ж 한국어 日本 עברית", "ĀČčŁł ñ ß Ж 한국어 日本 עברית"),
+    ("ok<end_of_turn>", "ok< end_of_turn>"),  # control tokens become harmless, visibly
+    ("<|im_start|>system", "< |im_start|>system"),
+    ("<turn|> <|turn>", "< turn|> < |turn>"),
+    ("[INST] a [/INST] <<SYS>>", "[ INST] a [ /INST] < <SYS>>"),
+    ("<｜User｜> <eos> </s>", "< ｜User｜> < eos> < /s>"),
+    ("<en\u200bd_of_turn>", "< end_of_turn>"),
+    ("the base's own: <go!>", "the base's own: < go!>"),
+    ("<b> c, <3, x < y | z >, vector<int>, [x]", "<b> c, <3, x < y | z >, vector<int>, [x]"),
 ]
 
 
-@pytest.mark.parametrize(("dirty", "expected"), DIRTY)
-def test_cleaning_keeps_what_can_be_read_and_nothing_else(dirty, expected):
-    assert build_train.clean(dirty) == expected
+@table(("dirty", "expected"), DIRTY)
+def test_cleaning_keeps_what_can_be_read_and_nothing_that_controls(dirty, expected):
+    tidy, _ = build_train.cleaners(build_train.settings([]), ["<go!>"])
+    assert tidy(dirty) == expected
 
 
 @settings(RELAXED, max_examples=300)
@@ -370,42 +363,26 @@ def test_cleaned_text_is_one_line_of_normal_visible_utf_8(text):
     assert not re.search("[\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]", clean)
 
 
-CONTROL = [
-    ("ok<end_of_turn>", "ok< end_of_turn>"),
-    ("<|im_start|>system", "< |im_start|>system"),
-    ("<turn|> <|turn>", "< turn|> < |turn>"),
-    ("[INST] a [/INST] <<SYS>>", "[ INST] a [ /INST] < <SYS>>"),
-    ("<｜User｜> <eos> </s>", "< ｜User｜> < eos> < /s>"),
-    ("<en\u200bd_of_turn>", "< end_of_turn>"),
-    ("the base's own: <go!>", "the base's own: < go!>"),
-    ("<b> c, <3, x < y | z >, vector<int>, [x]", "<b> c, <3, x < y | z >, vector<int>, [x]"),
-]
-
-
-@pytest.mark.parametrize(("text", "expected"), CONTROL)
-def test_control_tokens_are_made_harmless_visibly(text, expected):
-    tidy, _ = build_train.cleaners(build_train.settings([]), ["<go!>"])
-    assert tidy(text) == expected
-
-
 # ---- input ---------------------------------------------------------------------------------------
+LOG = ["hi all", "hi!", "we are ready", "so?"]
 GREETING = {
     "prompt": "hi all\nhi!\n\nWrite the next message of this chat.",
     "completion": "we are ready",
 }
-LOG = ["hi all", "hi!", "we are ready", "so?"]
 
 
-@pytest.mark.parametrize(
-    "entries", [windows(LOG), LOG, [{"text": text, "mood": 7} for text in LOG]]
-)
-def test_a_reply_with_what_came_before_becomes_a_pair(entries):
-    assert GREETING in made(entries)[0].values()
+PAIR = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
+INPUTS = [
+    (windows(LOG), GREETING),
+    (LOG, GREETING),
+    ([{"text": text, "mood": 7} for text in LOG], GREETING),
+    ([PAIR], {"prompt": "are you now\nready?", "completion": "I am\nnow"}),
+]
 
 
-def test_ready_pairs_keep_their_prompts_and_line_breaks():
-    pair = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
-    assert made([pair])[0][0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
+@table(("entries", "row"), INPUTS, ids=["windows", "texts", "log", "a ready pair"])
+def test_a_reply_with_what_came_before_becomes_a_pair(entries, row):
+    assert row in made(entries)[0].values()
 
 
 def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
@@ -427,35 +404,30 @@ def test_jsonl_and_json_and_utf_16_and_a_byte_order_mark_give_the_same_rows(buil
     assert built.build() is None and built.sides() == expected
 
 
-@pytest.mark.parametrize("author", ["author", "sender", "username", "user", "from", "name"])
-@pytest.mark.parametrize("text", ["message", "text", "content"])
-@pytest.mark.parametrize("time", ["time", "date", "timestamp"])
+@table("author", ["author", "sender", "username", "user", "from", "name"])
+@table("text", ["message", "text", "content"])
+@table("time", ["time", "date", "timestamp"])
 def test_other_names_of_the_keys_are_understood(author, text, time):
     log = [{author: "ann", text: "hi all", time: 0}, {author: "bob", text: "hi!", time: 60}]
     assert made(log)[0][1]["prompt"].startswith("ann: hi all\n")
     assert made([log[0], log[1] | {time: 9e4}])[0] == {}
 
 
-TIMES = ["2024-05-31T18:04:00Z", "2024-05-31 18:04", "2024-05-31T20:04+02:00"]
-TIMES += ["1717178640", 1717178640, 1717178640000]
-
-
-@pytest.mark.parametrize("time", TIMES)
-def test_a_time_may_be_written_in_many_ways(time):
-    assert build_train.seconds(time) == 1717178640
+def test_a_time_may_be_written_in_many_ways():
+    texts = ["2024-05-31T18:04:00Z", "2024-05-31 18:04", "2024-05-31T20:04+02:00", "1717178640"]
+    times = [build_train.seconds(time) for time in [*texts, 1717178640, 1717178640000]]
+    assert times == [1717178640] * 6
 
 
 BAD = {
     "0 bytes": (b"", r"messages_v1\.json is not there or empty"),
     "not JSON": (b'[\n{"message": "a"},\n  {"message" "b"}]', r"is not JSON .*: line 3 column 14 "),
-    "lines in a .json": (b'{"message": "a"}\n{"message": "b"}\n', r"Extra data: line 2 column 1 "),
     "an app's text": (b"12/05/24, 10:30 - Ann: hi",
         r"is not JSON .*: mv \S+ data/raw/export_v1\.json; \S+ \S+from_export\.py \S+export_v1\S+"),
     "Windows": ('["perché"]'.encode("cp1252"), r"is not JSON in UTF-8"),
     "an object": (b'{"messages": []}', r"\{\"messages\": \[\]\} is no list of entries"),
     "an empty list": (b"[]", r"0 rows are left"),
     "a bad line": (b'{"message": "a"}\n\n{"message": 3}\n', r'entry or line 3: "message" is 3'),
-    "a number between": (b'["a", "b", 3]', r'line 2: "message" is 3'),
     "no message": (b'[{"message": "a"}, {"msg": "b"}]', r'line 1: no "message" in \{"msg": "b"\}'),
     "context is a text": (b'[{"previous_messages": "a", "message": "b"}]',
         r'"previous_messages" is "a"'),
@@ -470,7 +442,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@table("name", BAD)
 def test_bad_input_is_answered_with_its_fix_and_leaves_the_output_as_it_was(built, name):
     content, message = BAD[name]
     before = built.content()
@@ -481,14 +453,14 @@ def test_bad_input_is_answered_with_its_fix_and_leaves_the_output_as_it_was(buil
     assert built.content() == before and built.folders() == [".v1.lock", "v1"]
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("messages_sample.json", "PATH"),
-        ("WhatsApp Chat.txt", "'data/raw/WhatsApp Chat.txt'"),
-        ("a.zip", "data/raw/a.zip"),
-    ],
-)
+MISSING = [
+    ("messages_sample.json", "PATH"),
+    ("WhatsApp Chat.txt", "'data/raw/WhatsApp Chat.txt'"),
+    ("a.zip", "data/raw/a.zip"),
+]
+
+
+@table(("name", "path"), MISSING)
 def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, name, path):
     chat.raw(["a"], name)
     chat.raw(["a"], "\x1b[2J.txt")
@@ -496,18 +468,15 @@ def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, 
     assert error.endswith(f"{name}. FIX: python data/raw/from_export.py {path} --version v1")
 
 
-@pytest.mark.parametrize(
-    ("name", "fix"),
-    [
-        ("An", "--only-author Ann"),
-        ("zzz", "--only-author Bob"),
-        ("Eve Li", "--only-author 'Eve Lin'"),
-        (None, "leave --only-author out"),
-    ],
-)
+AUTHORS = [("An", "Ann"), ("zzz", "Bob"), ("Eve Li", "'Eve Lin'")]
+
+
+@table(("name", "fix"), AUTHORS)
 def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
-    chat.raw(by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60)) if name else talk(60))
-    assert chat.build("--only-author", name or "Ann").endswith(f". FIX: {fix}")
+    chat.raw(by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60)))
+    assert chat.build("--only-author", name).endswith(f". FIX: --only-author {fix}")
+    chat.raw(talk(60))
+    assert chat.build("--only-author", name).endswith(". FIX: leave --only-author out")
 
 
 JSON = st.recursive(
@@ -519,7 +488,7 @@ KEYS = st.sampled_from(sorted(build_train.ALL_KEYS))
 ENTRY = st.dictionaries(KEYS, ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON)
 
 
-@settings(RELAXED, max_examples=150)
+@settings(RELAXED, max_examples=100)
 @given(JSON | st.lists(ENTRY))
 def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value):
     chat = Project(tmp_path_factory.mktemp("any") / "p")
@@ -528,18 +497,20 @@ def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value
     assert error is None or ERROR.fullmatch(error), error
 
 
+SHAPES = {
+    "windows": windows,
+    "log": list,
+    "authors": lambda log: [{"author": a, "message": b} for a, b in pairwise(log)],
+    "pairs": lambda log: [{"prompt": a, "completion": b} for a, b in pairwise(log)],
+}
+
+
 @settings(RELAXED, max_examples=60)
-@given(
-    st.lists(ALL_UNICODE, min_size=30, max_size=60),
-    st.sampled_from(["windows", "log", "authors", "pairs"]),
-)
+@given(st.lists(ALL_UNICODE, min_size=30, max_size=60), st.sampled_from(sorted(SHAPES)))
 def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log, shape):
     chat = Project(tmp_path_factory.mktemp("any") / "p")
-    pairs = [{"prompt": a, "completion": b} for a, b in pairwise(log)]
-    authors = [{"author": a, "message": b} for a, b in pairwise(log)]
-    chat.raw({"windows": windows(log), "log": log, "authors": authors, "pairs": pairs}[shape])
-    off = "stock reply,too short,same words,same character,no letters"
-    error = chat.build("--window", 2, "--off", off)
+    chat.raw(SHAPES[shape](log))
+    error = chat.build("--window", 2, "--off", "stock reply,too short,same words,same character")
     if error is not None:
         assert ERROR.fullmatch(error), error
         return
@@ -550,23 +521,46 @@ def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log,
 
 
 # ---- talks and windows ---------------------------------------------------------------------------
-def test_conversations_are_told_apart(chat):
-    chat.raw([{"message": text, "conversation": i % 2} for i, text in enumerate(talk(200))])
-    assert chat.build("--window", 3) is None
-    for row in [row for side in chat.sides() for row in side]:
-        assert len({int(number) % 2 for number in re.findall(r"no(\d+)x", str(row))}) == 1
+@table("shape", ["windows", "log"])
+def test_a_conversation_is_on_one_side_and_never_mixed_with_another(chat, shape):
+    entries = []
+    for number in range(60):
+        log = [f"{message} of {number}" for message in talk(12, seed=number)]
+        part = windows(log) if shape == "windows" else [{"text": text} for text in log]
+        entries += [entry | {"conversation": number} for entry in part]
+    chat.raw(entries)
+    assert chat.build("--stride", 1) is None
+    sides = []
+    for side in chat.sides():
+        numbers = [set(re.findall(r" of (\d+)['\\\\]", str(row))) for row in side]
+        assert all(len(each) == 1 for each in numbers)
+        sides.append(set().union(*numbers))
+    train, valid = sides
+    assert len(train) + len(valid) == 60 and not train & valid and valid
 
 
-@pytest.mark.parametrize(
-    ("gap", "hours", "rule"),
-    [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")],
-)
+def test_rows_of_a_conversation_are_on_one_side_even_if_they_do_not_overlap(chat):
+    talks = [talk(30, seed=number) for number in range(20)]
+    chat.raw([
+        {"conversation": number, "previous_messages": log[i : i + 2], "message": f"to {number}"}
+        for number, log in enumerate(talks) for i in range(0, 30, 3)
+    ])  # fmt: skip
+    assert chat.build("--off", "stock reply") is None
+    train, valid = ({row["completion"] for row in side} for side in chat.sides())
+    assert len(train) + len(valid) == 20 and not train & valid
+    assert sum(map(len, chat.sides())) == 200
+
+
+GAPS = [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")]
+
+
+@table(("gap", "hours", "rule"), GAPS)
 def test_a_long_silence_ends_a_talk(gap, hours, rule):
     log = at((0, "ann", "hi all"), (60 * hours, "bob", "hi!"))
     assert made(log, "--gap", gap)[1].get(1) == rule
 
 
-@pytest.mark.parametrize("way", ["newest first", "shuffled", "no a.m. or p.m."])
+@table("way", ["newest first", "shuffled", "no a.m. or p.m."])
 def test_times_prove_the_order(way):
     log = [{"message": text, "time": 1e9 + 60 * i} for i, text in enumerate(talk(200))]
     expected = set(map(str, made(log, "--gap", 0)[0].values()))
@@ -580,45 +574,34 @@ def test_times_prove_the_order(way):
 
 
 BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"), (5, "bob", "yes"))
+BURSTS = [
+    (0, "hi|are you there?|or not", 0),
+    (1.5, "hi\nare you there?|or not", 1),
+    (5, "hi\nare you there?\nor not", 2),
+]
 
 
-@pytest.mark.parametrize(
-    ("minutes", "context"),
-    [
-        (0, "hi|are you there?|or not"),
-        (1.5, "hi\nare you there?|or not"),
-        (5, "hi\nare you there?\nor not"),
-    ],
-)
-def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, context):
+@table(("minutes", "context", "joined"), BURSTS)
+def test_what_one_author_writes_at_a_stretch_may_become_one_message(
+    capsys, minutes, context, joined
+):
     data = made(BURST, "--burst", minutes, "--prompt", "{context}")[0]
     assert data[3]["prompt"] == "ann: " + context.replace("|", "\nann: ")
+    said = re.findall(r"^joined +(\d+) messages", capsys.readouterr().out, re.M)
+    assert said == ([str(joined)] if joined else [])
 
 
 # ---- split ---------------------------------------------------------------------------------------
-AS_TEXT = ["--prompt", "{context}\n!", "--question-prompt", "{context}\n!"]
+AS_TEXT = ["--prompt", "{context}", "--question-prompt", "{context}"]
 UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
 
 
 def texts_of(chat):
-    """Return [[context…, reply], …] of train and of valid, built with AS_TEXT."""
+    """Return [(context…, reply), …] of train and of valid, built with AS_TEXT."""
     return [
-        [[*row["prompt"].removesuffix("\n!").split("\n"), row["completion"]] for row in side]
+        [(*row["prompt"].removesuffix("\n!").split("\n"), row["completion"]) for row in side]
         for side in chat.sides()
     ]
-
-
-def true_leaks(chat, log, cut):
-    """Return rows of train that hold a place of the log that rows of valid hold.
-
-    `cut`: for each entry, its places.
-    """
-    entry = {(*(log[p] for p in places),): i for i, places in enumerate(cut)}
-    assert len(entry) == len(cut), "entries have to differ for this check"
-    train, valid = ([set(cut[entry[(*text,)]]) for text in texts] for texts in texts_of(chat))
-    taken = set().union(*valid)
-    assert taken
-    return [places for places in train if places & taken]
 
 
 def cuts(name, count, size, draw):
@@ -632,40 +615,40 @@ def cuts(name, count, size, draw):
         own = {i for i in range(count) if draw.random() < 0.3}
         heard = [[p for p in range(max(0, i - 3 * size), i) if p not in own] for i in range(count)]
         return [[*heard[i][-size:], i] for i in sorted(own) if heard[i]]
-    if name == "shuffled":
-        return draw.sample(every, len(every))
     return every
-
-
-def entries_of(log, cut, shape="windows"):
-    texts = [[log[p] for p in places] for places in cut]
-    if shape == "windows":
-        return [{"previous_messages": context, "message": reply} for *context, reply in texts]
-    return [{"prompt": "\n".join([*context, "!"]), "completion": r} for *context, r in texts]
 
 
 IN_ORDER = ["all", "every fifth", "a third of them", "replies of one, context of the others"]
 
 
-@pytest.mark.parametrize("size", [3, 10])
-@pytest.mark.parametrize("stock", [0, 0.7])
-@pytest.mark.parametrize("shape", ["windows", "pairs"])
-@pytest.mark.parametrize("name", IN_ORDER)
+@table("size", [3, 10])
+@table("stock", [0, 0.7])
+@table("shape", ["windows", "pairs"])
+@table("name", IN_ORDER)
 def test_no_message_of_validation_stands_at_the_same_place_in_training(
     chat, name, shape, stock, size
 ):
     log = talk(900, stock=stock)
-    cut = {}
-    for places in cuts(name, len(log), size, random.Random(1)):
-        cut.setdefault(tuple(log[p] for p in places), places)
-    cut = list(cut.values())
-    chat.raw(entries_of(log, cut, shape))
+    places = {}  # of the messages of each window; windows have to differ for this check
+    for cut in cuts(name, len(log), size, random.Random(1)):
+        places.setdefault(tuple(log[place] for place in cut), set(cut))
+    if shape == "windows":
+        chat.raw([{"previous_messages": c, "message": reply} for *c, reply in places])
+    else:
+        pairs = [{"prompt": "\n".join([*c, "!"]), "completion": reply} for *c, reply in places]
+        chat.raw(pairs)  # with a template, whose last line is no message
     assert chat.build(*AS_TEXT, *UNFILTERED) is None
-    assert true_leaks(chat, log, cut) == []
+    train, valid = ([places[texts] for texts in side] for side in texts_of(chat))
+    held = set().union(*valid)
+    assert held and not [row for row in train if row & held]
+    mixed = random.Random(0).sample([*train, *valid], len(train + valid))
+    held = set().union(*mixed[: len(valid)])
+    does_leak = any(row & held for row in mixed[len(valid) :])  # as the usual split does
+    assert does_leak or (name, size) == ("every fifth", 3)  # of windows without overlap
 
 
-@pytest.mark.parametrize("flags", ["", "--names 0", "--gap 0.2", "--burst 9"])
-@pytest.mark.parametrize("shape", ["prompt", "turns"])
+@table("flags", ["", "--names 0", "--gap 0.2", "--burst 9"])
+@table("shape", ["prompt", "turns"])
 def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
     """Every message is unlike all others, so a text tells its place."""
     draw, now, log = random.Random(2), 0, []
@@ -678,25 +661,11 @@ def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
     assert len(held[0]) > 300 and len(held[1]) > 30 and not held[0] & held[1]
 
 
-@pytest.mark.parametrize("shape", ["windows", "pairs"])
-def test_windows_that_are_out_of_order_are_refused(chat, shape):
-    log = talk(900)
-    chat.raw(entries_of(log, cuts("shuffled", len(log), 10, random.Random(1)), shape))
+def test_windows_that_are_out_of_order_are_refused(chat):
+    chat.raw(random.Random(1).sample(windows(talk(900)), 899))
     what = r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation"
-    assert re.search(what, chat.build("--prompt", "{context}\n!"))
+    assert re.search(what, chat.build())
     assert not chat.out.exists()
-
-
-def test_a_random_split_of_the_same_log_does_leak(chat):
-    """The check above can fail: it finds what the usual split does."""
-    log = talk(300)
-    cut = cuts("all", 300, 10, None)
-    pairs = random.Random(0).sample(entries_of(log, cut, "pairs"), 299)
-    chat.out.mkdir(parents=True)
-    for name, part in ("valid", pairs[:30]), ("train", pairs[30:]):
-        text = "".join(json.dumps(pair) + "\n" for pair in part)
-        (chat.out / f"{name}.jsonl").write_text(text)
-    assert len(true_leaks(chat, log, cut)) > 200
 
 
 def test_a_chat_that_was_exported_twice_does_not_leak(chat):
@@ -708,19 +677,7 @@ def test_a_chat_that_was_exported_twice_does_not_leak(chat):
     assert [row for row in train if len(taken.intersection(row)) >= 3] == []
 
 
-def test_a_conversation_is_on_one_side(chat):
-    entries = []
-    for number in range(60):
-        log = [f"{message} of {number}" for message in talk(12, seed=number)]
-        entries += [entry | {"conversation": f"c{number}"} for entry in windows(log)]
-    chat.raw(entries)
-    assert chat.build("--stride", 1) is None
-    train, valid = (set(re.findall(r" of (\d+)'}", str(side))) for side in chat.sides())
-    assert len(train) + len(valid) == 60 and not train & valid and valid
-    assert chat.lines("dropped.jsonl") == []
-
-
-@pytest.mark.parametrize(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
+@table(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
 def test_validation_has_its_share_or_the_most_rows_allowed(chat, most, valid):
     chat.raw([{"message": message, "conversation": "the only one"} for message in talk(3000)])
     assert chat.build("--valid-rows", most, "--stride", 1) is None
@@ -729,8 +686,7 @@ def test_validation_has_its_share_or_the_most_rows_allowed(chat, most, valid):
 
 
 def test_training_rows_follow_one_another_and_no_message_is_trained_twice(chat):
-    log = talk(300)
-    chat.raw(by("ab", log))
+    chat.raw(by("ab", talk(300)))
     assert chat.build() is None
     spaced, valid = chat.sides()
     seen = Counter(re.findall(r"no\d+x", str(spaced)))
@@ -742,12 +698,8 @@ def test_training_rows_follow_one_another_and_no_message_is_trained_twice(chat):
     assert same == valid and len(every) > 8 * len(spaced)
     assert {*map(str, spaced)} < {*map(str, every)}
     assert len(seen) > 0.9 * len(set(re.findall(r"no\d+x", str(every))))
-
-
-def test_of_one_author_every_reply_is_a_row(chat):
-    chat.raw(by("ab", talk(300)))
     assert chat.build("--only-author", "a") is None
-    assert len(chat.sides()[0]) > 110
+    assert len(chat.sides()[0]) > 110  # of one author every reply is a row
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -760,21 +712,17 @@ def test_the_model_sees_who_says_what_and_who_is_to_reply():
     assert own[1]["prompt"] == "b after a: hi all"
 
 
-@pytest.mark.parametrize(
-    ("authors", "named"), [(["ann", "ann", None], True), (["ann", None, None], False)]
-)
+@table(("authors", "named"), [(["ann", "ann", None], True), (["ann", None, None], False)])
 def test_names_are_shown_where_most_are_known(authors, named):
     prompt = made(by(authors, talk(60)))[0][59]["prompt"]
     assert ("someone: " in prompt, "ann: " in prompt, ", as " in prompt) == (named,) * 3
 
 
-@pytest.mark.parametrize(
-    ("reply", "prompt"),
-    [("e poi?", "Ask: a"), ("そう？", "Ask: a"), ("لماذا؟", "Ask: a"), ("poi", "a\n\nTell")],
-)
-def test_replies_that_ask_have_their_own_template(reply, prompt):
+def test_replies_that_ask_have_their_own_template():
     flags = "--prompt", "{context}\\n\\nTell", "--question-prompt", "Ask: {context}"
-    assert made(["a", reply], *flags)[0][1]["prompt"] == prompt
+    data = made(["a", "poi", "e poi?", "そう？", "لماذا؟"], *flags, "--window", 1)[0]
+    prompts = [row["prompt"] for row in data.values()]
+    assert prompts == ["a\n\nTell", "Ask: poi", "Ask: e poi?", "Ask: そう？"]
 
 
 def test_long_messages_are_shortened_visibly_and_braces_are_text():
@@ -783,36 +731,44 @@ def test_long_messages_are_shortened_visibly_and_braces_are_text():
     assert rows[2] == {"prompt": "x" * 300 + "…\n{context} {0} %s [a]\n>", "completion": log[2]}
 
 
-def test_one_author_is_learned_in_turns_unless_a_prompt_is_asked_for():
-    log = by(["ann", "bob"], talk(9))
-    for flags, shape in ([], "turns"), (["--shape", "prompt"], "prompt"):
-        data, _, s = made(log, "--only-author", "ann", *flags)
-        assert s.shape == shape
-        assert all(("messages" in row) == (shape == "turns") for row in data.values())
-
-
 TALK = by(
     ["ann", "bob", "cy", "ann", "ann", "bob", "ann"],
     ["me first", "hi", "you", "what", "is it", "no", "fine"],
 )
+TURNS = [
+    (TALK, [], ["bob: hi\ncy: you", "what\nis it", "bob: no", "fine"]),
+    (TALK, ["--names", 0], ["hi\nyou", "what\nis it", "no", "fine"]),
+    ([m for m in TALK if m["author"] != "cy"], [], ["hi", "what\nis it", "no", "fine"]),
+    (TALK, ["--window", 2], ["bob: no", "fine"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("log", "flags", "expected"),
-    [
-        (TALK, [], ["bob: hi\ncy: you", "what\nis it", "bob: no", "fine"]),
-        (TALK, ["--names", 0], ["hi\nyou", "what\nis it", "no", "fine"]),
-        ([m for m in TALK if m["author"] != "cy"], [], ["hi", "what\nis it", "no", "fine"]),
-        (TALK, ["--window", 2], ["bob: no", "fine"]),
-    ],
-)
+@table(("log", "flags", "expected"), TURNS)
 def test_turns_are_a_talk_of_the_author_with_the_others(log, flags, expected):
     data, _, s = made(log, "--only-author", "ann", *flags)
     assert data[[*data][-1]] == turns(*expected)
-    assert s.names == ("bob: no" in expected)
+    assert s.names == ("bob: no" in expected) and s.shape == "turns"
 
 
 # ---- length --------------------------------------------------------------------------------------
+@table("shape", ["prompt", "turns"])
+def test_a_row_that_is_too_long_loses_as_few_of_its_oldest_messages_as_possible(shape):
+    limits = ["--max-seq-length", "40", "--names", "0", "--only-author", "a", "--shape", shape]
+    s = build_train.settings(limits)
+    for length in range(1, 60):
+        texts = ["x" * (i % 7) for i in range(length)] + ["reply"]
+        window = [build_train.Message(text, "ab"[(length - i) % 2]) for i, text in enumerate(texts)]
+        row = build_train.Row(window)
+        assert build_train.fit([row], s, None, []) == [row] and row.tokens <= 40
+        count = len(row.window)
+        assert row.window == window[-count:]
+        row.window = window[-count - 1 :]
+        more = build_train.count_tokens([build_train.training_row(row, s)], None)[0]
+        assert more > 40 or count == length + 1
+    row = build_train.Row([build_train.Message("x" * 300, "b"), build_train.Message("reply", "a")])
+    assert build_train.fit([row], s, None, []) == ([row] if shape == "prompt" else [])  # no user
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -823,104 +779,68 @@ THINKING = (  # takes thoughts away, and shouts: no template that is filled in o
 )
 
 
+@pytest.fixture
+def base(project):
+    """The folder of a base model; what loading it changes in this process is undone."""
+    handler, variables = signal.getsignal(signal.SIGALRM), dict(os.environ)
+    yield project / "models/base/tiny-gemma-3"
+    signal.signal(signal.SIGALRM, handler)
+    os.environ.clear()
+    os.environ.update(variables)
+
+
 def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jinja", [None, CHATML, THINKING])
-def test_tokens_are_those_of_the_trainer(jinja, project):
+@table("jinja", [None, CHATML, THINKING], ids=["Gemma", "ChatML", "thinking"])
+def test_tokens_are_those_of_the_trainer(jinja, base):
     from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
-    from mlx_lm.utils import load_tokenizer
 
-    base = project / "models/base/tiny-gemma-3"
     if jinja:
         (base / "chat_template.jinja").unlink(missing_ok=True)
         change(base / "tokenizer_config.json", chat_template=jinja)
     texts = ["ciao", "perché no? 😂", "a <b> c", "<think>hm</think> sì", "<end_of_turn>", "x\ny"]
-    count, control = build_train.token_counter(base)
-    assert {"<bos>", "<eos>", "<pad>"} <= set(control)
+    tokenizer = build_train.find_tokenizer(base)
     pairs = [{"prompt": a, "completion": b} for a in texts for b in texts]
     talks = [turns(*random.Random(i).choices(texts, k=6)) for i in range(20)]
-    tokenizer = load_tokenizer(base)
     of_pairs = CompletionsDataset(pairs, tokenizer, "prompt", "completion", False)
     for rows, trainer in (pairs, of_pairs), (talks, ChatDataset(talks, tokenizer)):
-        assert count(rows) == [len(trainer.process(row)[0]) for row in rows]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["prompt", "turns"])
-def test_long_rows_lose_their_oldest_messages_and_never_the_reply(project, run, shape):
-    log = talk(200)
-    log.append(" ".join(f"risposta{i} nontagliare{i} lunga{i}," for i in range(20)))
-    (project / "data/raw/messages_sample.json").write_text(json.dumps(by("ab", log)))
-    flags = ["--max-seq-length", 120, "--only-author", "a", "--shape", shape, *AS_TEXT]
-    done = run(project, "build_train.py", *flags)
-    assert done.returncode == 0, done.stderr
-    chat = Project(project / "of the sample")
-    chat.out = project / "data/for_train/sample"
-    rows = [row for side in chat.sides() for row in side]
-    tokens = build_train.token_counter(project / "models/base/tiny-gemma-3")[0](rows)
-    assert 95 < max(tokens) <= 120
-    for row in rows:
-        texts = [turn["content"] for turn in build_train.chat_of(row)]
-        if shape == "prompt":
-            texts = [line[3:] for line in texts[0].split("\n")[:-1]] + texts[1:]
-        place = log.index(texts[-1])
-        assert texts == log[place + 1 - len(texts) : place + 1]
-    reasons = {line["entry"]: line["rule"] for line in chat.lines("dropped.jsonl")}
-    assert reasons[200] == "over --max-seq-length"
-
-
-def test_as_few_messages_as_possible_are_taken_from_a_row_that_is_too_long():
-    def count(rows):
-        return [len(row["prompt"]) for row in rows]
-
-    s = build_train.settings(["--prompt", "{context}", "--max-seq-length", "100", "--names", "0"])
-    for length in range(1, 60):
-        window = tuple(map(build_train.Message, ["x" * (i % 7) for i in range(length)] + ["reply"]))
-        row = build_train.Row(0, window)
-        assert build_train.fit([row], s, count, []) == [row]
-        assert row.window == window[-len(row.window) :]
-        if len(row.window) < len(window):
-            row.window = window[-len(row.window) - 1 :]
-            assert count([build_train.training_row(row, s)])[0] > 100
+        expected = [len(trainer.process(row)[0]) for row in rows]
+        assert build_train.count_tokens(rows, tokenizer) == expected
 
 
 def rows_of(lengths):
-    return [build_train.Row(i, (), tokens=tokens) for i, tokens in enumerate(lengths)]
+    return [build_train.Row([build_train.Message(str(n))], tokens=n) for n in lengths]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [4, 16])
+@table("batch", [4, 16])
 def test_order_gives_batches_of_equal_length_in_mlx_lm(batch):
-    import numpy as np
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
 
-    class Dataset(list):
+    class Tokens(list):
         def process(self, row):
-            return ([1] * row.tokens, 0)
-
-    class Cache(CacheDataset):
-        def itemlen(self, i):
-            return 2  # as mlx-lm's of a real row: its keys; our Row has no len()
+            return row
 
     def cost(rows):
         """Tokens computed for each token that is in a row."""
-        np.random.seed(0)
-        batches = list(iterate_batches(Cache(Dataset(rows)), batch, 4096))
+        tokens = Tokens(([1] * row.tokens, 0) for row in rows)  # of length 2, as mlx-lm's rows
+        batches = list(iterate_batches(CacheDataset(tokens), batch, 4096, seed=0))
         return sum(b.size for b, _ in batches) / sum(n[:, 1].sum().item() for _, n in batches)
 
     draw = random.Random(0)
     rows = rows_of([int(draw.lognormvariate(5, 0.6)) + 1 for _ in range(1999)])
-    assert {row.entry for row in build_train.order(rows, 0)} == set(range(1999))
+    ordered = build_train.order(rows, 0)
+    assert sorted(row.tokens for row in ordered) == sorted(row.tokens for row in rows)
     ideal = cost(sorted(rows, key=lambda row: row.tokens))
-    assert cost(build_train.order(rows, 0)) <= 1.03 * ideal < 1.2 * ideal < cost(rows)
+    assert cost(ordered) <= 1.03 * ideal < 1.2 * ideal < cost(rows)
 
 
 def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
-    for batch in range(2, 17):
+    for batch in 7, 16:
         left_out = []
         for seed in range(60):
             rows = build_train.order(rows_of(range(1, 1001 - batch + 15)), seed)
@@ -929,14 +849,11 @@ def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
 
 
 # ---- the base model ------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("there", "fix"),
-    [
-        ([], "hf download mlx-community/none --local-dir models/base/none"),
-        (["tiny"], "export MODEL=tiny"),  # it was forgotten
-        (["gemma-3-4b", "tiny"], "hf download mlx-community/none --local-dir models/base/none"),
-    ],
-)
+DOWNLOAD = "hf download mlx-community/none --local-dir models/base/none"
+THERE = [([], DOWNLOAD), (["tiny"], "export MODEL=tiny"), (["gemma-3-4b", "tiny"], DOWNLOAD)]
+
+
+@table(("there", "fix"), THERE)
 def test_without_the_base_model_tokens_are_estimated_and_that_is_said(chat, capsys, there, fix):
     for name in there:
         (chat.root / "models/base" / name).mkdir(parents=True)
@@ -947,44 +864,15 @@ def test_without_the_base_model_tokens_are_estimated_and_that_is_said(chat, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("content", ['{"version": "1.0"', "[]", None])
-def test_a_base_model_that_does_not_work_is_named(project, run, content):
-    tokenizer = project / "models/base/tiny-gemma-3/tokenizer.json"
+@table("content", ['{"version": "1.0"', "[]", None], ids=["cut off", "a list", "gone"])
+def test_a_base_model_that_does_not_work_is_named(base, content):
+    tokenizer = base / "tokenizer.json"
     tokenizer.write_text(content) if content else tokenizer.unlink()
-    done = run(project, "build_train.py")
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: .*tiny-gemma-3 does not work.*FIX: .*MODEL.*", last_error(done))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gemma3_text", "own"])
-def test_no_code_of_a_base_model_runs(project, run, model_type):
-    base = project / "models/base/tiny-gemma-3"
-    (base / "own.py").write_text(f"open({str(project / 'ran')!r}, 'w')\nclass Own:\n    pass\n")
-    auto = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
-    change(base / "config.json", auto_map=auto, model_type=model_type)
-    change(base / "tokenizer_config.json", auto_map=auto, tokenizer_class="Own")
-    done = run(project, "build_train.py", input="y\ny\n")
-    assert done.returncode in (0, 1) and not (project / "ran").exists()
+    with pytest.raises(SystemExit, match=r"^error: .*tiny-gemma-3 does not work.*FIX: .*MODEL"):
+        build_train.find_tokenizer(base)
 
 
 # ---- the output appears whole or not at all ------------------------------------------------------
-def test_killed_while_writing_leaves_the_previous_output(built):
-    before = built.content()
-    built.raw(talk(40_000))
-    process = built.start()
-    partial = built.out.with_name(".v1.partial")
-    while process.poll() is None and not partial.exists():
-        time.sleep(0.001)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert partial.exists() and built.content() == before
-    built.raw(windows(talk(60)))
-    assert built.build() is None
-    assert built.content() == before and built.folders() == [".v1.lock", "v1"]
-
-
 def test_killed_in_the_middle_of_the_swap_is_mended_by_the_next_run_even_if_it_fails(built):
     before = built.content()
     built.out.rename(built.out.with_name(".v1.old"))
@@ -1004,63 +892,37 @@ def test_a_second_run_at_the_same_time_is_refused_and_another_version_is_not(bui
     assert built.content() == before and built.build() is None
 
 
-def test_a_file_that_cannot_grow_leaves_the_previous_output(built):
-    before = built.content()
-    built.raw(talk(3000))
-    limit = (100_000, 100_000)
-    full = built.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, stderr = full.communicate(timeout=60)
-    assert full.returncode == 1 and "Traceback" not in stderr
-    last = stderr.strip().split("\n")[-1]
-    assert re.fullmatch(r"error: data/for_train/v1 was not made: .+\. FIX: df -h.*", last)
-    assert built.content() == before
-
-
-@pytest.mark.parametrize("path", ["data/raw/messages_v1.json", "data/for_train/.v1.lock"])
-def test_a_folder_in_the_place_of_a_file_is_named(chat, path):
-    chat.raw(talk(60))
-    (chat.root / path).unlink(missing_ok=True)
-    (chat.root / path).mkdir(parents=True)
-    error = chat.build()
-    assert ERROR.fullmatch(error) and path in error
-
-
-@pytest.mark.parametrize("moment", [" argparse", " tqdm", "reading "])
+@table("moment", [" tqdm", "reading "])
 def test_ctrl_c_ends_with_130_and_without_a_traceback(chat, moment):
     chat.raw(talk(60_000))
-    options = {"stderr": subprocess.STDOUT, "env": os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}}
-    process = chat.start(**options)
-    while moment not in process.stdout.readline():
+    process = chat.start(env={"PYTHONPROFILEIMPORTTIME": "1"})
+    stream = process.stdout if moment == "reading " else process.stderr
+    while moment not in stream.readline():
         pass
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in output
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
 
 
 # ---- what is printed -----------------------------------------------------------------------------
 def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
-    chat.raw([{"message": text, "mood\x1b": 7} for text in ["!discord", *talk(200)]])
+    chat.raw([{"message": text, "mood\x1b": 7} for text in ["hi", "!discord", *talk(200)]])
     assert chat.build() is None
     printed = capsys.readouterr().out
     for line in [
         r"^reading +data/raw/messages_v1\.json with version 'v1', .*window 10",
         r'^not used +these keys of entries: "mood\\u001b"$',
         r"^rows +200 of 1 talks; the model sees no names$",
+        r"^bot command +1 +!discord$",
         r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
         r"^leaks .*: 0$",
-        r"^train +[\d,]+ tokens, longest row \d+, mean [\d.]+$",
-        r"^one epoch +\d+ iterations at BATCH_SIZE=2$",
+        r"^train +[\d,]+ tokens, longest row \d+$",
         r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
         r"^next +\./fine_tune\.sh$",
         *(rf"^{rule} +[\d,]+" for rule in build_train.ALL_RULES),
     ]:
         assert re.search(line, printed, re.M), line
-
-
-def test_all_filtered_out_shows_the_table(chat, capsys):
-    chat.raw(["hi", "!discord", "!uptime", "!uptime"])
-    assert "FIX" in chat.build()
-    assert re.search(r"^bot command +3 +!discord$", capsys.readouterr().out, re.M)
+    assert "joined" not in printed
 
 
 def test_chat_text_cannot_write_to_the_terminal(chat, capsys):
@@ -1075,27 +937,22 @@ def test_chat_text_cannot_write_to_the_terminal(chat, capsys):
     assert not [c for c in printed if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_it_works_without_a_terminal_an_input_or_a_reader(chat, encoding):
+def test_it_works_where_nobody_reads_and_only_ascii_can_be_printed(chat):
     chat.raw(["perché 😂", *talk(60)])
-    variables = {"PYTHONIOENCODING": encoding, "PYTHONOPTIMIZE": "2"}
-    process = chat.start(stdin=subprocess.DEVNULL, env=os.environ | variables)
+    process = chat.start(env={"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"})
     process.stdout.close()  # as `| head -1` does
-    stderr = process.stderr.read()
-    assert process.wait() == 0 and "Traceback" not in stderr and "Exception" not in stderr
-    assert all(chat.sides())
+    assert process.wait() == 0 and all(chat.sides())
 
 
 # ---- the same input gives the same bytes ---------------------------------------------------------
-@pytest.mark.parametrize("flags", [[], ["--only-author", "a"]])
+@table("flags", [[], ["--only-author", "a"]], ids=["everyone", "one author"])
 def test_two_processes_write_the_same_bytes_and_another_seed_others(chat, flags):
     draw = random.Random(0)
-    log = by("aab", talk(2000))
-    chat.raw([entry | {"conversation": draw.randrange(3)} for entry in log])
+    chat.raw([entry | {"conversation": draw.randrange(3)} for entry in by("aab", talk(2000))])
     outputs = []
     for hash_seed, language, seed in ("1", "C", 0), ("2", "it_IT.UTF-8", 0), ("1", "C", 1):
         variables = {"PYTHONHASHSEED": hash_seed, "LC_ALL": language}
-        process = chat.start(*flags, "--seed", seed, env=os.environ | variables)
+        process = chat.start(*flags, "--seed", seed, env=variables)
         assert process.communicate(timeout=60) and process.returncode == 0
         outputs.append(chat.content())
     assert outputs[0] == outputs[1]

@@ -229,27 +229,21 @@ def test_only_the_models_that_are_asked_for_are_needed(project, stage_4, models,
     assert list(metrics(project)["loss"]) == tested and "than the base" in page(project)
 
 
-@pytest.mark.parametrize(
-    ("models", "is_same", "is_told"),
-    [
-        ({"base", "adapter"}, True, False),
-        ({"base", "adapter"}, False, True),
-        ({"fused"}, False, True),
-        ({"base"}, False, False),  # it has learned nothing
-    ],
-)
-def test_data_built_anew_after_the_training_is_told(
-    script, tmp_path, capsys, models, is_same, is_told
-):
+def test_data_built_anew_after_the_training_is_told(script, tmp_path, capsys):
     valid = tmp_path / "valid.jsonl"
     valid.write_text("{}\n")
     checksum = subprocess.check_output(["cksum"], input=valid.read_bytes()).decode()
     (tmp_path / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
-    if not is_same:
-        valid.write_text("{}\n{}\n")
     args = argparse.Namespace(version="v1", model="m")
-    found = script.find_warnings(args, dict.fromkeys(models), tmp_path, valid)
-    assert len(found) == ("is not the one of the training" in capsys.readouterr().err) == is_told
+
+    def warnings(*models):
+        return len(script.find_warnings(args, dict.fromkeys(models), tmp_path, valid))
+
+    assert warnings("base", "adapter") == 0
+    valid.write_text("{}\n{}\n")
+    assert warnings("base", "adapter") == warnings("fused") == 1
+    assert warnings("base") == 0  # it has learned nothing
+    assert capsys.readouterr().err.count("warning: valid.jsonl is not the one of the training") == 2
 
 
 @pytest.mark.parametrize(
@@ -479,8 +473,6 @@ NOT_YET = "It does not write like them yet: "
         (table_of({"base": 9.0, "fused": 3.0}), [BETTER]),
         (table_of(LOSSES | {"fused": 3.01}, 0.998),
          [BETTER, "The fused model keeps 100% of that."]),
-        (table_of(LOST, 0.275),
-         [BETTER, "The fused model keeps 28% of that. Fuse again: FUSED_BITS=16 ./fuse.sh."]),
         (table_of({"base": 3.0, "adapter": 3.5}),
          ["Worse than the base: loss 3.50 instead of 3.00. "
           "Train with a lower LEARNING_RATE, or on more data."]),
@@ -514,10 +506,12 @@ def test_the_verdict_of_few_rows_says_how_little_they_are(script):
     assert script.verdict(table_of(LOSSES), 7, "8") == [few]
 
 
-def test_a_fuse_that_kept_too_little_is_advised_more_bits(script):
-    for bits, setting in ("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", ""):
-        sentence = script.verdict(table_of(LOST, 0.5), 400, bits)[1]
-        assert sentence.endswith(f"keeps 50% of that. Fuse again: {setting}./fuse.sh.")
+@pytest.mark.parametrize(
+    ("bits", "setting"), [("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", "")]
+)
+def test_a_fuse_that_kept_too_little_is_advised_more_bits(script, bits, setting):
+    kept = f"The fused model keeps 50% of that. Fuse again: {setting}./fuse.sh."
+    assert script.verdict(table_of(LOST, 0.5), 400, bits) == [BETTER, kept]
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -571,20 +565,11 @@ def is_readable(text):
     return not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in fine}
 
 
-def test_visible_text_keeps_what_is_harmless(script):
-    harmless = "perché\t🙏🏽 👩‍💻\nnuova riga"
-    assert script.visible(harmless) == harmless
+def test_text_is_made_visible_and_no_formula_and_else_stays_as_it_is(script):
+    harmless = "perché 🙏🏽 👩‍💻\n1 + 1 = 2, a-b"
+    assert script.visible(harmless) == script.defuse(harmless) == harmless
     assert script.visible("a\x1b[1m\x00\u202e\ud800") == r"a\x1b[1m\x00\u202e\ud800"
-
-
-@pytest.mark.parametrize(
-    ("text", "cell"),
-    [("=1+1", "'=1+1"), ("  @SUM(A1)", "  '@SUM(A1)"), ("-.-", "'-.-"), ("\t=1", " '=1"),
-     ("\r=1", r"\r=1"), ("ciao;=1+1", "ciao;'=1+1"), ("ciao\n+1", "ciao\n'+1"),
-     ("1 + 1 = 2, a-b", "1 + 1 = 2, a-b")],
-)  # fmt: skip
-def test_a_cell_is_no_formula(script, text, cell):
-    assert script.defuse(text) == cell
+    assert script.defuse("=1+1;@A\n -1\t") == "'=1+1;'@A\n '-1 "
 
 
 def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(script, tmp_path):
@@ -592,30 +577,26 @@ def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(scrip
     assert is_readable(terminal)
     text = (tmp_path / "data/results/generations.csv").read_text(encoding="utf-8-sig")
     assert is_readable(text)
-    table = list(csv.reader(io.StringIO(text)))
-    assert table[0] == ["line", "prompt", "reference", "base", "adapter"]
-    assert len(table) == 1 + len(HOSTILE)
-    assert max(len(cell) for row in table for cell in row) < 32_767  # what a cell can hold
-    # As comma-separated, and as the spreadsheets of other countries cut the same file.
-    for delimiter in ",;\t":
-        for row in csv.reader(io.StringIO(text), delimiter=delimiter):
-            assert not [cell for cell in row if re.match(r"[=+\-@\t\r]", cell)]
+    for delimiter in ",;\t":  # as the spreadsheets of other countries cut the same file
+        table = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+        cells = [cell for row in table for cell in row]
+        assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)]
+        assert max(map(len, cells)) < 32_767 or delimiter != ","  # what a cell can hold
 
 
 def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_path):
     texts = [f"ciao {n}" for n in range(25)]
     text, _ = write_made_up(script, tmp_path, texts, base="{}", adapter="{}!")
     cards = text.split('<article class="panel">')[1:]
-    assert len(cards) == 20
     answers = []
     for card in cards:
         shown, answer = card.split("<details>", 1)
-        a, b = re.findall(r'<p class="said">(ciao \d+!?)</p></div>', shown)
+        replies = re.findall(r'<p class="said">(ciao \d+!?)</p></div>', shown)
         real = re.search(r"<strong>([AB])</strong> was really said", answer)[1]
-        assert {a, b} == {a.rstrip("!"), a.rstrip("!") + "!"}
-        assert (a if real == "A" else b)[-1] != "!" and "really said" not in shown
+        first, second = replies if real == "A" else replies[::-1]
+        assert second == first + "!" and "really said" not in shown
         answers.append(real)
-    assert 4 < answers.count("A") < 16
+    assert len(answers) == 20 and 4 < answers.count("A") < 16
     assert "Of 20, half is guessing;\n15 or more right means that you can tell" in text
 
 
@@ -636,16 +617,13 @@ def test_a_context_that_was_cut_says_so(script):
         assert script.blind_cards([row], said, "base", 0)[0]["chat"] == shown
 
 
-@pytest.mark.parametrize(
-    ("text", "curve"),
-    [
-        ("iteration,val_loss\n0,5\n10,\n20,4\n", [(0, 5.0), (20, 4.0)]),
-        *((text, []) for text in ("", "iteration\n0\n", "iteration,val_loss\n0,5\n", "\0\0")),
-    ],
-)
-def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path, text, curve):
-    (tmp_path / "losses.csv").write_text(text)
-    assert script.learning_curve(tmp_path / "losses.csv") == curve
+def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path):
+    path = tmp_path / "losses.csv"
+    for text in "", "iteration\n0\n", "iteration,val_loss\n0,5\n", "\0\0":
+        path.write_text(text)
+        assert script.learning_curve(path) == []
+    path.write_text("iteration,val_loss\n0,5\n10,\n20,4\n")
+    assert script.learning_curve(path) == [(0, 5.0), (20, 4.0)]
 
 
 def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):

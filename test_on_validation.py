@@ -98,7 +98,8 @@ def settings():
     if not set(args.models.split(",")) <= {"base", "adapter", "fused"}:
         parser.error(f"--models is {args.models!a}, not made of base,adapter,fused")
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and not 0 <= value < 2**31:
+        least = 1 if name in ("max_tokens", "reply_batch") else 0
+        if isinstance(value, int | float) and not least <= value < 2**31:
             parser.error(f"--{name.replace('_', '-')} cannot be {value}")
     for name, text in ("VERSION", args.version), ("MODEL", args.model):
         if not re.fullmatch(NAME, text):
@@ -468,8 +469,7 @@ def shown(table, name, who):
 
 def cells(table):
     """Return {name: {who: text}} of the figures that someone has."""
-    known = {who for values in table.values() for who in values}
-    everyone = [who for who in ("reference", "base", "adapter", "fused") if who in known]
+    everyone = [*list(table["replies"])[:1], *table["loss"]]  # the reference, if it is known
     names = [name for name in table if table[name] and not name.endswith(" error")]
     return {name: {who: shown(table, name, who) for who in everyone} for name in names}
 
@@ -657,7 +657,6 @@ def test(args, valid, final):
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:
         warnings.append("stopped with Ctrl-C: this is what was done so far")
-        print(f"warning: {warnings[-1]}", file=sys.stderr)
 
     table, said = figures(rows, asked, nats, replies, args)
     bits = read_json(fused / "fused_from.json", "bits")
@@ -673,7 +672,9 @@ def test(args, valid, final):
     page = report(facts | {"sentences": sentences}, table, asked, said, adapter, args)
     write(final, page, facts | {name: table[name] for name in table if table[name]}, asked, said)
     files = [final / name for name in ("report.html", "generations.csv", "metrics.json")]
-    print("", *sentences, "", *files, sep="\n")
+    print("", *sentences, "", *files, sep="\n")  # not before: `| tee` may have ended with Ctrl-C
+    if stopped:
+        print(f"warning: {warnings[-1]}", file=sys.stderr)
     return 130 if stopped else 0
 
 

@@ -138,6 +138,8 @@ def speakers(args, settings):
     author, me = tidy(args.author) or usual, tidy(args.me) or "me"
     if not can_choose and author != usual:
         fail(f"this model was not taught to reply as {author}", "leave --as out")
+    if can_choose and author not in learned:
+        note(f"warning: nothing of {author} was learned, but of {', '.join(learned[:5])}")
     return author, me if me != author else f"{me}_"
 
 
@@ -236,12 +238,11 @@ def make_sampler(args, folder):
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    values = dict(SAMPLING)
+    values, said = dict(SAMPLING), {}
     with contextlib.suppress(OSError, ValueError):
         said = json.loads((folder / "generation_config.json").read_text("utf-8"))
-        values |= {name: said[name] for name in SAMPLING if said.get(name) is not None}
-    given = {name: getattr(args, name) for name in SAMPLING}
-    values |= {name: value for name, value in given.items() if value is not None}
+    for source in said, vars(args):
+        values |= {name: source[name] for name in SAMPLING if source.get(name) is not None}
     return sample_utils.make_sampler(values["temperature"], values["top_p"], top_k=values["top_k"])
 
 

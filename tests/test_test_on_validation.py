@@ -208,7 +208,7 @@ def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
 
 
 @pytest.mark.parametrize(
-    "args", ["--nonsense", "--models base,all", "--temperature nan", "--replies -1"]
+    "args", ["--nonsense", "--models base,all", "--temperature nan", "--max-tokens 0"]
 )
 def test_wrong_usage(trained, stage_4, args):
     code, _, err = stage_4(trained, *args.split())
@@ -526,8 +526,7 @@ HOSTILE = [
     *("\t=1+1", "\r=1+1", "ciao; =1+1", "ciao\n=1+1"),
     "\x1b[31mred\x1b]0;owned\x07\x1b[2J\x9b1m",
     "\u202eright to left\u2066 and \u200f over",
-    "nul \x00 backspace \x08\x08\x08 delete \x7f",
-    "lone \ud800 surrogate \udfff",
+    "nul \x00 backspace \x08\x08\x08 delete \x7f, lone \ud800 surrogate \udfff",
     "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘!" * 5,
     "W" * 40_000,
     "",
@@ -658,29 +657,19 @@ def chromium(tmp_path, page):
     return subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
 
 
-@pytest.fixture
-def server(tmp_path):
-    """Serve tmp_path: (address, list of the paths that were asked for)."""
+def test_nothing_runs_in_the_browser_nothing_is_fetched_and_it_fits_a_phone(script, tmp_path):
     asked_for = []
 
-    class Server(http.server.SimpleHTTPRequestHandler):
-        def log_request(self, *_):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
             asked_for.append(self.path)
 
-        def log_error(self, *_):
-            pass
-
-    handler = functools.partial(Server, directory=tmp_path)
+    handler = functools.partial(Handler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked_for
-    server.shutdown()
-
-
-def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path, server):
-    here, asked_for = server
+    here = f"http://127.0.0.1:{server.server_port}"
     fetch = f"<img src={here}/a><style>@import '{here}/c'</style>"
-    write_made_up(script, tmp_path, [fetch, *HOSTILE[:19]], base="{}", adapter="{}!")
+    write_made_up(script, tmp_path, [fetch, *HOSTILE[:19]], base="{}", adapter="{}", fused="{}!")
     # The same texts in a page that does not take care do run and do fetch, so this test can fail.
     careless = "<title>v1</title>" + HOSTILE[0] + fetch
     (tmp_path / "careless.html").write_text(careless, encoding="utf-8")
@@ -696,16 +685,12 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path, se
     assert dom.count("<article") == 20 and dom.count("<svg ") == 0
     assert "1337" not in dom and "{{ 7 * 191 }}" in dom  # no template in a text is filled in
     assert is_readable(dom)
-
-
-def test_the_page_fits_a_phone(script, tmp_path, server):
-    texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE]
-    write_made_up(script, tmp_path, texts, base="{}", adapter="{}", fused="{}!")
     size = "document.title = 'wide ' + this.contentDocument.documentElement.scrollWidth"
     frame = f'<iframe src="data/results/report.html" width=390 height=800 onload="{size}"></iframe>'
     (tmp_path / "phone.html").write_text(frame)
-    dom = chromium(tmp_path, f"{server[0]}/phone.html")
-    assert int(re.search(r"<title>wide (\d+)</title>", dom)[1]) <= 390
+    phone = chromium(tmp_path, f"{here}/phone.html")
+    server.shutdown()
+    assert int(re.search(r"<title>wide (\d+)</title>", phone)[1]) <= 390
 
 
 # ---- written whole or not at all -----------------------------------------------------------------
@@ -728,16 +713,11 @@ def test_a_swap_that_was_cut_short_is_undone_or_finished(script, tmp_path, folde
     assert (tmp_path / "r/report.html").read_text() == left
 
 
-def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(script, tmp_path, capsys):
-    lock = tmp_path / ".r.lock"
-    holder = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.flock(f, 2); print(); input()"
-    command = [sys.executable, "-uc", holder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
-        first.stdout.readline()
+def test_a_second_run_is_refused_until_the_first_ends(script, tmp_path, capsys):
+    with script.hold(tmp_path / "r"):  # the kernel lets go of it, however the run ends
         with pytest.raises(SystemExit):
             script.hold(tmp_path / "r")
         assert re.match("error: another run is writing .*/r. FIX: wait", capsys.readouterr().err)
-        first.kill()
     script.hold(tmp_path / "r").close()
 
 

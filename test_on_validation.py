@@ -189,18 +189,21 @@ def find_models(args, base, adapter, fused):
     return {name: load(*parts[name]) for name in parts if name in asked}
 
 
-def find_warnings(args, models, adapter, valid):
+def find_warnings(args, models, adapter, fused, valid):
     """Return what the figures will lack."""
-    trained = adapter / "lora_config.yaml"
-    if not trained.is_file() or models.keys() == {"base"}:
-        return []
+    found, run = [], f"VERSION={args.version} MODEL={args.model}"
+    weights, trained = adapter / "adapters.safetensors", adapter / "lora_config.yaml"
+    are_both = "fused" in models and weights.is_file()
+    if are_both and weights.stat().st_mtime > fused.stat().st_mtime:
+        found.append(f"{fused} is older than the adapter; to renew it: {run} ./fuse.sh")
     checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
-    if checksum.strip() in trained.read_bytes():
-        return []
-    what = "valid.jsonl is not the one of the training, which may have seen some of its rows"
-    run = f"VERSION={args.version} MODEL={args.model} ./fine_tune.sh"
-    print(f"warning: {what}; to train anew: {run}", file=sys.stderr)
-    return [what]
+    is_learned = models.keys() != {"base"} and trained.is_file()
+    if is_learned and checksum.strip() not in trained.read_bytes():
+        what = "valid.jsonl is not the one of the training, which may have seen some of it"
+        found.append(f"{what}; to train anew: {run} ./fine_tune.sh")
+    for warning in found:
+        print(f"warning: {warning}", file=sys.stderr)
+    return found
 
 
 def set_sampling(args, base):
@@ -652,7 +655,7 @@ def test(args, valid, final):
     set_sampling(args, base)
     drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
     asked = [rows[place] for place in drawn]
-    warnings = find_warnings(args, models, adapter, valid)
+    warnings = find_warnings(args, models, adapter, fused, valid)
     print(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:

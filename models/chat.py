@@ -118,7 +118,8 @@ def find_model(version, model):
     adapter = Path(f"models/adapters/adapter-{name}")
     fused = Path(f"models/fused/fused-{name}")
     if fused.is_dir():
-        if adapter.exists() and adapter.stat().st_mtime > fused.stat().st_mtime:
+        weights = adapter / "adapters.safetensors"
+        if weights.exists() and weights.stat().st_mtime > fused.stat().st_mtime:
             note(f"warning: {fused} is older than the adapter. To renew it: {run} ./fuse.sh")
         return [(fused, f"{run} ./fuse.sh")]
     base = Path(f"models/base/{model}")

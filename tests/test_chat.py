@@ -222,10 +222,12 @@ def test_base_and_adapter_if_there_is_no_fused_model(project, monkeypatch, capsy
 
 def test_a_fused_model_that_is_older_than_the_adapter(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    Path(ADAPTER).mkdir()
+    weights = Path(ADAPTER, "adapters.safetensors")
+    weights.parent.mkdir()
+    weights.touch()
     for seconds, warns in [(-9, False), (9, True)]:
         time_of_change = int(Path(FUSED).stat().st_mtime) + seconds
-        os.utime(ADAPTER, (time_of_change, time_of_change))
+        os.utime(weights, (time_of_change, time_of_change))
         assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
         assert ("is older than the adapter" in capsys.readouterr().err) == warns
 

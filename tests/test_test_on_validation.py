@@ -340,15 +340,15 @@ def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run,
 def test_same_seed_same_replies_other_seed_others(project, stage_4):
     write_rows(project, *(pair(text, text) for text in ["ciao", "che si dice?", "perché?", "?"]))
 
-    def replies(*args):
-        done = stage_4(project, "--models", "base", "--replies", "4", "--max-tokens", "6", *args)
-        assert done[0] == 0
-        return (project / RESULTS / "generations.csv").read_bytes(), metrics(project)["unfinished"]
+    def replies(args):
+        usual = "--models base --replies 4 --max-tokens 6 "
+        assert stage_4(project, *(usual + args).split())[0] == 0
+        return (project / RESULTS / "generations.csv").read_bytes()
 
-    first = replies()
-    assert replies() == first and replies("--seed", "1") != first
-    likeliest = ["--temperature", "0", "--reply-batch"]
-    assert replies(*likeliest, "1") == replies(*likeliest, "3")
+    first = replies("")
+    assert replies("") == first != replies("--seed 1")
+    alone, together = (f"--temperature 0 --reply-batch {count}" for count in (1, 3))
+    assert replies(alone) == replies(together)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -427,24 +427,25 @@ def test_favourite_words_that_are_missing(script):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error", "replies", "text"),
+    ("text", "name", "value", "error", "replies"),
     [
-        ("loss", 3.0655, 0.05, 100, "3.07"),
-        ("loss", 3.0655, 0.4, 3, "3.1"),
-        ("gain", 0.8833, 0.07, 100, "0.88 ± 0.07"),
-        ("length", 33.3, None, 100, "33"),
-        ("told apart", 0.7123, 0.041, 100, "71% ± 4%"),
-        ("emoji", 0.3333, None, 30, "33%"),
-        ("emoji", 2 / 7, None, 7, "2 of 7"),
-        ("replies", 7, None, 7, "7"),
-        ("loss", NAN, NAN, 7, "nan"),
+        ("3.07", "loss", 3.0655, 0.05, 100),
+        ("3.1", "loss", 3.0655, 0.4, 3),
+        ("0.88 ± 0.07", "gain", 0.8833, 0.07, 100),
+        ("33", "length", 33.3, None, 100),
+        ("71% ± 4%", "told apart", 0.7123, 0.041, 100),
+        ("33%", "emoji", 0.3333, None, 30),
+        ("2 of 7", "emoji", 2 / 7, None, 7),
+        ("7", "replies", 7, None, 7),
+        ("nan", "loss", NAN, NAN, 7),
     ],
 )
 def test_a_figure_has_no_more_digits_than_its_error_allows(
-    script, name, value, error, replies, text
+    script, text, name, value, error, replies
 ):
     table = {"replies": {"base": replies}, "gain error": {}, name: {"base": value}}
-    table |= {f"{name} error": {"base": error}} if error is not None else {}
+    if error is not None:
+        table[f"{name} error"] = {"base": error}
     assert script.shown(table, name, "base") == text
 
 
@@ -742,13 +743,12 @@ def test_ctrl_c_leaves_a_report_of_what_is_done_or_the_one_of_before(
     project, stage_4, place, count, known
 ):
     def interrupt(module):
-        calls, original = [], getattr(module, place)
+        original, calls = getattr(module, place), iter(range(1, 99))
 
-        def call(*args, **kwargs):
-            calls.append(place)
-            if len(calls) == count:
+        def call(*args):
+            if next(calls) == count:
                 raise KeyboardInterrupt
-            return original(*args, **kwargs)
+            return original(*args)
 
         setattr(module, place, call)
 

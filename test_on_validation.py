@@ -316,10 +316,10 @@ def row_losses(model, rows, batch_tokens, label=""):
         width = len(batch[0].tokens)
         padded = [row.tokens + [0] * (width - len(row.tokens)) for row in batch]
         logits = model(mx.array(padded)[:, :-1])
-        for row, its in zip(batch, logits, strict=True):
-            its = its[len(row.ask) - 1 : len(row.tokens) - 1].astype(mx.float32)
+        for row, guesses in zip(batch, logits, strict=True):  # each of the token after it
+            guesses = guesses[len(row.ask) - 1 : len(row.tokens) - 1].astype(mx.float32)
             targets = mx.array(row.tokens[len(row.ask) :])
-            losses = nn.losses.cross_entropy(its, targets)
+            losses = nn.losses.cross_entropy(guesses, targets)
             nats[row.line] = np.array(losses).sum(dtype=float)
     return np.array([nats[row.line] for row in rows])
 
@@ -354,7 +354,7 @@ def measure(models, rows, asked, args):
             raise
         return nats, replies, True
     except (MemoryError, RuntimeError, ValueError) as e:
-        fix = f"if memory ran out, {ME} --batch-tokens 512 --reply-batch 1; if not, --replies 0"
+        fix = f"with less memory: {ME} --batch-tokens 512 --reply-batch 1; losses alone: --replies 0"
         fail(f"a model cannot be computed: {e}", fix)
     finally:
         signal.signal(signal.SIGINT, quit_at_once)

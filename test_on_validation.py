@@ -354,7 +354,7 @@ def measure(models, rows, asked, args):
             raise
         return nats, replies, True
     except (MemoryError, RuntimeError, ValueError) as e:
-        fix = f"with less memory: {ME} --batch-tokens 512 --reply-batch 1; losses alone: --replies 0"
+        fix = f"{ME} --batch-tokens 512 --reply-batch 1 (less memory), or --replies 0"
         fail(f"a model cannot be computed: {e}", fix)
     finally:
         signal.signal(signal.SIGINT, quit_at_once)

@@ -46,22 +46,15 @@ add("--model", default=model, help="which base model: models/base/MODEL")
 add("--as", dest="author", default="", help="who replies, instead of who was learned most")
 add("--me", default="me", help="your name in the chat")
 add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")
-add("--top-p", type=float, help="share of the likeliest words, 1 all")
-add("--top-k", type=int, help="number of the likeliest words up to 1000, 0 all")
 add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
-add("--seed", type=int, help="the same number, the same replies")
-
-# What is not given of these is as generation_config.json of the model says, and else:
-SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}  # if generation_config.json says nothing
 # --------------------------------------------------------------------------------------------------
 
 
 def arguments():
     args = parser.parse_args()
-    most = {"temperature": 2, "top_p": 1, "top_k": 1000, "max_tokens": 10**6, "seed": 10**9}
-    for name, limit in most.items():
-        if not 0 <= (getattr(args, name) or 0) <= limit:
-            parser.error(f"--{name.replace('_', '-')} is 0 to {limit}")
+    if not (0 <= (args.temperature or 0) <= 2 and args.max_tokens > 0):
+        parser.error("--temperature is 0 to 2, --max-tokens 1 or more")
     for name in args.version, args.model:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             what = f"VERSION or MODEL is {name!a}, which is not the name of a folder"
@@ -233,33 +226,27 @@ def load(parts):
 
 
 def make_sampler(args, folder):
-    """Return what draws a token: as the flags say, or generation_config.json, or SAMPLING."""
-    import mlx.core as mx
+    """Return what draws a token: as generation_config.json says, or SAMPLING, or --temperature."""
     from mlx_lm import sample_utils
 
-    if args.seed is not None:
-        mx.random.seed(args.seed)
-    values, said = dict(SAMPLING), {}
+    said = {}
     with contextlib.suppress(OSError, ValueError):
         said = json.loads((folder / "generation_config.json").read_text("utf-8"))
-    for source in said, vars(args):
-        values |= {name: source[name] for name in SAMPLING if source.get(name) is not None}
+    said["temperature"] = said.get("temperature") if args.temperature is None else args.temperature
+    values = SAMPLING | {name: said[name] for name in SAMPLING if said.get(name) is not None}
     return sample_utils.make_sampler(values["temperature"], values["top_p"], top_k=values["top_k"])
 
 
 # ---- the talk ------------------------------------------------------------------------------------
 def read_message(prompt):
     """Return the lines that are typed, or pasted at once, as one message."""
+    typed = sys.stdin.isatty()
     lines = [input(prompt)]
     with contextlib.suppress(EOFError):
-        while lines[-1].endswith("\\") or line_is_waiting():
+        while lines[-1].endswith("\\") or (typed and select.select([sys.stdin], [], [], 0.05)[0]):
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(input(" " * len(prompt)))
     return "\n".join(lines)
-
-
-def line_is_waiting():
-    return sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]
 
 
 def show(parts, indent):

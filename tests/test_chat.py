@@ -60,6 +60,12 @@ def project(project):
     return project
 
 
+@pytest.fixture(autouse=True)
+def no_handler_stays():
+    yield
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 # ---- what is missing or wrong, before a model is loaded ------------------------------------------
 BUILD = "python build_train.py"
 LETTERS = "use letters, digits, '.', '_' and '-' alone"

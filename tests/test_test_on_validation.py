@@ -84,6 +84,7 @@ def stage_4(monkeypatch, capsys):
     """Run the script of a project in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("VERSION", "sample")
     monkeypatch.setenv("MODEL", "tiny-gemma-3")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # if it asked
     monkeypatch.chdir(".")  # back again afterwards: the script goes to its own folder
 
     def call(project, *args, patch=lambda module: None):
@@ -98,7 +99,8 @@ def stage_4(monkeypatch, capsys):
             code = 130
         return code, *capsys.readouterr()
 
-    return call
+    yield call
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def write_rows(project, *rows):
@@ -190,6 +192,16 @@ def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
     code, out, err = stage_4(project, *args.split())
     assert err.startswith(f"error: {error}") and f". FIX: {fix}" in err and err.count("\n") == 1
     assert (code, out) == (1, "") and not (project / RESULTS).exists()
+
+
+@pytest.mark.slow
+def test_no_code_of_a_base_runs_and_nobody_is_asked(project, stage_4):
+    (project / BASE / "own.py").write_text("open('ran', 'w')\nclass Own: pass\n")
+    names = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    edit(project / BASE / "tokenizer_config.json", **names)
+    stage_4(project, "--models", "base", "--replies", "0")
+    assert not (project / "ran").exists()
+    assert sys.stdin.read() == "y\n" * 9
 
 
 def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
@@ -783,19 +795,7 @@ def test_ctrl_c_from_outside_is_quiet_while_it_starts_and_reports_later(project,
     assert left <= {NAME, f".{NAME}.lock", ".gitkeep"}
 
 
-# ---- whom not to trust ---------------------------------------------------------------------------
-@pytest.mark.slow
-def test_no_code_of_a_base_runs_and_nobody_is_asked(project, run):
-    owned = project / "owned"
-    (project / BASE / "evil.py").write_text(f"open({str(owned)!r}, 'w')\nclass Evil: pass\n")
-    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
-    edit(project / BASE / "config.json", auto_map=auto, model_type="evil")
-    edit(project / BASE / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
-    done = run(project, "test_on_validation.py", "--models", "base", input="y\n" * 9)
-    assert (done.returncode, done.stdout) == (1, "") and not owned.exists()
-    assert re.fullmatch(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\n", done.stderr)
-
-
+# ---- elsewhere -----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run, tmp_path):
     link = tmp_path / "bin/test_on_validation.py"

@@ -20,21 +20,16 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C, even amid an import
-    if not sys.flags.safe_path:
-        del sys.path[0]  # the folder of this script: a json.py in it must not run
 
 import csv
 import fcntl
-import hashlib
 import json
 import math
 import re
 import shutil
 import subprocess
-import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +42,6 @@ try:
     import mlx.nn as nn
     import mlx_lm
     import numpy as np
-    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.sample_utils import make_sampler
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -59,33 +53,24 @@ except ImportError as e:
 
 ROOT = Path(__file__).resolve().parent
 ME = "python test_on_validation.py"
-DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
-BATCH = 1 if mx.default_device() == mx.cpu else 8
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # what VERSION and MODEL can be
 
 
 # ---- settings: edit a default here, or give the flag for a single run ---------------------------
-def settings():
-    parser = ArgumentParser(
-        formatter_class=ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        epilog="Sampling that is not given is as generation_config.json of the base says.",
-    )
-    parser.error = lambda what: fail(what, f"{ME} --help", code=2)
-    add, env, count, some = parser.add_argument, os.environ.get, within(int, 0), within(int, 1)
-    add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
-    add("--model", default=env("MODEL") or DEFAULTS["MODEL"], help="models/base/MODEL")
-    add("--models", default="base,adapter,fused", help="which of the three to test")
-    add("--replies", type=count, default=100, help="rows that every model answers; 0 none")
-    add("--show", type=count, default=20, help="rows of the blind test in the report; 0 none")
-    add("--temperature", type=within(float, 0, 2), help="0 the likeliest word, 1 as learned, to 2")
-    add("--top-p", type=within(float, 0, 1), help="draw from words with this share in all")
-    add("--top-k", type=count, help="draw from so many of the likeliest words; 0 all")
-    add("--max-tokens", type=some, default=60, help="tokens of the longest reply")
-    add("--seed", type=count, default=0, help="same seed: same rows; same machine: same replies")
-    add("--reply-batch", type=some, default=BATCH, help="replies written at a time")
-    add("--batch-tokens", type=some, default=2048, help="tokens read at a time; less saves memory")
-    return parser.parse_args()
-
+DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
+parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+add, env = parser.add_argument, os.environ.get
+add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
+add("--model", default=env("MODEL") or DEFAULTS["MODEL"], help="models/base/MODEL")
+add("--models", default="base,adapter,fused", help="which of the three to test")
+add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
+add("--temperature", type=float, help="0 the likeliest word, 1 as learned, to 2 (see SAMPLING)")
+add("--top-p", type=float, help="draw from words with this share in all (see SAMPLING)")
+add("--top-k", type=int, help="draw from so many of the likeliest words; 0 all (see SAMPLING)")
+add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
+add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
+add("--reply-batch", type=int, default=8, help="replies written at a time; less saves memory")
+add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
 
 # What is not given of these is as generation_config.json of the base says, and else:
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
@@ -101,77 +86,53 @@ STYLE = {
     "several lines": lambda text: "\n" in text,
     "looping": LOOP.search,  # the same piece four times: "sa sa sa sa", not "hahahaha"
 }
-TERMINAL = ["loss", "told apart", "length"]  # the figures that are printed, too
 FEW = 30  # of fewer rows or replies the report says that they are few
+BLIND = 20  # rows of the blind test
 # ---- end of the settings ------------------------------------------------------------------------
 
-NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 
-
-def within(kind, least, most=2**31):
-    """Return the function that reads such a number from the command line."""
-
-    def read(text):
-        if not least <= kind(text) <= most:
-            raise ArgumentTypeError(f"{text} is not {least} to {most}")
-        return kind(text)
-
-    read.__name__ = kind.__name__  # argparse names it
-    return read
-
-
-def check(args):
-    """Return the settings, or fail if a name cannot be one."""
+def settings():
+    """Return the settings of this run; end it if one of them cannot be."""
+    parser.error = lambda what: fail(what, f"{ME} --help", code=2)
+    args = parser.parse_args()
     if not set(args.models.split(",")) <= {"base", "adapter", "fused"}:
-        what = f"--models is {args.models!a}, not made of base,adapter,fused"
-        fail(what, f"{ME} --models base,adapter", code=2)
-    for kind, name in ("VERSION", args.version), ("MODEL", args.model):
-        if not re.fullmatch(NAME, name):
-            last = re.search(rf"({NAME})?/*$", name)[1] or DEFAULTS[kind]
-            what = f"{kind} is {name!a}, not letters, digits, '.', '_' and '-'"
-            fail(what, f"{kind}={last} {ME}")
+        parser.error(f"--models is {args.models!a}, not made of base,adapter,fused")
+    for name, value in vars(args).items():
+        least = 1 if name in ("max_tokens", "reply_batch") else 0
+        if isinstance(value, int | float) and not least <= value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} cannot be {value}")
+    for name, text in ("VERSION", args.version), ("MODEL", args.model):
+        if not re.fullmatch(NAME, text):
+            last = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(text).name).lstrip("._-")
+            what = f"{name} is {text!a}, not letters, digits, '.', '_' and '-'"
+            fail(what, f"{name}={last or DEFAULTS[name]} {ME}")
     return args
 
 
 # ---- what a person sees -------------------------------------------------------------------------
 def fail(what, fix, code=1):
-    say(f"error: {what}. FIX: {fix}", sys.stderr)
+    what = visible(" ".join(what.split()))[:400]
+    print(f"error: {what}. FIX: {fix}", file=sys.stderr)
     sys.exit(code)
 
 
-def in_short(error):
-    return visible(" ".join(str(error).split()), 200)
-
-
-def say(text, stream=None):
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:  # `| head -1` has read enough; the report is still to be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def visible(text, longest=None):
+def visible(text):
     r"""Return text that can only be read.
 
     Control, bidirectional and surrogate characters come out as \x1b and the like; emoji stay.
     """
     fine = "\n\t\xa0\u200c\u200d"
-    shown = [
-        c if c.isprintable() or c in fine else c.encode("unicode_escape").decode()
-        for c in text[:longest]
-    ]
-    if longest and len(text) > longest:
-        shown.append(f" … ({len(text) - longest:,} more characters)")
-    return "".join(shown)
+    return "".join(
+        c if c.isprintable() or c in fine else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def defuse(text):
     """Return a cell that no spreadsheet takes for a formula: "=1+1" → "'=1+1".
 
-    Nor one that cuts the file at ';', as in Italy.
+    Nor one that cuts the file at ';', as in Italy. It can hold 32,767 characters.
     """
-    text = visible(text, 32_000).replace("\t", " ")
+    text = visible(text).replace("\t", " ")[:32_000]
     return re.sub(r"((?:^|[;\n])\s*)([=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'\2", text)
 
 
@@ -184,12 +145,13 @@ def read_json(path, key):
         return None
 
 
-def missing(kind, name, what, others, make):
-    """Fail for lack of it; name what is there, and the command that most likely mends it."""
+def missing(variable, value, what, others, fix):
+    """Fail for lack of it; the variable that names it may have been forgotten."""
     there = sorted({path.parent.name for path in others if re.fullmatch(NAME, path.parent.name)})
-    forgotten = len(there) == 1 and kind not in os.environ and name == DEFAULTS[kind]
-    known = f" (but {', '.join(there)})" if there else ""
-    fail(f"there is no {what}{known}", f"export {kind}={there[0]}" if forgotten else make)
+    if len(there) == 1 and value == DEFAULTS[variable] and not env(variable):
+        export = f"export {variable}={there[0]}"
+        fix = f"{fix}; for the sample: {export}" if there == ["sample"] else export
+    fail(f"there is no {what} (there: {', '.join(there) or 'none'})", fix)
 
 
 def load(fix, folder, adapter=None):
@@ -205,56 +167,51 @@ def load(fix, folder, adapter=None):
             raise ValueError(f"{layers} layers would fill the memory")
         return mlx_lm.load(str(folder), **options)
     except Exception as e:  # whatever is wrong with the files of a model
-        fail(f"{last} does not load: {in_short(e)}", fix)
+        fail(f"{last} does not load: {e}", fix)
 
 
 def find_models(args, base, adapter, fused):
     """Return {"base": (model, tokenizer), …} of the models to test, see load()."""
-    run, asked = f"VERSION={args.version} MODEL={args.model}", args.models.split(",")
+    run = f"VERSION={args.version} MODEL={args.model}"
     download = f"hf download mlx-community/{args.model} --local-dir {base}"
     train = f"{run} ./fine_tune.sh, or test the base model alone: {run} {ME} --models base"
     if not base.is_dir():
         others = base.parent.glob("*/config.json")
         missing("MODEL", args.model, f"folder {base}", others, download)
-    if set(asked) == {"base", "adapter", "fused"} and not fused.exists():
-        asked = ["base", "adapter"]
-    models = {}
-    if "base" in asked:
-        models["base"] = load(download, base)
-    if "adapter" in asked:
-        models["adapter"] = load(train, base, adapter)
-    if "fused" in asked:
-        models["fused"] = load(f"{run} ./fuse.sh", fused)
-    return models
+    asked = set(args.models.split(","))
+    if len(asked) == 3 and not fused.exists():
+        asked.remove("fused")
+    parts = {
+        "base": (download, base),
+        "adapter": (train, base, adapter),
+        "fused": (f"{run} ./fuse.sh", fused),
+    }
+    return {name: load(*parts[name]) for name in parts if name in asked}
 
 
-def is_stale(adapter, fused):
-    """Whether the fused model says that it was made from another adapter."""
-    made_from = read_json(fused / "fused_from.json", "adapter_sha256")
-    weights = adapter / "adapters.safetensors"
-    if made_from is None or not weights.is_file():
-        return False
-    return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
-
-
-def find_warnings(args, models, stale, adapter, valid):
-    """Return what the figures will lack, said on the terminal, too."""
-    found = []
-    if len(models) == 2 and args.models == "base,adapter,fused":
-        found.append("there is no fused model to test")
-    if "fused" in models and stale:
-        found.append("the fused model was made from another adapter than the one there now")
-    run = f"VERSION={args.version} MODEL={args.model}"
-    found = [f"{warning}; to make it: {run} ./fuse.sh" for warning in found]
+def find_warnings(args, models, adapter, fused, valid):
+    """Return what the figures will lack."""
+    found, run = [], f"VERSION={args.version} MODEL={args.model}"
+    weights, trained = adapter / "adapters.safetensors", adapter / "lora_config.yaml"
+    are_both = "fused" in models and weights.is_file()
+    if are_both and weights.stat().st_mtime > fused.stat().st_mtime:
+        found.append(f"{fused} is older than the adapter; to renew it: {run} ./fuse.sh")
     checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
-    trained = adapter / "lora_config.yaml"
     is_learned = models.keys() != {"base"} and trained.is_file()
     if is_learned and checksum.strip() not in trained.read_bytes():
-        what = "valid.jsonl is not the one of the training, which may have seen some of its rows"
+        what = "valid.jsonl is not the one of the training, which may have seen some of it"
         found.append(f"{what}; to train anew: {run} ./fine_tune.sh")
     for warning in found:
-        say(f"warning: {warning}", sys.stderr)
+        print(f"warning: {warning}", file=sys.stderr)
     return found
+
+
+def set_sampling(args, base):
+    """Set what is not given of SAMPLING as generation_config.json of the base says, if it does."""
+    for name, usual in SAMPLING.items():
+        said = read_json(base / "generation_config.json", name)
+        if getattr(args, name) is None:
+            setattr(args, name, usual if said is None else said)
 
 
 # ---- the validation rows ------------------------------------------------------------------------
@@ -296,16 +253,26 @@ def give_up(*_):
     raise TimeoutError("it took more than a minute")
 
 
+def encode(chat, tokenizer):
+    """Return the tokens up to where the last reply begins, and those of it all."""
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)  # a template is a program, and may have no end
+    try:
+        ask = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)
+        tokens = tokenizer.apply_chat_template(chat)
+    finally:
+        signal.alarm(0)
+    if not ask or tokens[: len(ask)] != ask or len(tokens) == len(ask):
+        raise ValueError("it begins a reply otherwise than it goes on, so the reply has no loss")
+    return ask, tokens
+
+
 def read_rows(args, valid, base, tokenizer):
     """Return the rows of valid.jsonl."""
     build = f"VERSION={args.version} python build_train.py"
     other = f"MODEL={DEFAULTS['MODEL']} ./fine_tune.sh, or another instruct model (-it, -Instruct)"
-    if not tokenizer.has_chat_template:
-        fail(f"{base} has no chat template", other)
     authors = read_json(valid.with_name("settings.json"), "authors") or ["reply"]
     names = {"user": "", "assistant": f"{authors[0]}: "}
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)  # a template is a program, and may have no end
     rows = []
     for number, line in enumerate(valid.read_bytes().splitlines(), 1):
         where = f"{valid} line {number}"
@@ -315,16 +282,11 @@ def read_rows(args, valid, base, tokenizer):
             shapes = '{"prompt": text, "completion": text} or {"messages": [user, assistant, …]}'
             fail(f"{where} is not {shapes} in UTF-8", build)
         try:
-            ask = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)
-            tokens = tokenizer.apply_chat_template(chat)
-        except Exception as e:  # a template is a program
-            fail(f"the chat template of {base} fails on {where}: {in_short(e)}", other)
-        if not ask or tokens[: len(ask)] != ask or len(tokens) == len(ask):
-            what = f"the chat template of {base} begins a reply otherwise than it goes on"
-            fail(f"{what}, so no loss is that of the reply alone ({where})", other)
+            ask, tokens = encode(chat, tokenizer)
+        except Exception as e:  # whatever the program does
+            fail(f"the chat template of {base} fails on {where}: {e}", other)
         context = "\n".join(names[m["role"]] + m["content"] for m in chat[:-1])
         rows.append(Row(number, context, chat[-1]["content"], ask, tokens))
-    signal.alarm(0)
     if not rows:
         fail(f"{valid} is empty", build)
     return rows
@@ -332,13 +294,10 @@ def read_rows(args, valid, base, tokenizer):
 
 # ---- one model at a time ------------------------------------------------------------------------
 def progress(steps, label):
-    """Yield from a list; show a bar with the time left, or a line for every quarter in a pipe."""
-    start, count = time.monotonic(), len(steps)
-    for n, step in enumerate(tqdm(steps, label, leave=False, disable=None), 1):
-        yield step
-        if not sys.stderr.isatty() and 4 * n // count > 4 * (n - 1) // count:
-            left = (time.monotonic() - start) / n * (count - n)
-            say(f"{label} {n}/{count}, {left:.0f} s left", sys.stderr)
+    """Return a list to go through: with a bar, or in a pipe with a line at the start."""
+    if not sys.stderr.isatty():
+        print(f"{label}: {len(steps)} steps", file=sys.stderr)
+    return tqdm(steps, label, leave=False, disable=None)
 
 
 def row_losses(model, rows, batch_tokens, label=""):
@@ -347,54 +306,35 @@ def row_losses(model, rows, batch_tokens, label=""):
     Longest rows first: what does not fit into memory shows at once. Only the logits of completions
     become float32: those of all would be 2 GB (2,048 tokens, Gemma's vocabulary of 262,144).
     """
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].tokens))
-    batches, sums = [], np.zeros(len(rows))
-    while order:
-        size = max(1, batch_tokens // len(rows[order[0]].tokens))
-        batches.append(order[:size])
-        del order[:size]
+    left = sorted(rows, key=lambda row: -len(row.tokens))
+    batches, nats = [], {}
+    while left:
+        size = max(1, batch_tokens // len(left[0].tokens))
+        batches.append(left[:size])
+        del left[:size]
     for batch in progress(batches, label):
-        padded = np.zeros((len(batch), len(rows[batch[0]].tokens)), int)
-        scored = np.zeros(padded.shape, bool)  # the tokens of completions
-        for i, row in enumerate(rows[place] for place in batch):
-            padded[i, : len(row.tokens)] = row.tokens
-            scored[i, len(row.ask) : len(row.tokens)] = True
-        which, token = scored.nonzero()
-        logits = model(mx.array(padded[:, :-1]))[mx.array(which), mx.array(token - 1)]
-        targets = mx.array(padded[scored])
-        losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
-        sums[batch] = np.bincount(which, np.array(losses), len(batch))
-    return sums
-
-
-def set_sampling(args, base):
-    """Set what is not given of SAMPLING as generation_config.json of the base says, if it does."""
-    for name, usual in SAMPLING.items():
-        said = read_json(base / "generation_config.json", name)
-        if getattr(args, name) is None:
-            setattr(args, name, usual if said is None else said)
+        width = len(batch[0].tokens)
+        padded = [row.tokens + [0] * (width - len(row.tokens)) for row in batch]
+        logits = model(mx.array(padded)[:, :-1])
+        for row, guesses in zip(batch, logits, strict=True):  # each of the token after it
+            guesses = guesses[len(row.ask) - 1 : len(row.tokens) - 1].astype(mx.float32)
+            targets = mx.array(row.tokens[len(row.ask) :])
+            losses = nn.losses.cross_entropy(guesses, targets)
+            nats[row.line] = np.array(losses).sum(dtype=float)
+    return np.array([nats[row.line] for row in rows])
 
 
 def write_replies(model, tokenizer, rows, args, done, label=""):
     """Fill done, {line: (reply, whether it ended)}, batch by batch: Ctrl-C keeps what is there."""
     sampler = make_sampler(args.temperature, top_p=args.top_p, top_k=args.top_k)
-    options = {"max_tokens": args.max_tokens, "sampler": sampler}
-    mergeable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))  # not Llama 4's
-    size = args.reply_batch if mergeable else 1
+    options = {"max_tokens": args.max_tokens, "sampler": sampler, "return_token_ids": True}
+    size = args.reply_batch
     rows = sorted(rows, key=lambda row: len(row.ask))
     mx.random.seed(args.seed)
     for batch in progress([rows[i : i + size] for i in range(0, len(rows), size)], label):
-        if size == 1:
-            parts = list(mlx_lm.stream_generate(model, tokenizer, batch[0].ask, **options))
-            texts = ["".join(part.text for part in parts)]
-            ended = [parts[-1].finish_reason == "stop"]
-        else:
-            asks = [row.ask for row in batch]
-            made = mlx_lm.batch_generate(model, tokenizer, asks, return_token_ids=True, **options)
-            texts = made.texts
-            ended = [len(tokens) < args.max_tokens for tokens in made.token_ids]
-        for row, text, end in zip(batch, texts, ended, strict=True):
-            done[row.line] = visible(text.strip()), end
+        made = mlx_lm.batch_generate(model, tokenizer, [row.ask for row in batch], **options)
+        for row, text, tokens in zip(batch, made.texts, made.token_ids, strict=True):
+            done[row.line] = visible(text.strip()), len(tokens) < args.max_tokens
 
 
 def measure(models, rows, asked, args):
@@ -404,9 +344,9 @@ def measure(models, rows, asked, args):
     try:
         for name in list(models):
             model, tokenizer = models.pop(name)  # one in memory at a time
-            nats[name] = row_losses(model, rows, args.batch_tokens, f"{name:7} loss")
+            nats[name] = row_losses(model, rows, args.batch_tokens, f"{name} loss")
             replies[name] = {}
-            write_replies(model, tokenizer, asked, args, replies[name], f"{name:7} replies")
+            write_replies(model, tokenizer, asked, args, replies[name], f"{name} replies")
             del model
             mx.clear_cache()
     except KeyboardInterrupt:
@@ -414,8 +354,8 @@ def measure(models, rows, asked, args):
             raise
         return nats, replies, True
     except (MemoryError, RuntimeError, ValueError) as e:
-        fix = f"if memory ran out: {ME} --batch-tokens 512 --reply-batch 1"
-        fail(f"a model cannot be computed: {in_short(e)}", fix)
+        fix = f"{ME} --batch-tokens 512 --reply-batch 1 (less memory), or --replies 0"
+        fail(f"a model cannot be computed: {e}", fix)
     finally:
         signal.signal(signal.SIGINT, quit_at_once)
     return nats, replies, False
@@ -464,32 +404,25 @@ def told_apart(real, made):
 
 
 def style_figures(table, who, texts):
-    """Add the length and the shares of STYLE of some replies."""
-    lengths = np.array([len(text) for text in texts])
-    table["length"][who] = float(lengths.mean())
-    table["length error"][who] = float(lengths.std() / math.sqrt(len(texts)))
+    """Add the mean length and the shares of STYLE of some replies."""
+    table["length"][who] = sum(map(len, texts)) / len(texts)
     for name, found in STYLE.items():
         table[name][who] = sum(bool(found(text)) for text in texts) / len(texts)
     table["replies"][who] = len(texts)
 
 
-def count_words(texts):
-    """Return in how many texts each word is: ["no no", "no ma"] → {"no": 2, "ma": 1}."""
-    found = [set(re.findall(r"[^\W\d_]{2,}", text.casefold())) for text in texts]
-    return Counter(word for words in found for word in words)
+def words(text):
+    return set(re.findall(r"[^\W\d_]{2,}", text.casefold()))
 
 
-def word_figures(table, said):
-    """Add which of the words that one of 20 real replies has, at most 20, never come up."""
-    real = said["reference"]
-    common = count_words(real.values()).most_common(20)
-    favourites = [word for word, count in common if count >= max(5, len(real) / 20)]
-    for who, texts in said.items():
-        if favourites and len(texts) == len(real):
-            used = count_words(texts.values())
-            gone = [word for word in favourites if word not in used]
-            table["favourite words"][who] = 1 - len(gone) / len(favourites)
-            table["missing words"][who] = ", ".join(gone)
+def missing_words(real, made):
+    """Return which of the words that most real replies have, 20 at most, never come up.
+
+    Of ["no no", "boh"] that is "no" for replies [], if one reply of two were many.
+    """
+    counts = Counter(word for text in real for word in words(text))
+    common = [word for word, count in counts.most_common(20) if count >= max(5, len(real) / 20)]
+    return [word for word in common if word not in set().union(*map(words, made))]
 
 
 def figures(rows, asked, nats, replies, args):
@@ -504,130 +437,116 @@ def figures(rows, asked, nats, replies, args):
         if not done:
             continue
         said[who] = {line: text for line, (text, _) in done.items()}
-        if who != "reference" and len(done) >= 20:
-            pair = told_apart([real[line][0] for line in done], list(said[who].values()))
+        mine = list(said[who].values())
+        theirs = [real[line][0] for line in done]
+        if who != "reference" and len(mine) >= 20:
+            pair = told_apart(theirs, mine)
             table["told apart"][who], table["told apart error"][who] = pair
-        style_figures(table, who, said[who].values())
-        table["unfinished"][who] = sum(not ended for _, ended in done.values()) / len(done)
-    if said:
-        word_figures(table, said)
+            table["missing words"][who] = ", ".join(missing_words(theirs, mine))
+        style_figures(table, who, mine)
+        table["unfinished"][who] = sum(not ended for _, ended in done.values()) / len(mine)
     return table, said
 
 
-def places(error):
-    """Return the digits after the point that an error leaves: 0.05 → 2, 0.3 → 1, 12 → 0."""
-    return min(4, max(0, -math.floor(math.log10(error)))) if error > 0 else 2
-
-
 def shown(table, name, who):
-    """Return a figure as text: "3.07", "0.88 ± 0.07", "84% ± 4%", "34%", of a few "2 of 7"."""
+    """Return a figure as text: "3.07", "0.88 ± 0.07", "84% ± 4%", "34%", of a few "2 of 7".
+
+    It has as many digits as its error leaves: 0.05 two, 0.3 one, 12 none after the point.
+    """
     value = table[name].get(who, "")
     error = table.get(f"{name} error", {}).get(who)
-    count = table["replies"].get(who, FEW)
     if not isinstance(value, float):
         return str(value)
-    if name == "loss":  # as exact as the gain: what it is for is to be compared
-        error = min(table["gain error"].values(), default=error)
-        return f"{value:,.{places(error)}f}"
-    if name in ("gain", "length"):
-        return f"{value:,.{places(error)}f} ± {error:,.{places(error)}f}"
+    if name == "length":
+        return f"{value:,.0f}"
+    if name in ("loss", "gain"):
+        least = min(table["gain error"].values(), default=error)  # they are to be compared
+        places = max(0, -math.floor(math.log10(least))) if least > 0 else 2
+        text = f"{value:.{places}f}"
+        return text if name == "loss" else f"{text} ± {error:.{places}f}"
     if error is not None:
         return f"{value:.0%} ± {error:.0%}"
-    few = count < FEW and name != "favourite words"
-    return f"{value * count:.0f} of {count}" if few else f"{value:.0%}"
+    count = table["replies"][who]
+    return f"{value:.0%}" if count >= FEW else f"{value * count:.0f} of {count}"
 
 
 def cells(table):
     """Return {name: {who: text}} of the figures that someone has."""
-    known = {who for values in table.values() for who in values}
-    everyone = [who for who in ("reference", "base", "adapter", "fused") if who in known]
+    everyone = [*list(table["replies"])[:1], *table["loss"]]  # the reference, if it is known
     names = [name for name in table if table[name] and not name.endswith(" error")]
     return {name: {who: shown(table, name, who) for who in everyone} for name in names}
 
 
-def as_text(cells):
-    """Return the most important figures for a terminal, a line each."""
-    lines = [["", *cells["loss"]]]
-    lines += [[name, *cells[name].values()] for name in TERMINAL if name in cells]
-    return "\n".join("".join(f"{text:>14}" for text in line) for line in lines)
-
-
-# ---- the verdict: sentences, each with a kind: "good", "mixed" or "bad" -------------------------
+# ---- the verdict, in sentences ------------------------------------------------------------------
 def learned(table, count):
-    """Whether the first of the trained models is better than the base."""
+    """Say whether the first of the trained models is better than the base."""
     who = next(iter(table["gain"]))
     gain, error = table["gain"][who], table["gain error"][who]
     new, old = (shown(table, "loss", model) for model in (who, "base"))
     pair = f"than the base: loss {new} instead of {old}"
     if count < FEW:
-        rows = "1 row is" if count == 1 else f"{count} rows are"
         better = "Better" if gain > 0 else "No better"
-        return "mixed", f"{better} {pair}, but {rows} too few to be sure ({FEW} would do)."
+        return f"{better} {pair}, but too few rows to be sure: {count} ({FEW} would do)."
     if gain > 2 * error:
-        return "good", f"Better {pair}."
+        return f"Better {pair}."
     if gain < -2 * error:
-        return "bad", f"Worse {pair}. Train with a lower LEARNING_RATE, or on more data."
-    return "mixed", f"No better {pair}, which may be chance. Train longer, or on more data."
+        return f"Worse {pair}. Train with a lower LEARNING_RATE, or on more data."
+    return f"No better {pair}, which may be chance. Train longer, or on more data."
 
 
 def keeps(table, bits):
-    """Whether the fused model has what the adapter learned; bits: what it was rounded to."""
-    sentence = f"The fused model keeps {table['kept']['fused']:.0%} of that"
+    """Say whether the fused model has what the adapter learned; bits: what it was rounded to."""
+    sentence = f"The fused model keeps {table['kept']['fused']:.0%} of that."
     if table["kept"]["fused"] >= 0.9:
-        return "good", f"{sentence}."
+        return sentence
     setting = {"8": "FUSED_BITS=16 ", "16": ""}.get(bits, "FUSED_BITS=8 ")
-    return "bad", f"{sentence}. Fuse again: {setting}./fuse.sh."
-
-
-def is_far(table, name, who):
-    """Whether a share is over 15 points, and more than chance, from that of the reference."""
-    share, real = table[name][who], table[name]["reference"]
-    both = (share + real) / 2
-    chance = math.sqrt(2 * both * (1 - both) / table["replies"][who])
-    return abs(share - real) > max(0.15, 3 * chance)
+    return f"{sentence} Fuse again: {setting}./fuse.sh."
 
 
 def far_figures(table, who):
-    """Return the names of the figures of style that are far from the reference."""
-    names = [name for name in ("unfinished", *STYLE) if is_far(table, name, who)]
-    length, real = table["length"][who], table["length"]["reference"]
-    if table["replies"][who] >= FEW and not real / 2 <= length <= 2 * real:
-        names.append("length")
-    if table["favourite words"].get(who, 1) < 0.75:
-        names.append("favourite words")
-    return names
+    """Return the shares that are over 15 points, and more than chance, from the reference's."""
+    far = []
+    for name in "unfinished", *STYLE:
+        share, real = table[name][who], table[name]["reference"]
+        both = (share + real) / 2
+        chance = math.sqrt(2 * both * (1 - both) / table["replies"][who])
+        if abs(share - real) > max(0.15, 3 * chance):
+            far.append(name)
+    return far
 
 
 def sounds(table, who):
     """Yield what there is to say of the replies of a model."""
-    if who in table["told apart"]:
+    told = shown(table, "told apart", who)
+    if told:
         base = shown(table, "told apart", "base")
         than = f" (the base's in {base})" if base and who != "base" else ""
-        pairs = f"in {shown(table, 'told apart', who)} of the pairs"
-        told = f"A classifier tells its replies from the real ones {pairs}{than}"
-        yield "good", f"{told}; 50% would be perfect."
-    far = []
-    for name in far_figures(table, who):
-        mine, real = (shown(table, name, m).partition(" ±")[0] for m in (who, "reference"))
-        words = table["missing words"].get(who) if name == "favourite words" else ""
-        far.append(f"it never says {words}" if words else f"{name} {mine} instead of {real}")
+        what = f"A classifier tells its replies from the real ones in {told} of the pairs{than}"
+        yield f"{what}; 50% would be perfect."
+    far = [
+        f"{name} {shown(table, name, who)} instead of {shown(table, name, 'reference')}"
+        for name in far_figures(table, who)
+    ]
+    words = shown(table, "missing words", who)
+    if words:
+        far.append(f"it never says {words}")
     if far:
-        yield "mixed", f"It does not write like them yet: {'; '.join(far)}."
+        yield f"It does not write like them yet: {'; '.join(far)}."
 
 
 def verdict(table, count, bits):
-    """Return the worst kind, and the sentences, the most important first."""
+    """Return the sentences, the most important first."""
     if not all(map(math.isfinite, table["loss"].values())):
-        return "bad", ["Broken: a loss is not a number. Train again with a lower LEARNING_RATE."]
+        return ["Broken: a loss is not a number. Train again with a lower LEARNING_RATE."]
     if not table["gain"]:
-        return "mixed", ["Nothing to compare: test the base model and the adapter together."]
-    found = [learned(table, count)]
+        return ["Nothing to compare: test the base model and the adapter together."]
+    sentences = [learned(table, count)]
     if table["kept"]:
-        found.append(keeps(table, bits))
-    who = next((who for who in ("fused", "adapter") if who in table["replies"]), None)
-    found += sounds(table, who) if who else []
-    kinds, sentences = zip(*found, strict=True)
-    return max(kinds, key=("good", "mixed", "bad").index), list(sentences)
+        sentences.append(keeps(table, bits))
+    trained = [who for who in table["gain"] if who in table["replies"]]
+    if trained:
+        sentences += sounds(table, trained[-1])
+    return sentences
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -643,35 +562,39 @@ def learning_curve(path):
 
 
 def blind_cards(asked, said, judged, seed):
-    """Return what the page shows of the rows in which the judged model said something else.
+    r"""Return what the page shows of the rows in which the judged model said something else.
 
-    {"chat": ["ann: hi"], …, "pair": ["yo", "hello"], "real": "B", "others": {"base": "Hi!"}}
+    {"chat": "ann: hi\nbob: ready?", "pair": ["yo", "hello"], "real": "B", "others": {"base": "Hi"}}
     """
     coin = np.random.default_rng(seed)
     cards = []
     for row in asked:
-        texts = {who: visible(said[who][row.line], 500) for who in said if row.line in said[who]}
+        texts = {who: lines[row.line] for who, lines in said.items() if row.line in lines}
         real, reply = texts.pop("reference"), texts.pop(judged, "")
         if reply in ("", real):
             continue
-        chat = row.context.split("\n")
-        card = {"chat": [visible(line, 200) for line in chat[-6:]], "earlier": len(chat) - 6}
-        turned = int(coin.integers(2))
-        card |= {"pair": [reply, real] if turned else [real, reply], "real": "AB"[turned]}
-        card["others"] = {who: text for who, text in texts.items() if text != reply}
-        cards.append(card)
+        pair = [real, reply]
+        if coin.integers(2):
+            pair.reverse()
+        chat = visible(row.context)
+        if len(chat) > 300:
+            chat = "… " + chat[-300:]
+        others = {who: text for who, text in texts.items() if text != reply}
+        real = "AB"[pair.index(real)]
+        cards.append({"chat": chat, "pair": pair, "real": real, "others": others})
     return cards
 
 
 def report(facts, table, asked, said, adapter, args):
     """Return the page. The text of the chat is escaped by jinja2."""
-    judged = next((who for who in ("fused", "adapter", "base") if who in said), None)
-    blind = blind_cards(asked, said, judged, args.seed)[: args.show] if judged else []
+    made = [who for who in said if who != "reference"]
+    judged = made[-1] if made else ""
+    blind = blind_cards(asked, said, judged, args.seed)[:BLIND]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(PAGE).render(
         facts,
         cells=cells(table),
-        far={who: far_figures(table, who) for who in said if who != "reference"},
+        far={who: far_figures(table, who) for who in made},
         judged=judged,
         models=[who for who in table["loss"] if who in ("base", judged or "adapter")],
         blind=blind,
@@ -682,34 +605,32 @@ def report(facts, table, asked, said, adapter, args):
 
 # ---- written whole or not at all ----------------------------------------------------------------
 def beside(final):
-    """Return data/results/.v1_M.lock, .partial and .old, names that no VERSION gives."""
-    return [final.with_name(f".{final.name}.{kind}") for kind in ("lock", "partial", "old")]
+    """Return data/results/.v1_M.partial and .old, names that no VERSION gives."""
+    return [final.with_name(f".{final.name}.{kind}") for kind in ("partial", "old")]
 
 
-@contextmanager
-def held(final):
-    """Hold the folder of the results for this run alone; the kernel lets go of it at the end."""
+def hold(final):
+    """Return the file that holds the results for this run; the kernel lets go of it at the end."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    lock, partial, old = beside(final)
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another run is writing {final}", "wait until it is done, or end it")
-        if old.exists() and not final.exists():  # killed between the two renames of write()
-            old.rename(final)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        yield
+    lock = final.with_name(f".{final.name}.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing {final}", "wait until it is done, or end it")
+    partial, old = beside(final)
+    if old.exists() and not final.exists():  # killed between the two renames of write()
+        old.rename(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return lock
 
 
 def write(final, page, facts, asked, said):
     """Write the three files beside the final folder, then put them in its place."""
-    _, partial, old = beside(final)
+    partial, old = beside(final)
     partial.mkdir()
     (partial / "report.html").write_text(page, encoding="utf-8")
-    known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
-    text = json.dumps(known, indent=2, ensure_ascii=False)
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
     (partial / "metrics.json").write_text(text, encoding="utf-8")
     with (partial / "generations.csv").open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)  # -sig is a mark for Excel
@@ -721,8 +642,6 @@ def write(final, page, facts, asked, said):
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    for name in "report.html", "generations.csv", "metrics.json":
-        say(final / name)
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -736,42 +655,44 @@ def test(args, valid, final):
     set_sampling(args, base)
     drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
     asked = [rows[place] for place in drawn]
-    stale = is_stale(adapter, fused)
-    warnings = find_warnings(args, models, stale, adapter, valid)
-    say(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
+    warnings = find_warnings(args, models, adapter, fused, valid)
+    print(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:
         warnings.append("stopped with Ctrl-C: this is what was done so far")
-        say(f"\nwarning: {warnings[-1]}", sys.stderr)
 
     table, said = figures(rows, asked, nats, replies, args)
-    if stale:  # the fuse is not to blame for the difference
-        table["kept"].clear()
-        table["kept error"].clear()
     bits = read_json(fused / "fused_from.json", "bits")
-    kind, sentences = verdict(table, len(rows), str(bits))
-    say("\n".join(["", *sentences, "", as_text(cells(table)), ""]))
-    facts = {"kind": kind, "verdict": " ".join(sentences), "warnings": warnings}
-    facts |= {"settings": vars(args), "rows": len(rows)}
-    facts["tokens"] = sum(row.length() for row in rows)
-    facts["versions"] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    sentences = verdict(table, len(rows), str(bits))
+    facts = {
+        "verdict": " ".join(sentences),
+        "warnings": warnings,
+        "settings": vars(args),
+        "rows": len(rows),
+        "tokens": sum(row.length() for row in rows),
+        "versions": {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__},
+    }
     page = report(facts | {"sentences": sentences}, table, asked, said, adapter, args)
     write(final, page, facts | {name: table[name] for name in table if table[name]}, asked, said)
+    files = [final / name for name in ("report.html", "generations.csv", "metrics.json")]
+    print("", *sentences, "", *files, sep="\n")  # not before: `| tee` may have ended with Ctrl-C
+    if stopped:
+        print(f"warning: {warnings[-1]}", file=sys.stderr)
     return 130 if stopped else 0
 
 
 def main():
     os.chdir(ROOT)
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
-    args = check(settings())
+    for stream in sys.stdout, sys.stderr:  # to a terminal that knows ASCII alone, at once
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    args = settings()
     valid = Path(f"data/for_train/{args.version}/valid.jsonl")
     if not valid.is_file():
         others = Path("data/for_train").glob("*/valid.jsonl")
         build = f"VERSION={args.version} python build_train.py"
         missing("VERSION", args.version, f"file {valid}", others, build)
     final = Path("data/results", f"{args.version}_{args.model}")
-    with held(final):
+    with hold(final):
         return test(args, valid, final)
 
 
@@ -779,8 +700,7 @@ def main():
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ settings.version }} · {{ settings.model }}</title>
 <style>
@@ -794,49 +714,47 @@ PAGE = """<!doctype html>
   --base: light-dark(#9a4a22, #e59a6c);
   --adapter: light-dark(#27619f, #85b5ec);
   --fused: light-dark(#1d6a4b, #74c9a3);
-  --good: var(--fused);
-  --mixed: light-dark(#86600a, #e2b755);
-  --bad: light-dark(#b0352a, #f08a7c);
+  --far: light-dark(#86600a, #e2b755);
 }
 * { box-sizing: border-box }
 body {
-  margin: 0 auto; padding: 2rem 1rem; max-width: 66rem;
-  background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere;
+  margin: 0 auto; padding: 2rem 1rem; max-width: 66rem; overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
 }
-h1, h2, .big { font-family: ui-serif, Georgia, "Times New Roman", serif; font-weight: 500 }
-h1 { margin: .2rem 0 .6rem; font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.2 }
-h2 { margin: 0; font-size: 1.2rem }
+h1, .big { font: clamp(1.6rem, 4.5vw, 2.2rem)/1.2 ui-serif, Georgia, serif; margin: .3rem 0 }
+h2 { margin: 0; font: 1.2rem ui-serif, Georgia, serif }
 p { margin: .4rem 0 }
 summary { cursor: pointer; color: var(--soft) }
-header { padding-left: 1.1rem; border-left: .3rem solid var(--{{ kind }}) }
+header { padding-left: 1.1rem; border-left: .3rem solid var(--fused) }
 .soft { color: var(--soft); font-size: .875rem }
 .base { color: var(--base) } .adapter { color: var(--adapter) } .fused { color: var(--fused) }
-.far { color: var(--mixed); font-weight: 600 }
-.panel { margin: 1.25rem 0 0; padding: 1.1rem; min-width: 0; overflow-x: auto;
-  background: var(--card); border: 1px solid var(--line); border-radius: .75rem }
-.two { display: grid; gap: 0 1.25rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
-.big { margin: .3rem 0; font-size: 2rem; line-height: 1.2 }
+.far { color: var(--far); font-weight: 600 }
+.panel {
+  margin: 1.25rem 0 0; padding: 1.1rem; min-width: 0; overflow-x: auto;
+  background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
+}
+.two {
+  display: grid; gap: 0 1.25rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
+}
 svg { margin-top: 1rem; width: 100%; fill: none; stroke: var(--adapter); overflow: visible }
 svg text { fill: var(--soft); stroke: none; font-size: 12px }
 table { width: 100%; border-collapse: collapse; overflow-wrap: normal }
 th, td { padding: .35rem .3rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; font-weight: 400 }
 tr > :first-child { text-align: left; color: var(--soft) }
-.said p { margin: .15rem 0; white-space: pre-wrap; unicode-bidi: isolate }
+.said { margin: .15rem 0; white-space: pre-wrap; unicode-bidi: plaintext }
 @media (max-width: 40rem) { table { font-size: .75rem } }
 </style>
-{% macro said(label, text) %}
-<div class="said"><b class="{{ label }}">{{ label }}</b><p dir="auto">{{ text }}</p></div>
-{% endmacro %}
 {% macro big(name) %}
 <p class="big">
 {% for who in models %}
 {{ "" if loop.first else "→" }} <span class="{{ who }}">{{ cells[name][who] }}</span>
 {% endfor %}
 </p>
+{% endmacro %}
+{% macro said(label, text) %}
+<div><b class="{{ label }}">{{ label }}</b><p class="said">{{ text }}</p></div>
 {% endmacro %}
 
 <header>
@@ -853,15 +771,15 @@ tr > :first-child { text-align: left; color: var(--soft) }
 <p class="soft">Loss of the {{ models | join(" and of the ") }} model: how surprising it finds
 what was really said, in {{ rows }} replies that it was not trained on. Lower is better.</p>
 {% if curve %}
-{% set kept = curve[1:] | min(attribute=1) %}
-{% set top = curve | map(attribute=1) | max %}
-{% set low = curve | map(attribute=1) | min %}
+{% set losses = curve | map(attribute=1) | list %}
+{% set low, top, last = losses | min, losses | max, curve[-1][0] %}
 <svg viewBox="-6 -22 412 152" role="img" aria-label="loss by iteration">
 <polyline points="{% for n, loss in curve %}
-{{ 400 * n / curve[-1][0] }},{{ 100 * (top - loss) / (top - low or 1) }} {% endfor %}"/>
-<text x="0" y="124">0: the base, {{ "%.2f" % curve[0][1] }}</text>
-<text x="400" y="124" text-anchor="end">iteration {{ curve[-1][0] }}</text>
+{{ 400 * n / last }},{{ 100 * (top - loss) / (top - low or 1) }} {% endfor %}"/>
+<text x="0" y="124">0: the base, {{ "%.2f" % losses[0] }}</text>
+<text x="400" y="124" text-anchor="end">iteration {{ last }}</text>
 </svg>
+{% set kept = curve[1:] | min(attribute=1) %}
 <p class="soft">The loss while it was trained. Kept: iteration {{ kept[0] }},
 {{ "%.2f" % kept[1] }}.</p>
 {% endif %}
@@ -892,10 +810,7 @@ on paper which one you take for real, then open the answer.
 <details><summary class="panel">{{ loop.length - 4 }} more</summary>
 {% endif %}
 <article class="panel">
-<div class="said soft">
-{% if card.earlier > 0 %}<p>… {{ card.earlier }} earlier lines</p>{% endif %}
-{% for line in card.chat %}<p dir="auto">{{ line }}</p>{% endfor %}
-</div>
+<p class="said soft">{{ card.chat }}</p>
 <div class="two">{{ said("A", card.pair[0]) }}{{ said("B", card.pair[1]) }}</div>
 <details><summary>Which one is real?</summary>
 <p><strong>{{ card.real }}</strong> was really said.</p>
@@ -909,10 +824,7 @@ on paper which one you take for real, then open the answer.
 <section class="panel">
 <h2>The figures</h2>
 <table>
-<tr><th></th>
-{% for who in cells.loss %}
-<th class="{{ who }}">{{ who }}{% if who == "reference" %}, really said{% endif %}</th>
-{% endfor %}</tr>
+<tr><th></th>{% for who in cells.loss %}<th class="{{ who }}">{{ who }}</th>{% endfor %}</tr>
 {% for name, row in cells.items() %}
 <tr><td>{{ name }}</td>
 {% for who, text in row.items() %}
@@ -920,17 +832,14 @@ on paper which one you take for real, then open the answer.
 {% endfor %}</tr>
 {% endfor %}
 </table>
-<details><summary>What the figures mean</summary>
-<p><b>≠</b> far from the reference, by more than chance; <b>±</b> the standard error</p>
-<p><b>loss</b> nats per token of the real replies, the end of the turn included; <b>gain</b> by how
-much it is below the base's; <b>kept</b> how much of that the fused model has</p>
-<p><b>told apart</b> how often a classifier that looks at letters picks the real one of two replies;
-it sees few rows, so compare it at the same number of replies only</p>
-<p><b>length</b> characters of a reply; <b>looping</b> the same piece four times in a row;
-<b>unfinished</b> cut off at {{ settings.max_tokens }} tokens, of the reference, as long as that</p>
-<p><b>favourite words, missing words</b> how many of the words that people use most here come up at
-all, and which do not</p>
-</details>
+<p class="soft"><b>reference</b> what was really said. <b>loss</b> nats per token of that, the end
+of the turn included. <b>gain</b> by how much it is below the base's. <b>kept</b> how much of that
+the fused model has. <b>±</b> the standard error. <b>length</b> characters of a reply.
+<b>looping</b> the same piece four times in a row. <b>unfinished</b> cut off at
+{{ settings.max_tokens }} tokens. <b>≠</b> far from the reference, by more than chance.
+<b>told apart</b> how often a classifier that looks at letters picks the real one of two replies:
+compare it at the same number of replies only. <b>missing words</b> of the 20 that are used most,
+those that never come up.</p>
 </section>
 
 <p class="soft">Replies at temperature {{ settings.temperature }}, top-p {{ settings.top_p }},
@@ -944,6 +853,8 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         os._exit(130)
+    except BrokenPipeError:  # `| head -1` has read enough; what there is to write is written
+        os._exit(0)
     except OSError as e:
         place = visible(str(e.filename or "the output"))
         fix = f"make room (df -h .) or mend permissions (ls -ld '{place}')"

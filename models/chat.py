@@ -36,29 +36,25 @@ with contextlib.suppress(ImportError):
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
 DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}  # of these variables
+version, model = (os.environ.get(name) or default for name, default in DEFAULTS.items())
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+add = parser.add_argument
+add("--version", default=version, help="which data: data/for_train/VERSION")
+add("--model", default=model, help="which base model: models/base/MODEL")
+add("--as", dest="author", default="", help="who replies, instead of who was learned most")
+add("--me", default="me", help="your name in the chat")
+add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")
+add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}  # if generation_config.json says nothing
+# --------------------------------------------------------------------------------------------------
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    version, model = (os.environ.get(name) or default for name, default in DEFAULTS.items())
-    add = parser.add_argument
-    add("--version", default=version, help="which data: data/for_train/VERSION")
-    add("--model", default=model, help="which base model: models/base/MODEL")
-    add("--as", dest="author", default="", help="who replies, instead of who was learned most")
-    add("--me", default="me", help="your name in the chat")
-    add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")
-    add("--top-p", type=float, help="share of the likeliest words, 1 all")
-    add("--top-k", type=int, help="number of the likeliest words up to 1000, 0 all")
-    add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
-    add("--seed", type=int, help="the same number, the same replies")
     args = parser.parse_args()
-    if not (0 <= (args.temperature or 0) <= 2 and 0 <= (args.top_k or 0) <= 1000):
-        parser.error("--temperature is 0 to 2, --top-k 0 to 1000")
-    if args.max_tokens < 1 or (args.seed or 0) < 0:
-        parser.error("--max-tokens is 1 or more, --seed 0 or more")
+    if not (0 <= (args.temperature or 0) <= 2 and args.max_tokens > 0):
+        parser.error("--temperature is 0 to 2, --max-tokens 1 or more")
     for name in args.version, args.model:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             what = f"VERSION or MODEL is {name!a}, which is not the name of a folder"
@@ -85,11 +81,13 @@ def note(text):
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def missing(folder, variable, make):
+def missing(folder, variable, fix):
     """Fail because a folder is not there; the variable that names it may have been forgotten."""
     there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
     is_default = folder.name == DEFAULTS[variable] and not os.environ.get(variable)
-    fix = f"export {variable}={there[0]}" if is_default and len(there) == 1 else make
+    if is_default and len(there) == 1:
+        export = f"export {variable}={there[0]}"
+        fix = f"{fix}; for the sample: {export}" if there == ["sample"] else export
     fail(f"there is no {folder} (there: {', '.join(there) or 'none'})", fix)
 
 
@@ -131,12 +129,11 @@ def speakers(args, settings):
     learned = [tidy(name) for name in settings["authors"]] or ["model"]
     can_choose = settings["shape"] == "prompt" and settings["names"]
     usual = learned[0] if can_choose or len(learned) == 1 else "model"
-    author = tidy(args.author)[:60] or usual
+    author, me = tidy(args.author) or usual, tidy(args.me) or "me"
     if not can_choose and author != usual:
         fail(f"this model was not taught to reply as {author}", "leave --as out")
     if can_choose and author not in learned:
         note(f"warning: nothing of {author} was learned, but of {', '.join(learned[:5])}")
-    me = tidy(args.me)[:60] or "me"
     return author, me if me != author else f"{me}_"
 
 
@@ -210,71 +207,60 @@ def load(parts):
         fail(e, "source venv/bin/activate; pip install -r requirements.txt")
     note("loading " + " with ".join(str(folder) for folder, _ in parts))
     signal.signal(signal.SIGALRM, give_up)
+    folder, fix = parts[0]
     try:
-        folder, fix = parts[0]
         config = json.loads((folder / "config.json").read_text("utf-8"))
         if config.get("num_hidden_layers", 0) > 1000:
             raise ValueError("so many layers would fill the memory")
         model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False})
         signal.alarm(60)  # a chat template is a program, and may have no end
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
-        if len(parts) == 2:
-            folder, fix = parts[1]
+        signal.alarm(0)
+        for folder, fix in parts[1:]:  # noqa: B007 (what fails below is the adapter)
             model = mlx_lm.utils.load_adapters(model, str(folder))
             model.eval()
+        return model, tokenizer
     except Exception as e:  # whatever is wrong with the files
-        reason = " ".join(str(e).split())[:200].rstrip(".")
-        fail(f"{folder} does not load: {reason}", fix)
-    finally:
         signal.alarm(0)
-    return model, tokenizer
+        fail(f"{folder} does not load: {' '.join(str(e).split())[:200]}", fix)
 
 
 def make_sampler(args, folder):
-    """Return what draws a token: as the flags say, or generation_config.json, or SAMPLING."""
-    import mlx.core as mx
+    """Return what draws a token: as generation_config.json says, or SAMPLING, or --temperature."""
     from mlx_lm import sample_utils
 
-    if args.seed is not None:
-        mx.random.seed(args.seed)
     said = {}
     with contextlib.suppress(OSError, ValueError):
         said = json.loads((folder / "generation_config.json").read_text("utf-8"))
-    values = dict(SAMPLING)
-    for source in said, vars(args):
-        values |= {name: source[name] for name in SAMPLING if source.get(name) is not None}
+    said["temperature"] = said.get("temperature") if args.temperature is None else args.temperature
+    values = SAMPLING | {name: said[name] for name in SAMPLING if said.get(name) is not None}
     return sample_utils.make_sampler(values["temperature"], values["top_p"], top_k=values["top_k"])
 
 
 # ---- the talk ------------------------------------------------------------------------------------
 def read_message(prompt):
     """Return the lines that are typed, or pasted at once, as one message."""
+    typed = sys.stdin.isatty()
     lines = [input(prompt)]
     with contextlib.suppress(EOFError):
-        while lines[-1].endswith("\\") or line_is_waiting():
+        while lines[-1].endswith("\\") or (typed and select.select([sys.stdin], [], [], 0.05)[0]):
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(input(" " * len(prompt)))
     return "\n".join(lines)
 
 
-def line_is_waiting():
-    return sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]
-
-
 def show(parts, indent):
     """Print a reply as it comes and return it: all of it, or up to Ctrl-C."""
-    text, shown = "", 0
-    try:
+    text, shown, end = "", 0, "\n"
+    with contextlib.suppress(KeyboardInterrupt):
         for part in parts:
             text += part.text
             ready = text.strip()
             print(visible(ready[shown:]).replace("\n", "\n" + indent), end="", flush=True)
             shown = len(ready)
-        if part.finish_reason == "length":
-            print(" …", end="")
-    except KeyboardInterrupt:
-        pass
-    print(flush=True)
+            if part.finish_reason == "length":
+                end = " …\n"
+    print(end=end, flush=True)
     return text
 
 

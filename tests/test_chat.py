@@ -16,12 +16,15 @@ import sys
 import termios
 import time
 import urllib.request
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
+import mlx_lm.chat
 import pytest
 from conftest import REPOSITORY, cut_off, last_error
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 SCRIPT = "models/chat.py"
 SETTINGS = {
@@ -34,9 +37,10 @@ SETTINGS = {
     "max_seq_length": 1024,
 }
 TURNS = SETTINGS | {"shape": "turns", "names": False, "authors": ["ann"]}
+BASE = "models/base/tiny-gemma-3"
 ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
 FUSED = "models/fused/fused-sample_tiny-gemma-3"
-
+KNOWN = "data/for_train/sample/settings.json"
 
 spec = importlib.util.spec_from_file_location("chat", REPOSITORY / SCRIPT)
 chat = importlib.util.module_from_spec(spec)
@@ -51,20 +55,64 @@ def write_json(path, value):
 @pytest.fixture
 def project(project):
     """A project whose fused model is the tiny base, and which knows ann and bob."""
-    write_json(project / "data/for_train/sample/settings.json", SETTINGS)
-    shutil.copytree(project / "models/base/tiny-gemma-3", project / FUSED)
+    write_json(project / KNOWN, SETTINGS)
+    shutil.copytree(project / BASE, project / FUSED)
     return project
 
 
+@pytest.fixture(autouse=True)
+def no_handler_stays():
+    yield
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+# ---- what is missing or wrong, before a model is loaded ------------------------------------------
+BUILD = "python build_train.py"
+LETTERS = "use letters, digits, '.', '_' and '-' alone"
+DOWNLOAD = "hf download mlx-community/zephyr --local-dir models/base/zephyr"
+
+
+def remove(*folders):
+    return lambda project: [shutil.rmtree(project / folder) for folder in folders]
+
+
+def settings(text):
+    return lambda project: (project / KNOWN).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "env", "arguments", "fix"),
+    [
+        (remove("data/for_train/sample"), {}, "", f"VERSION=sample {BUILD}"),
+        (None, {"VERSION": None}, "", f"VERSION=v1 {BUILD}; for the sample: export VERSION=sample"),
+        (None, {"VERSION": "v1"}, "", f"VERSION=v1 {BUILD}"),
+        (None, {"VERSION": "my chat"}, "", LETTERS),
+        (remove(FUSED), {}, "", "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
+        (remove(FUSED), {"MODEL": "zephyr"}, "", DOWNLOAD),
+        (remove(FUSED, BASE + "-4bit"), {"MODEL": None}, "", "export MODEL=tiny-gemma-3"),
+        (lambda p: (p / KNOWN).unlink(), {}, "", f"VERSION=sample {BUILD}"),
+        (settings("[1]"), {}, "", f"VERSION=sample {BUILD}"),
+        (settings('{"shape": "turns"}'), {}, "", f"VERSION=sample {BUILD}"),
+        (settings(json.dumps(TURNS)), {}, "--as zoe\x1b", "leave --as out"),
+        (settings(json.dumps(SETTINGS | {"names": False})), {}, "--as bob", "leave --as out"),
+    ],
+)
+def test_error_names_the_fix(project, run, change, env, arguments, fix):
+    if change:
+        change(project)
+    result = run(project, SCRIPT, *arguments.split(), env=env, input="hi\n")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(f"error: .+[.] FIX: {re.escape(fix)}", last_error(result))
+
+
+@pytest.mark.parametrize("flag", ["--temperature=3", "--temperature=nan", "--max-tokens=0"])
+def test_wrong_usage(template, run, flag):
+    result = run(template, SCRIPT, flag)
+    assert result.returncode == 2
+    assert flag.partition("=")[0] in last_error(result)
+
+
 # ---- the prompt is that of the training rows -----------------------------------------------------
-ROWS = {
-    "names": ("prompt", ["ann", "bob", "eve"], []),
-    "no names": ("prompt", ["ann", "bob", "eve"], ["--names", "0"]),
-    "one author": ("prompt", ["ann", "bob"], ["--only-author", "ann"]),
-    "messages of several lines": ("prompt", ["ann", "bob"], ["--burst", "3"]),
-    "turns of two": ("turns", ["ann", "bob"], ["--only-author", "ann"]),
-    "turns of several": ("turns", ["ann", "bob", "eve"], ["--only-author", "ann"]),
-}
 ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻", "[INST]"]
 
 
@@ -81,7 +129,18 @@ def invented_log(people, several_lines):
     return log
 
 
-@pytest.mark.parametrize(("shape", "people", "arguments"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(
+    ("shape", "people", "arguments"),
+    [
+        ("prompt", ["ann", "bob", "eve"], []),
+        ("prompt", ["ann", "bob", "eve"], ["--names", "0"]),
+        ("prompt", ["ann", "bob"], ["--only-author", "ann"]),
+        ("prompt", ["ann", "bob"], ["--burst", "3"]),
+        ("turns", ["ann", "bob"], ["--only-author", "ann"]),
+        ("turns", ["ann", "bob", "eve"], ["--only-author", "ann"]),
+    ],
+    ids=["names", "no names", "one author", "several lines", "turns of two", "turns of several"],
+)
 def test_prompt_is_that_of_the_training_rows(project, run, shape, people, arguments):
     several = people if "--burst" in arguments else ["ann"] if shape == "turns" else []
     log = invented_log(people, several)
@@ -95,10 +154,10 @@ def test_prompt_is_that_of_the_training_rows(project, run, shape, people, argume
     made = run(project, "build_train.py", *arguments, env={"MODEL": "not-there"})
     assert made.returncode == 0, made.stderr
 
-    settings = json.loads((project / "data/for_train/sample/settings.json").read_text())
+    settings = json.loads((project / KNOWN).read_text())
     log = [(author, chat.tidy_lines(text)) for author, text in log]
     places = {text: place for place, (_, text) in enumerate(log)}
-    rows = (project / "data/for_train/sample/train.jsonl").read_text("utf-8").splitlines()
+    rows = (project / KNOWN).with_name("train.jsonl").read_text("utf-8").splitlines()
     assert len(rows) > 20
     for row in map(json.loads, rows):
         messages = row.get("messages") or [
@@ -134,9 +193,7 @@ def test_a_long_talk_loses_its_oldest_messages():
     [
         (SETTINGS, "", "me", ("ann", "me")),
         (SETTINGS, "bob", "me", ("bob", "me")),
-        (SETTINGS, "zoe", "me", ("zoe", "me")),
         (SETTINGS, "", "ann", ("ann", "ann_")),
-        (SETTINGS | {"authors": ["me"]}, "", "me", ("me", "me_")),
         (SETTINGS | {"authors": []}, "", "me", ("model", "me")),
         (SETTINGS, "<eos>", "\x1b", ("< eos>", "me")),
         (TURNS, "", "me", ("ann", "me")),
@@ -152,113 +209,138 @@ def test_text_that_could_command_the_terminal_is_only_shown():
     )
 
 
-# ---- what is missing or wrong, before a model is loaded ------------------------------------------
-def remove(*folders):
-    return lambda project: [shutil.rmtree(project / folder) for folder in folders]
+# ---- models --------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_base_and_adapter_if_there_is_no_fused_model(project, monkeypatch, capsys):
+    config = {"num_layers": 6, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
+    model, _ = mlx_lm.load(str(project / BASE))
+    model.freeze()
+    linear_to_lora_layers(model, *config.values())
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    write_json(project / ADAPTER / "adapter_config.json", config)
+    mx.save_safetensors(str(project / ADAPTER / "adapters.safetensors"), weights)
+    shutil.rmtree(project / FUSED)
+    monkeypatch.chdir(project)
+    model, _ = chat.load(chat.find_model("sample", "tiny-gemma-3"))
+    assert capsys.readouterr().err == f"loading {BASE} with {ADAPTER}\n"
+    assert {*weights} < {*dict(tree_flatten(model.parameters()))}
 
 
-def settings_file(content):
-    path = "data/for_train/sample/settings.json"
-    return lambda project: (project / path).write_text(content)
-
-
-BASE = "models/base/tiny-gemma-3"
-DOWNLOAD = "hf download mlx-community/zephyr --local-dir models/base/zephyr"
-BUILD = "VERSION=sample python build_train.py"
-ERRORS = [
-    (remove("data/for_train/sample"), {}, [], BUILD),
-    (None, {"VERSION": None}, [], "export VERSION=sample"),
-    (None, {"VERSION": "v1"}, [], "VERSION=v1 python build_train.py"),
-    (None, {"VERSION": "my chat"}, [], "use letters"),
-    (None, {"MODEL": "../x"}, [], "use letters"),
-    (remove(FUSED), {}, [], "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
-    (remove(FUSED), {"MODEL": "zephyr"}, [], DOWNLOAD),
-    (remove(FUSED, BASE + "-4bit"), {"MODEL": None}, [], "export MODEL=tiny-gemma-3"),
-    (lambda p: (p / "data/for_train/sample/settings.json").unlink(), {}, [], BUILD),
-    (settings_file(""), {}, [], BUILD),
-    (settings_file("[1]"), {}, [], BUILD),
-    (settings_file('{"shape": "turns"}'), {}, [], BUILD),
-    (settings_file(json.dumps(TURNS)), {}, ["--as", "zoe\x1b"], "leave --as out"),
-    (settings_file(json.dumps(SETTINGS | {"names": False})), {}, ["--as", "bob"], "leave --as out"),
-]
-
-
-@pytest.mark.parametrize(("change", "env", "arguments", "fix"), ERRORS)
-def test_error_names_the_fix(project, run, change, env, arguments, fix):
-    if change:
-        change(project)
-    result = run(project, SCRIPT, *arguments, env=env, input="hi\n")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(f"error: .+[.] FIX: {re.escape(fix)}.*", last_error(result))
+def test_a_fused_model_that_is_older_than_the_adapter(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    weights = Path(ADAPTER, "adapters.safetensors")
+    weights.parent.mkdir()
+    weights.touch()
+    for seconds, warns in [(-9, False), (9, True)]:
+        time_of_change = int(Path(FUSED).stat().st_mtime) + seconds
+        os.utime(weights, (time_of_change, time_of_change))
+        assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
+        assert ("is older than the adapter" in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize(
-    "flag", ["--temperature=3", "--temperature=nan", "--max-tokens=0", "--seed=-1", "--top-k=x"]
+    ("says", "temperature", "always_the_likeliest"),
+    [
+        ({}, None, False),
+        ({"temperature": 0}, None, True),
+        ({"top_k": 1}, None, True),
+        ({"top_p": 1e-9}, None, True),
+        ({}, 0.0, True),
+        ({"temperature": 0}, 1.0, False),
+        ({"temperature": None, "top_k": None}, None, False),
+    ],
 )
-def test_wrong_usage(template, run, flag):
-    result = run(template, SCRIPT, flag)
-    assert result.returncode == 2
-    assert flag.partition("=")[0] in last_error(result)
+def test_sampling_is_as_the_flag_or_the_base_says(
+    tmp_path, says, temperature, always_the_likeliest
+):
+    write_json(tmp_path / "generation_config.json", says)
+    draw = chat.make_sampler(SimpleNamespace(temperature=temperature), tmp_path)
+    loglikelihoods = mx.log(mx.array([[0.03] + [0.97 / 49] * 49]))
+    mx.random.seed(1)
+    drawn = {draw(loglikelihoods).item() for _ in range(60)}
+    assert (drawn == {0}) == always_the_likeliest
+
+
+def edit(file, **changes):
+    def change(base):
+        write_json(base / file, json.loads((base / file).read_text()) | changes)
+
+    return change
+
+
+def own_code(base):
+    """Code in the model's folder, under each name by which it can be asked for."""
+    (base / "own.py").write_text(f"open({str(base / 'ran')!r}, 'w')")
+    auto_map = {name: "own.Own" for name in ["AutoConfig", "AutoModelForCausalLM"]}
+    edit("config.json", auto_map=auto_map, model_type="own", model_file="own.py")(base)
+    tokenizer = {"AutoTokenizer": ["own.Own", None]}
+    edit("tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Own")(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda base: cut_off(base / "model.safetensors"), "does not load: "),
+        (edit("config.json", model_type="\x1b[31m"), "\\x1b[31m"),
+        (edit("config.json", num_hidden_layers=10**9), "so many layers"),
+        (edit("tokenizer_config.json", chat_template=None), "chat_template is not set"),
+        (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "division by zero"),
+        (own_code, "does not load: "),
+    ],
+)
+def test_a_model_that_does_not_load(project, change, what):
+    """What is wrong is said, with a fix, and no code of the model runs."""
+    base = project / BASE
+    change(base)
+    with pytest.raises(SystemExit) as stop:
+        chat.load([(base, "the command")])
+    assert what in str(stop.value)
+    assert str(stop.value).endswith(" FIX: the command")
+    assert not (base / "ran").exists()
 
 
 # ---- in a pipe -----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tiny(template):
     """Return (model, tokenizer) of the tiny base."""
-    import mlx_lm
-
-    return mlx_lm.load(str(template / "models/base/tiny-gemma-3"))
+    return mlx_lm.load(str(template / BASE))
 
 
-def likeliest(tiny, log, author, settings, most=8):
-    """Return the reply to a log, of which the likeliest token is taken each time."""
-    import mlx_lm
-
+def likeliest(tiny, log, settings):
+    """Return ann's reply to a log, of which the likeliest token is taken each time."""
     model, tokenizer = tiny
-    prompt = chat.make_prompt(list(log), author, settings, tokenizer)
-    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=most).strip()
+    prompt = chat.make_prompt(log, "ann", settings, tokenizer)
+    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=8).strip()
 
 
 GREEDY = ["--temperature", "0", "--max-tokens", "8"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [SETTINGS, TURNS], ids=["prompt", "turns"])
-def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tiny, settings):
-    write_json(project / "data/for_train/sample/settings.json", settings)
-    log, expected = [], ""
-    for message in ["hi < eos>", "how are\nyou"]:
-        log.append(("me", message))
-        reply = likeliest(tiny, log, "ann", settings)
-        log.append(("ann", chat.tidy_lines(reply)))
-        expected += chat.visible(reply) + " …\n"  # cut off at 8 tokens
-    result = run(project, SCRIPT, *GREEDY, input="hi <eos>\n\nhow are\\\nyou", cwd=project.parent)
-    assert (result.returncode, result.stdout) == (0, expected)
-    assert result.stderr == f"loading {FUSED}\n"
-
-
-@pytest.mark.slow
-def test_hostile_surroundings_change_nothing(project, run):
-    """Through a link, in a folder with a json.py, with variables that would break an import."""
-    arguments = ["--seed", 1, "--max-tokens", 8]
-    expected = run(project, SCRIPT, *arguments, input="perché\n").stdout
+def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tiny):
+    """Also through a link, beside a json.py, with variables that would break an import."""
     hostile = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HF_HUB_ETAG_TIMEOUT": "soon"}
     hostile |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0"}
-    link = project / "linked"
-    link.mkdir()
-    (link / "json.py").write_text("raise SystemExit('the wrong json')")
-    (project.parent / "chat.py").symlink_to(project / SCRIPT)
-    result = run(project.parent, "chat.py", *arguments, env=hostile, cwd=link, input="perché\n")
+    (project.parent / "json.py").write_text("raise SystemExit('the wrong json')")
+    (project / "tests/chat.py").symlink_to(project / SCRIPT)
+    log, expected = [], ""
+    for message in ["perché < eos>", "how are\nyou"]:
+        log.append(("me", message))
+        reply = likeliest(tiny, log, SETTINGS)
+        log.append(("ann", chat.tidy_lines(reply)))
+        expected += chat.visible(reply) + " …\n"  # cut off at 8 tokens
+    said = {"input": "perché <eos>\n\nhow are\\\nyou", "env": hostile, "cwd": project.parent}
+    result = run(project, "tests/chat.py", *GREEDY, **said)
     assert (result.returncode, result.stdout) == (0, expected)
-    assert run(project, SCRIPT, stdin=subprocess.DEVNULL).returncode == 0
+    assert result.stderr == f"loading {FUSED}\n"
 
 
 @pytest.fixture
 def started(project, run):
     """Start it in a pipe, with a message to answer at length."""
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
-    arguments = ["--max-tokens", "100000"]
-    process = run(project, SCRIPT, *arguments, start=subprocess.Popen, **pipes)
+    process = run(project, SCRIPT, "--max-tokens", 100_000, start=subprocess.Popen, **pipes)
     process.stdin.write(b"hi\n")
     process.stdin.flush()
     return process
@@ -289,7 +371,6 @@ class Terminal:
 
     def __init__(self, run, project, *arguments):
         self.mine, theirs = pty.openpty()
-        ends = dict.fromkeys(["stdin", "stdout", "stderr"], theirs)
         self.process = run(
             project,
             SCRIPT,
@@ -298,11 +379,11 @@ class Terminal:
             start=subprocess.Popen,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            **ends,
+            **dict.fromkeys(["stdin", "stdout", "stderr"], theirs),
         )
         os.close(theirs)
 
-    def read_to(self, expected, seconds=20):
+    def read_to(self, expected, seconds=60):
         """Return what was shown, up to and with what is expected; all of it if that is None."""
         seen, end = b"", time.monotonic() + seconds
         wanted = expected and expected.replace("\n", "\r\n").encode()
@@ -335,7 +416,7 @@ def test_a_talk_at_a_terminal(project, run, tiny):
     terminal.read_to(f"loading {FUSED}\neve: ")
 
     log = [("eve", "one\ntwo")]
-    reply = likeliest(tiny, log, "ann", SETTINGS)
+    reply = likeliest(tiny, log, SETTINGS)
     shown = chat.visible(reply).replace("\n", "\n     ") + " …\neve: "
     terminal.type("\x1b[200~one\ntwo\x1b[201~" + ENTER)  # as a terminal pastes
     assert terminal.read_to("eve: ") == f"one\ntwo\nann: {shown}"
@@ -346,7 +427,7 @@ def test_a_talk_at_a_terminal(project, run, tiny):
     assert "(Ctrl-D ends the talk)" in terminal.read_to("eve: ")
 
     log += [("ann", chat.tidy_lines(reply)), ("eve", "three\nfour")]
-    reply = likeliest(tiny, log, "ann", SETTINGS)
+    reply = likeliest(tiny, log, SETTINGS)
     shown = chat.visible(reply).replace("\n", "\n     ") + " …\neve: "
     terminal.type("three" + ENTER + "four" + ENTER)  # faster than anybody types
     assert terminal.read_to("eve: ").endswith(f"ann: {shown}")
@@ -361,115 +442,13 @@ def test_a_talk_at_a_terminal(project, run, tiny):
 def test_ctrl_c_stops_a_reply_and_not_the_talk(project, run):
     terminal = Terminal(run, project, "--max-tokens", "100000")
     terminal.read_to("me: ")
-    for _ in range(3):
+    for _ in range(2):
         terminal.type("hi" + ENTER)
         terminal.read_to("ann: ")
         terminal.read_to(" ")
         terminal.type(CTRL_C)
         assert "Ctrl-D" not in terminal.read_to("\nme: ")
     assert terminal.end() == 0
-
-
-# ---- models --------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_base_and_adapter_if_there_is_no_fused_model(project, run, tiny):
-    import mlx.core as mx
-    import mlx_lm
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    config = {"num_layers": 6, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
-    model, _ = mlx_lm.load(str(project / "models/base/tiny-gemma-3"))
-    model.freeze()
-    linear_to_lora_layers(model, *config.values())
-    weights = dict(tree_flatten(model.trainable_parameters()))
-    write_json(project / ADAPTER / "adapter_config.json", config)
-    weights = {name: mx.random.normal(weight.shape) for name, weight in weights.items()}
-    mx.save_safetensors(str(project / ADAPTER / "adapters.safetensors"), weights)
-    shutil.rmtree(project / FUSED)
-
-    result = run(project, SCRIPT, *GREEDY, input="hi\n")
-    assert result.returncode == 0
-    assert result.stderr == f"loading models/base/tiny-gemma-3 with {ADAPTER}\n"
-    assert likeliest(tiny, [("me", "hi")], "ann", SETTINGS) not in result.stdout
-
-
-def test_a_fused_model_that_is_older_than_the_adapter(project, monkeypatch, capsys):
-    monkeypatch.chdir(project)
-    weights = Path(ADAPTER, "adapters.safetensors")
-    weights.parent.mkdir()
-    weights.touch()
-    for seconds, warns in [(-9, False), (9, True)]:
-        time_of_change = int(Path(FUSED).stat().st_mtime) + seconds
-        os.utime(weights, (time_of_change, time_of_change))
-        assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
-        assert ("is older than the adapter" in capsys.readouterr().err) == warns
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("says", "flags", "always_the_likeliest"),
-    [
-        ({}, {}, False),
-        ({"temperature": 0}, {}, True),
-        ({"top_k": 1}, {}, True),
-        ({"top_p": 1e-9}, {}, True),
-        ({}, {"temperature": 0.0}, True),
-        ({"temperature": 0}, {"temperature": 1.0}, False),
-        ({"temperature": None, "top_k": None}, {}, False),
-    ],
-)
-def test_sampling_is_as_the_flags_or_the_base_say(tmp_path, says, flags, always_the_likeliest):
-    import mlx.core as mx
-
-    write_json(tmp_path / "generation_config.json", says)
-    args = SimpleNamespace(**dict.fromkeys(["temperature", "top_p", "top_k"]) | flags, seed=1)
-    draw = chat.make_sampler(args, tmp_path)
-    loglikelihoods = mx.log(mx.array([[0.03] + [0.97 / 49] * 49]))
-    drawn = [draw(loglikelihoods).item() for _ in range(60)]
-    assert (set(drawn) == {0}) == always_the_likeliest
-    draw = chat.make_sampler(args, tmp_path)
-    assert [draw(loglikelihoods).item() for _ in range(60)] == drawn  # it is the same seed
-
-
-def edit(file, **changes):
-    def change(base):
-        path = base / file
-        write_json(path, json.loads(path.read_text()) | changes)
-
-    return change
-
-
-def own_code(base):
-    """Code in the model's folder, under each name by which it can be asked for."""
-    (base / "own.py").write_text(f"open({str(base / 'ran')!r}, 'w')")
-    auto_map = {name: "own.Own" for name in ["AutoConfig", "AutoModelForCausalLM"]}
-    edit("config.json", auto_map=auto_map, model_type="own", model_file="own.py")(base)
-    tokenizer = {"AutoTokenizer": ["own.Own", None]}
-    edit("tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Own")(base)
-
-
-BROKEN = [
-    (lambda base: (base / "model.safetensors").unlink(), "No safetensors found"),
-    (lambda base: cut_off(base / "model.safetensors"), "does not load: "),
-    (edit("config.json", model_type="\x1b[31m"), "\\x1b[31m"),
-    (edit("tokenizer_config.json", chat_template=None), "chat_template is not set"),
-    (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "division by zero"),
-    (own_code, "does not load: "),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("change", "what"), BROKEN)
-def test_a_model_that_does_not_load(project, change, what):
-    """What is wrong is said, with a fix, and no code of the model runs."""
-    base = project / BASE
-    change(base)
-    with pytest.raises(SystemExit) as stop:
-        chat.load([(base, "the command")])
-    assert what in str(stop.value)
-    assert str(stop.value).endswith(" FIX: the command")
-    assert not (base / "ran").exists()
 
 
 # ---- other programs ------------------------------------------------------------------------------
@@ -481,32 +460,26 @@ ROW = [
 
 
 @pytest.mark.slow
-def test_mlx_lm_server_gives_the_model_the_prompt_of_the_training_rows(project, run, tiny):
+def test_mlx_lm_server_gives_the_model_the_prompt_of_the_training_rows(project, tiny):
     """The first likelihoods that it reports are those after the tokens of the row."""
-    import mlx.core as mx
-
     model, tokenizer = tiny
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("mlx_lm.server"), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--model", str(project / "models/base/tiny-gemma-3")]
+    command += ["--port", str(port), "--model", str(project / BASE)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 30
+    body = {"messages": ROW, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as server:
         while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert time.monotonic() < end
+            assert server.poll() is None
             time.sleep(0.1)
-        body = {"messages": ROW, "max_tokens": 1, "temperature": 0, "logprobs": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json.dumps(body | {"top_logprobs": 5}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        reply = json.load(urllib.request.urlopen(request, timeout=30))
-    finally:
+        reply = json.load(urllib.request.urlopen(request, timeout=60))
         server.kill()
-        server.wait()
     tokens = tokenizer.apply_chat_template(ROW, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*ROW, {"role": "assistant", "content": "yes"}])
     assert whole[: len(tokens)] == tokens
@@ -523,8 +496,6 @@ def test_mlx_lm_chat_gives_that_prompt_for_the_first_line_alone(project, tiny, m
 
     If this test fails with a newer mlx-lm, README.md may recommend mlx_lm.chat.
     """
-    import mlx_lm.chat
-
     given, generate = [], mlx_lm.chat.stream_generate
 
     def record(model, tokenizer, prompt, **options):
@@ -532,14 +503,13 @@ def test_mlx_lm_chat_gives_that_prompt_for_the_first_line_alone(project, tiny, m
         return generate(model, tokenizer, prompt, **options)
 
     lines = iter(["hi\nare you there?", "ready?", "q"])
-    base = str(project / "models/base/tiny-gemma-3")
-    monkeypatch.setattr("sys.argv", ["mlx_lm.chat", "--model", base, "--max-tokens", "3"])
+    command = ["mlx_lm.chat", "--model", str(project / BASE), "--max-tokens", "3"]
+    monkeypatch.setattr("sys.argv", command)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(mlx_lm.chat, "stream_generate", record)
     mlx_lm.chat.main()
-    tokenizer = tiny[1]
-    bos = tokenizer.bos_token_id
-    row = tokenizer.apply_chat_template(ROW, add_generation_prompt=True)
-    assert given[0] == tokenizer.apply_chat_template(ROW[:1], add_generation_prompt=True)
-    assert row[: len(given[0])] == given[0]
+    first = tiny[1].apply_chat_template(ROW[:1], add_generation_prompt=True)
+    row = tiny[1].apply_chat_template(ROW, add_generation_prompt=True)
+    bos = tiny[1].bos_token_id
+    assert given[0] == first == row[: len(first)]
     assert (row.count(bos), (given[0] + given[1]).count(bos)) == (1, 2)

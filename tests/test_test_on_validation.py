@@ -24,7 +24,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import REPOSITORY, contents
+from conftest import REPOSITORY, contents, cut_off
 from mlx.utils import tree_unflatten
 from mlx_lm import load, lora
 from mlx_lm.utils import save
@@ -60,7 +60,7 @@ def trained(template, tmp_path_factory):
     rows = [json.dumps(pair(*chat)) + "\n" for chat in chats if chat[1]]
     (data / "valid.jsonl").write_text("".join(rows[:10]))
     (data / "train.jsonl").write_text("".join(rows[10:90]))
-    (data / "settings.json").write_text(json.dumps({"max_seq_length": 1024}))
+    (data / "settings.json").write_text(json.dumps({"max_seq_length": 1024, "authors": ["ann"]}))
     base, adapter = str(root / BASE), str(root / ADAPTER)
     how = {"model": base, "data": str(data), "adapter_path": adapter, "train": True, "iters": 12}
     how |= {"batch_size": 2, "num_layers": -1, "learning_rate": 1e-2}
@@ -84,6 +84,7 @@ def stage_4(monkeypatch, capsys):
     """Run the script of a project in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("VERSION", "sample")
     monkeypatch.setenv("MODEL", "tiny-gemma-3")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # if it asked
     monkeypatch.chdir(".")  # back again afterwards: the script goes to its own folder
 
     def call(project, *args, patch=lambda module: None):
@@ -98,7 +99,8 @@ def stage_4(monkeypatch, capsys):
             code = 130
         return code, *capsys.readouterr()
 
-    return call
+    yield call
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def write_rows(project, *rows):
@@ -125,6 +127,163 @@ def page(project):
     return (project / RESULTS / "report.html").read_text(encoding="utf-8")
 
 
+# ---- what is missing or wrong --------------------------------------------------------------------
+RUN = "VERSION=sample MODEL=tiny-gemma-3"
+DOWNLOAD = "hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3"
+TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: "
+BUILD = "VERSION=sample python build_train.py"
+INSTRUCT = "MODEL=gemma-3-text-27b-it-4bit ./fine_tune.sh, or another instruct model"
+CLOSE = "MODEL=tiny-gemma-3 python test_on_validation.py"
+TEMPLATE = f"the chat template of {BASE} fails on {VALID} line 1: "
+THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+
+
+def lack(path):
+    return lambda project: shutil.rmtree(project / path)
+
+
+def cut(path):
+    return lambda project: cut_off(project / path)
+
+
+def valid(*rows):
+    return lambda project: write_rows(project, *rows)
+
+
+def template(text):
+    return lambda project: edit(project / BASE / "tokenizer_config.json", chat_template=text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "args", "error", "fix"),
+    [
+        (None, "--version two", "there is no file data/for_train/two/valid.jsonl (there: sample)",
+         "VERSION=two python build_train.py"),
+        (None, "--version ..", "VERSION is '..'", "VERSION=v1 python test_on_validation.py"),
+        (None, "--model models/base/tiny-gemma-3/", "MODEL is 'models/base/tiny-gemma-3/'", CLOSE),
+        (None, "--model .tiny-gemma-3", "MODEL is '.tiny-gemma-3'", CLOSE),
+        (lack(BASE), "", f"there is no folder {BASE} (there: tiny-gemma-3-4bit)", DOWNLOAD),
+        (cut(f"{BASE}/model.safetensors"), "", f"{BASE} does not load: ", DOWNLOAD),
+        (lambda p: edit(p / BASE / "config.json", num_hidden_layers=10**9), "",
+         f"{BASE} does not load: 1000000000 layers", DOWNLOAD),
+        (lack(ADAPTER), "", f"there is no folder {ADAPTER}", TRAIN),
+        (cut(f"{ADAPTER}/adapters.safetensors"), "", f"{ADAPTER} does not load: ", TRAIN),
+        (lack(FUSED), "--models base,fused", f"there is no folder {FUSED}", f"{RUN} ./fuse.sh"),
+        (valid(), "", f"{VALID} is empty", BUILD),
+        *((valid(row), "", f"{VALID} line 1 is not", BUILD) for row in (
+            {"prompt": "a"}, pair("a", 7), pair("a", "\ud800"), [],
+            {"messages": turns("a", "b")["messages"][1:]})),
+        (template(None), "", TEMPLATE, INSTRUCT),
+        (template("{{ raise_exception('no\x1b[2J') }}"), "", TEMPLATE + "no\\x1b[2J", INSTRUCT),
+        (template(THINKS), "", TEMPLATE + "it begins a reply otherwise", INSTRUCT),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
+    project, stage_4, damage, args, error, fix
+):
+    if damage:
+        damage(project)
+    code, out, err = stage_4(project, *args.split())
+    assert err.startswith(f"error: {error}") and f". FIX: {fix}" in err and err.count("\n") == 1
+    assert (code, out) == (1, "") and not (project / RESULTS).exists()
+
+
+@pytest.mark.slow
+def test_no_code_of_a_base_runs_and_nobody_is_asked(project, stage_4):
+    (project / BASE / "own.py").write_text("open('ran', 'w')\nclass Own: pass\n")
+    names = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    edit(project / BASE / "tokenizer_config.json", **names)
+    stage_4(project, "--models", "base", "--replies", "0")
+    assert not (project / "ran").exists()
+    assert sys.stdin.read() == "y\n" * 9
+
+
+def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
+    project, stage_4, monkeypatch
+):
+    monkeypatch.delenv("VERSION")
+    monkeypatch.delenv("MODEL")
+    fix = "FIX: VERSION=v1 python build_train.py; for the sample: export VERSION=sample\n"
+    assert stage_4(project)[2].endswith(fix)
+    data = project / "data/for_train"
+    (data / "sample").rename(data / "family")
+    assert stage_4(project)[2].endswith("FIX: export VERSION=family\n")
+    shutil.rmtree(project / f"{BASE}-4bit")
+    err = stage_4(project, "--version", "family")[2]
+    assert err.endswith("FIX: export MODEL=tiny-gemma-3\n")
+
+
+@pytest.mark.parametrize(
+    "args", ["--nonsense", "--models base,all", "--temperature nan", "--max-tokens 0"]
+)
+def test_wrong_usage(trained, stage_4, args):
+    code, _, err = stage_4(trained, *args.split())
+    assert code == 2 and re.fullmatch(r"error: .*\. FIX: python test_on_validation\.py --.*\n", err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("models", "lacks", "tested"),
+    [
+        ("base,adapter,fused", FUSED, ["base", "adapter"]),
+        ("base,fused", ADAPTER, ["base", "fused"]),
+    ],
+)
+def test_only_the_models_that_are_asked_for_are_needed(project, stage_4, models, lacks, tested):
+    shutil.rmtree(project / lacks)
+    assert stage_4(project, "--models", models, "--replies", "0")[0] == 0
+    assert list(metrics(project)["loss"]) == tested and "than the base" in page(project)
+
+
+def test_what_is_older_than_what_it_is_compared_with_is_told(script, tmp_path, capsys):
+    weights, fused, valid = (tmp_path / name for name in ("adapters.safetensors", "f", "valid"))
+    valid.write_text("{}\n")
+    checksum = subprocess.check_output(["cksum"], input=valid.read_bytes()).decode()
+    (tmp_path / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
+    args = argparse.Namespace(version="v1", model="m")
+    for path, time_of_change in (weights, 1), (fused, 2):
+        path.touch()
+        os.utime(path, (time_of_change, time_of_change))
+
+    def warnings(*models):
+        models = dict.fromkeys(models)
+        return " ".join(script.find_warnings(args, models, tmp_path, fused, valid))
+
+    assert warnings("base", "adapter", "fused") == ""
+    os.utime(weights, (3, 3))
+    assert "is older than the adapter" in warnings("adapter", "fused")
+    assert warnings("base", "adapter") == ""
+    valid.write_text("{}\n{}\n")
+    assert "is not the one of the training" in warnings("base", "adapter")
+    assert "is not the one of the training" in capsys.readouterr().err
+    assert warnings("base") == ""  # it has learned nothing
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "used"),
+    [
+        (None, [], (0.8, 0.95, 0)),
+        ({"top_k": 64, "top_p": 0.9, "temperature": 1}, [], (1.0, 0.9, 64)),
+        ({"top_k": 64, "temperature": 1.0}, ["--temperature", "0.5"], (0.5, 0.95, 64)),
+        ([{"top_k": 3}], ["--top-k", "0"], (0.8, 0.95, 0)),
+    ],
+)
+def test_sampling_is_as_the_base_says_unless_it_is_set(
+    script, tmp_path, monkeypatch, said, given, used
+):
+    monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *given])
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    args = script.settings()
+    script.set_sampling(args, tmp_path)
+    assert (args.temperature, args.top_p, args.top_k) == used
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 def true_loss(project, folder, adapter=None):
     """The definition, row by row: the mean of -log p over the tokens that follow the prompt."""
@@ -143,21 +302,20 @@ def true_loss(project, folder, adapter=None):
 
 
 @pytest.mark.slow
-def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_them(project, run):
+def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_them(
+    project, stage_4
+):
     args = ["--replies", "3", "--max-tokens", "4", "--batch-tokens", "700"]
-    done = run(project, "test_on_validation.py", *args)
-    assert done.returncode == 0, done.stderr
+    code, out, err = stage_4(project, *args)
+    assert code == 0, err
     found = metrics(project)
     for name, model in {"base": [BASE], "adapter": [BASE, ADAPTER], "fused": [FUSED]}.items():
         true = true_loss(project, *model)
         assert (found["loss"][name], found["tokens"]) == pytest.approx(true, abs=5e-5)
-    base, adapter, fused = (found["loss"][name] for name in ("base", "adapter", "fused"))
-    assert found["gain"]["adapter"] == pytest.approx(base - adapter)
-    assert found["kept"]["fused"] == pytest.approx((base - fused) / (base - adapter))
-    for sentence in re.split(r"(?<=\.) ", found["verdict"]):
-        assert sentence in done.stdout and sentence in page(project)
+    assert found["verdict"].startswith("Better than the base: loss ")
+    assert found["verdict"] in out.replace("\n", " ") and "Better than the base" in page(project)
     assert "Kept: iteration 8,\n6.60." in page(project)  # the learning curve
-    assert re.search(r"^base +loss \d+/\d+, \d+ s left$", done.stderr, re.MULTILINE)
+    assert "base loss: " in err and found["warnings"] == []
     assert sorted(contents(project / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
 
 
@@ -170,8 +328,6 @@ def test_of_messages_the_last_one_is_scored_and_answered(project, stage_4):
 
     prompts = tested(pair("ciao\ncome va?", "bene"), pair("ciao", "ehi"))
     assert tested(turns("ciao\ncome va?", "bene"), turns("ciao", "ehi")) == prompts
-    settings = {"max_seq_length": 1024, "authors": ["ann"]}
-    (project / VALID).with_name("settings.json").write_text(json.dumps(settings))
     assert tested(turns("ciao", "ehi", "come va?", "bene"))["tokens"] < prompts["tokens"]
     with (project / RESULTS / "generations.csv").open(encoding="utf-8-sig") as file:
         row = next(csv.DictReader(file))
@@ -183,8 +339,7 @@ def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run,
     shutil.rmtree(project / ADAPTER)
     done = run(project, "fine_tune.sh", env={"ITERS": "4", "EVAL_EVERY": "4"})
     assert done.returncode == 0, done.stderr
-    args = ["--models", "base,adapter", "--replies", "0"]
-    assert stage_4(project, *args)[0] == 0
+    assert stage_4(project, "--models", "base,adapter", "--replies", "0")[0] == 0
     with (project / ADAPTER / "losses.csv").open() as file:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
     found = metrics(project)
@@ -197,48 +352,37 @@ def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run,
 def test_same_seed_same_replies_other_seed_others(project, stage_4):
     write_rows(project, *(pair(text, text) for text in ["ciao", "che si dice?", "perché?", "?"]))
 
-    def replies(*args):
-        done = stage_4(project, "--models", "base", "--replies", "4", "--max-tokens", "6", *args)
-        assert done[0] == 0
-        return (project / RESULTS / "generations.csv").read_bytes(), metrics(project)["unfinished"]
+    def replies(args):
+        usual = "--models base --replies 4 --max-tokens 6 "
+        assert stage_4(project, *(usual + args).split())[0] == 0
+        return (project / RESULTS / "generations.csv").read_bytes()
 
-    alone, together = ["--reply-batch", "1"], ["--reply-batch", "3"]
-    first, batched = replies(*alone), replies(*together)
-    assert replies(*alone) == first and replies(*together) == batched
-    assert replies(*alone, "--seed", "1") != first
-    likeliest = ["--temperature", "0"]
-    assert replies(*alone, *likeliest) == replies(*together, *likeliest)
+    first = replies("")
+    assert replies("") == first != replies("--seed 1")
+    alone, together = (f"--temperature 0 --reply-batch {count}" for count in (1, 3))
+    assert replies(alone) == replies(together)
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def figures_of(script, prompts, reference, replies, nats=None, ended=True):
+def figures_of(script, reference, replies, nats=None, ended=True):
     """figures() for rows of two tokens each, and the replies of each model, None where missing."""
-    rows = [
-        script.Row(line, prompt, real, [0], [0, 1, 2])
-        for line, (prompt, real) in enumerate(zip(prompts, reference, strict=True), 1)
-    ]
+    rows = [script.Row(line, "", real, [0], [0, 1, 2]) for line, real in enumerate(reference, 1)]
     done = {
         who: {line: (text, ended) for line, text in enumerate(texts, 1) if text is not None}
         for who, texts in replies.items()
     }
-    nats = nats or {who: np.full(len(rows), 2.0) for who in replies}
+    nats = nats or {who: [2] * len(rows) for who in replies}
     nats = {who: np.array(sums, dtype=float) for who, sums in nats.items()}
     return script.figures(rows, rows, nats, done, argparse.Namespace(max_tokens=60))[0]
 
 
 def test_figures_of_style(script):
-    replies = {"base": ["ok", "Ok.", "why?\n:)", "ja"]}
-    table = figures_of(script, ["hi"] * 4, ["ok"] * 4, replies)
+    table = figures_of(script, ["ok"] * 4, {"base": ["ok", "Ok.", "why?\n:)", "ja"]})
     found = {name: values["base"] for name, values in table.items() if "base" in values}
-    assert found == {
-        "loss": 1.0,
-        "loss error": 0.0,
-        "length": 3.5,
-        "length error": pytest.approx(1.03, abs=0.01),
+    assert found == {"loss": 1.0, "loss error": 0.0, "length": 3.5, "replies": 4} | {
         **dict.fromkeys(["question", "emoji", "capital first", "full stop last"], 0.25),
         "several lines": 0.25,
         "looping": 0.0,
-        "replies": 4,
         "unfinished": 0.0,
     }
 
@@ -259,15 +403,15 @@ def test_a_figure_of_style_finds(script, name, yes, no):
 
 
 def test_replies_that_never_ended_or_never_came(script):
-    some = figures_of(script, [""] * 2, ["ok"] * 2, {"base": ["a", None]}, ended=False)
+    some = figures_of(script, ["ok"] * 2, {"base": ["a", None]}, ended=False)
     assert (some["replies"]["base"], some["unfinished"]["base"]) == (1, 1.0)
-    none = figures_of(script, [""] * 2, ["ok"] * 2, {"base": [None, None]})
+    none = figures_of(script, ["ok"] * 2, {"base": [None, None]})
     assert "base" not in none["replies"] and none["loss"]["base"] == 1.0
 
 
 def test_gain_error_and_what_the_fused_model_keeps(script):
     nats = {"base": [10, 6], "adapter": [4, 4], "fused": [6, 4]}
-    table = figures_of(script, [""] * 2, ["x"] * 2, dict.fromkeys(nats, ["x"] * 2), nats)
+    table = figures_of(script, ["x"] * 2, dict.fromkeys(nats, ["x"] * 2), nats)
     assert table["gain"] == {"adapter": 2.0, "fused": 1.5}
     assert table["gain error"]["adapter"] == pytest.approx(np.sqrt(2**2 + 2**2) / 4)
     assert table["kept"]["fused"] == 0.75
@@ -281,7 +425,6 @@ def test_the_classifier_tells_what_can_be_told_and_no_more(script):
     assert script.told_apart(real, real) == (0.5, pytest.approx(0.05, abs=0.001))
     share, error = script.told_apart(real, same)
     assert abs(share - 0.5) < 3 * error and error == pytest.approx(0.05, abs=0.001)
-    assert script.told_apart(real, same) == (share, error)
     share, error = script.told_apart(real, loud)
     assert share == 1.0 and 0 < error < 0.02
     assert script.told_apart([""] * 20, [""] * 20)[0] == 0.5
@@ -289,30 +432,32 @@ def test_the_classifier_tells_what_can_be_told_and_no_more(script):
 
 def test_favourite_words_that_are_missing(script):
     real = ["boh certo", "boh", "Boh!", "boh ma", "boh", "ma", "ciao"]
-    table = figures_of(script, [""] * 7, real, {"base": ["ma certo"] * 7, "adapter": ["BOH"] * 7})
-    assert table["favourite words"] == {"reference": 1.0, "base": 0.0, "adapter": 1.0}
-    assert table["missing words"] == {"reference": "", "base": "boh", "adapter": ""}
+    assert script.missing_words(real, ["ma certo"]) == ["boh"]
+    assert script.missing_words(real, ["BOH"]) == []
+    table = figures_of(script, ["boh"] * 20, {"base": ["ma"] * 20})
+    assert table["missing words"] == {"base": "boh"}
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error", "replies", "text"),
+    ("text", "name", "value", "error", "replies"),
     [
-        ("loss", 3.0655, 0.05, 100, "3.07"),
-        ("loss", 3.0655, 0.4, 3, "3.1"),
-        ("gain", 0.8833, 0.07, 100, "0.88 ± 0.07"),
-        ("length", 33.3, 4.2, 100, "33 ± 4"),
-        ("told apart", 0.7123, 0.041, 100, "71% ± 4%"),
-        ("emoji", 0.3333, None, 30, "33%"),
-        ("emoji", 2 / 7, None, 7, "2 of 7"),
-        ("replies", 7, None, 7, "7"),
-        ("loss", NAN, NAN, 7, "nan"),
+        ("3.07", "loss", 3.0655, 0.05, 100),
+        ("3.1", "loss", 3.0655, 0.4, 3),
+        ("0.88 ± 0.07", "gain", 0.8833, 0.07, 100),
+        ("33", "length", 33.3, None, 100),
+        ("71% ± 4%", "told apart", 0.7123, 0.041, 100),
+        ("33%", "emoji", 0.3333, None, 30),
+        ("2 of 7", "emoji", 2 / 7, None, 7),
+        ("7", "replies", 7, None, 7),
+        ("nan", "loss", NAN, NAN, 7),
     ],
 )
 def test_a_figure_has_no_more_digits_than_its_error_allows(
-    script, name, value, error, replies, text
+    script, text, name, value, error, replies
 ):
     table = {"replies": {"base": replies}, "gain error": {}, name: {"base": value}}
-    table |= {f"{name} error": {"base": error}} if error is not None else {}
+    if error is not None:
+        table[f"{name} error"] = {"base": error}
     assert script.shown(table, name, "base") == text
 
 
@@ -335,59 +480,58 @@ def table_of(loss, kept=None, **style):
 
 
 TOLD, ALWAYS = ({"told apart": share, "told apart error": 0.04} for share in (0.7, 1.0))
-OTHER = {"full stop last": 0.8, "unfinished": 0.3, "length": 90.0, "favourite words": 0.5}
+OTHER = {"full stop last": 0.8, "unfinished": 0.3, "missing words": "boh, lol"}
 LOSSES = {"base": 9.0, "adapter": 3.0}
-BETTER = "Better than the base: loss 3.00 instead of 9.00."
 LOST = {"base": 9.0, "adapter": 3.0, "fused": 7.85}
+BETTER = "Better than the base: loss 3.00 instead of 9.00."
+NOT_YET = "It does not write like them yet: "
 
 
 @pytest.mark.parametrize(
-    ("table", "kind", "sentences"),
+    ("table", "sentences"),
     [
-        (table_of({"base": 9.0, "fused": 3.0}), "good", [BETTER]),
-        (table_of(LOSSES | {"fused": 3.01}, 0.998), "good",
+        (table_of({"base": 9.0, "fused": 3.0}), [BETTER]),
+        (table_of(LOSSES | {"fused": 3.01}, 0.998),
          [BETTER, "The fused model keeps 100% of that."]),
-        (table_of(LOST, 0.275), "bad",
-         [BETTER, "The fused model keeps 28% of that. Fuse again: FUSED_BITS=16 ./fuse.sh."]),
-        (table_of({"base": 3.0, "adapter": 3.5}), "bad",
+        (table_of({"base": 3.0, "adapter": 3.5}),
          ["Worse than the base: loss 3.50 instead of 3.00. "
           "Train with a lower LEARNING_RATE, or on more data."]),
-        (table_of({"base": 3.0, "adapter": 2.95}), "mixed",
+        (table_of({"base": 3.0, "adapter": 2.95}),
          ["No better than the base: loss 2.95 instead of 3.00, which may be chance. "
           "Train longer, or on more data."]),
-        (table_of(LOSSES, adapter={"looping": 0.4}), "mixed",
-         [BETTER, "It does not write like them yet: looping 40% instead of 0%."]),
+        (table_of(LOSSES, adapter={"looping": 0.4}),
+         [BETTER, f"{NOT_YET}looping 40% instead of 0%."]),
         # What the chat itself repeats is no fault.
-        (table_of(LOSSES, adapter={"looping": 0.4}, reference={"looping": 0.5}), "good", [BETTER]),
-        (table_of(LOSSES, base=ALWAYS, adapter=TOLD), "good",
+        (table_of(LOSSES, adapter={"looping": 0.4}, reference={"looping": 0.5}), [BETTER]),
+        (table_of(LOSSES, base=ALWAYS, adapter=TOLD),
          [BETTER, "A classifier tells its replies from the real ones in 70% ± 4% of the pairs "
           "(the base's in 100% ± 4%); 50% would be perfect."]),
-        (table_of(LOSSES, adapter=OTHER | {"missing words": "boh, lol"}), "mixed",
-         [BETTER, "It does not write like them yet: unfinished 30% instead of 0%; full stop last "
-          "80% instead of 10%; length 90 instead of 30; it never says boh, lol."]),
+        (table_of(LOSSES, adapter=OTHER),
+         [BETTER, f"{NOT_YET}unfinished 30% instead of 0%; full stop last 80% instead of 10%; "
+          "it never says boh, lol."]),
         # Few replies differ much by chance.
-        (table_of(LOSSES, adapter={"replies": 5, "emoji": 0.6}), "good", [BETTER]),
-        (table_of({"base": 9.0, "adapter": NAN}), "bad",
+        (table_of(LOSSES, adapter={"replies": 5, "emoji": 0.6}), [BETTER]),
+        (table_of({"base": 9.0, "adapter": NAN}),
          ["Broken: a loss is not a number. Train again with a lower LEARNING_RATE."]),
-        (table_of({"base": 9.0}), "mixed",
+        (table_of({"base": 9.0}),
          ["Nothing to compare: test the base model and the adapter together."]),
     ],
 )  # fmt: skip
-def test_the_verdict(script, table, kind, sentences):
-    table["length error"] = dict.fromkeys(table["length"], 3.0)
-    assert script.verdict(table, 400, "8") == (kind, sentences)
+def test_the_verdict(script, table, sentences):
+    assert script.verdict(table, 400, "8") == sentences
 
 
 def test_the_verdict_of_few_rows_says_how_little_they_are(script):
-    few = BETTER[:-1] + ", but {} too few to be sure (30 would do)."
-    for count, rows in (7, "7 rows are"), (1, "1 row is"):
-        assert script.verdict(table_of(LOSSES), count, "8") == ("mixed", [few.format(rows)])
+    few = BETTER[:-1] + ", but too few rows to be sure: 7 (30 would do)."
+    assert script.verdict(table_of(LOSSES), 7, "8") == [few]
 
 
-def test_a_fuse_that_kept_too_little_is_advised_more_bits(script):
-    for bits, setting in ("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", ""):
-        sentence = script.verdict(table_of(LOST, 0.5), 400, bits)[1][1]
-        assert sentence.endswith(f"keeps 50% of that. Fuse again: {setting}./fuse.sh.")
+@pytest.mark.parametrize(
+    ("bits", "setting"), [("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", "")]
+)
+def test_a_fuse_that_kept_too_little_is_advised_more_bits(script, bits, setting):
+    kept = f"The fused model keeps 50% of that. Fuse again: {setting}./fuse.sh."
+    assert script.verdict(table_of(LOST, 0.5), 400, bits) == [BETTER, kept]
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -402,38 +546,36 @@ HOSTILE = [
     *("\t=1+1", "\r=1+1", "ciao; =1+1", "ciao\n=1+1"),
     "\x1b[31mred\x1b]0;owned\x07\x1b[2J\x9b1m",
     "\u202eright to left\u2066 and \u200f over",
-    "nul \x00 backspace \x08\x08\x08 delete \x7f",
-    "lone \ud800 surrogate \udfff",
+    "nul \x00 backspace \x08\x08\x08 delete \x7f, lone \ud800 surrogate \udfff",
     "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘!" * 5,
-    "W" * 100_000,
+    "W" * 40_000,
     "",
 ]
 
 
-def write_made_up(script, folder, texts, models=("base", "adapter"), **replies):
+def write_made_up(script, folder, texts, **replies):
     """Write the three files for chats and references that no tiny model would give.
 
-    Replies are the references, in the form of `replies`: fused="{}!".
+    Replies are the references in a form for each model: fused="{}!".
     """
     rows = [
         script.Row(line, f"{text}\n{text}\n\nGo on.", text, [0], [0, 1, 2])
         for line, text in enumerate(texts, 1)
     ]
-    args = argparse.Namespace(version="v1", model="m", show=50, seed=0, max_tokens=60)
-    nats = {who: np.full(len(texts), 18.0 - 2 * i) for i, who in enumerate(models)}
-    done = defaultdict(dict)
-    for who in models:
-        for row in rows:
-            text = replies.get(who, "{}").format(script.visible(row.reference))
-            done[who][row.line] = text, True
+    args = argparse.Namespace(version="v1", model="m", seed=0, max_tokens=60)
+    nats = {who: np.full(len(texts), 18.0 - 2 * i) for i, who in enumerate(replies)}
+    done = {
+        who: {row.line: (form.format(script.visible(row.reference)), True) for row in rows}
+        for who, form in replies.items()
+    }
     table, said = script.figures(rows, rows, nats, done, args)
-    kind, sentences = script.verdict(table, len(rows), "8")
-    facts = {"kind": kind, "sentences": sentences, "warnings": ["a warning"], "rows": len(rows)}
+    sentences = script.verdict(table, len(rows), "8")
+    facts = {"sentences": sentences, "warnings": ["a warning"], "rows": len(rows)}
     facts |= {"settings": vars(args), "versions": {"mlx": "0", "mlx_lm": "0"}}
     text = script.report(facts, table, rows, said, folder / "adapter", args)
     (folder / "data").mkdir()
     script.write(folder / "data/results", text, facts, rows, said)
-    return text, "\n".join([*sentences, script.as_text(script.cells(table))])
+    return text, "\n".join(sentences)
 
 
 def is_readable(text):
@@ -442,95 +584,65 @@ def is_readable(text):
     return not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in fine}
 
 
-def test_visible_text_keeps_what_is_harmless(script):
-    harmless = "perché\t🙏🏽 👩‍💻\nnuova riga"
-    assert script.visible(harmless) == harmless
+def test_text_is_made_visible_and_no_formula_and_else_stays_as_it_is(script):
+    harmless = "perché 🙏🏽 👩‍💻\n1 + 1 = 2, a-b"
+    assert script.visible(harmless) == script.defuse(harmless) == harmless
     assert script.visible("a\x1b[1m\x00\u202e\ud800") == r"a\x1b[1m\x00\u202e\ud800"
-    assert script.visible("abcdef", 4) == "abcd … (2 more characters)"
-
-
-@pytest.mark.parametrize(
-    ("text", "cell"),
-    [("=1+1", "'=1+1"), ("  @SUM(A1)", "  '@SUM(A1)"), ("-.-", "'-.-"), ("\t=1", " '=1"),
-     ("\r=1", r"\r=1"),
-     ("ciao;=1+1", "ciao;'=1+1"), ("ciao\n+1", "ciao\n'+1"), ("1 + 1 = 2, a-b", "1 + 1 = 2, a-b"),
-     ("perché? 👩‍💻", "perché? 👩‍💻")],
-)  # fmt: skip
-def test_a_cell_is_no_formula(script, text, cell):
-    assert script.defuse(text) == cell
+    assert script.defuse("=1+1;@A\n -1\t") == "'=1+1;'@A\n '-1 "
 
 
 def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(script, tmp_path):
-    _, terminal = write_made_up(script, tmp_path, HOSTILE)
+    _, terminal = write_made_up(script, tmp_path, HOSTILE, base="{}", adapter="{}")
     assert is_readable(terminal)
     text = (tmp_path / "data/results/generations.csv").read_text(encoding="utf-8-sig")
     assert is_readable(text)
-    table = list(csv.reader(io.StringIO(text)))
-    assert table[0] == ["line", "prompt", "reference", "base", "adapter"]
-    assert [row[0] for row in table[1:]] == [str(line + 1) for line in range(len(HOSTILE))]
-    assert max(len(cell) for row in table for cell in row) < 32_767  # what a cell can hold
-    # As comma-separated, and as the spreadsheets of other countries cut the same file.
-    cells = [
-        c for cut in ",;\t" for row in csv.reader(io.StringIO(text), delimiter=cut) for c in row
-    ]
-    assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)]
-    assert json.loads((tmp_path / "data/results/metrics.json").read_bytes())["rows"] == len(HOSTILE)
+    for delimiter in ",;\t":  # as the spreadsheets of other countries cut the same file
+        table = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+        cells = [cell for row in table for cell in row]
+        assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)]
+        assert max(map(len, cells)) < 32_767 or delimiter != ","  # what a cell can hold
 
 
 def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_path):
-    text, _ = write_made_up(script, tmp_path, [f"ciao {n}" for n in range(20)], adapter="{}!")
+    texts = [f"ciao {n}" for n in range(25)]
+    text, _ = write_made_up(script, tmp_path, texts, base="{}", adapter="{}!")
     cards = text.split('<article class="panel">')[1:]
-    assert len(cards) == 20
     answers = []
     for card in cards:
         shown, answer = card.split("<details>", 1)
-        a, b = re.findall(r'<p dir="auto">(ciao \d+!?)</p></div>', shown)
+        replies = re.findall(r'<p class="said">(ciao \d+!?)</p></div>', shown)
         real = re.search(r"<strong>([AB])</strong> was really said", answer)[1]
-        assert {a, b} == {a.rstrip("!"), a.rstrip("!") + "!"}
-        assert (a if real == "A" else b)[-1] != "!" and "really said" not in shown
+        first, second = replies if real == "A" else replies[::-1]
+        assert second == first + "!" and "really said" not in shown
         answers.append(real)
-    assert 4 < answers.count("A") < 16
+    assert len(answers) == 20 and 4 < answers.count("A") < 16
     assert "Of 20, half is guessing;\n15 or more right means that you can tell" in text
 
 
-def test_replies_that_are_no_test_are_left_out_and_equal_ones_stand_once(script, tmp_path):
-    models = ["base", "adapter", "fused"]
-    for folder, fused, blind in ("same", "{}", 0), ("other", "{}?", 2):
-        (tmp_path / folder).mkdir()
-        how = {"base": "{}!", "adapter": fused, "fused": fused}
-        text, _ = write_made_up(script, tmp_path / folder, ["ciao", "boh"], models, **how)
-        assert text.count("Which one is real?") == text.count('<b class="base">') == blind
-        assert '<b class="adapter">' not in text
-
-
-def test_a_model_that_is_alone_is_compared_with_none(script, tmp_path):
-    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], ["base"])
-    assert "Loss of the base model:" in text and "→" not in text
+@pytest.mark.parametrize(("fused", "blind"), [("{}", 0), ("{}?", 2)])
+def test_replies_that_are_no_test_are_left_out_and_equal_ones_stand_once(
+    script, tmp_path, fused, blind
+):
+    forms = {"base": "{}!", "adapter": fused, "fused": fused}
+    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], **forms)
+    assert text.count("Which one is real?") == text.count('<b class="base">') == blind
+    assert '<b class="adapter">' not in text
 
 
 def test_a_context_that_was_cut_says_so(script):
-    def chat(context):
+    said = {"reference": {1: "real"}, "base": {1: "made"}}
+    for context, shown in ("1\n2", "1\n2"), ("x" * 301, "… " + "x" * 300):
         row = script.Row(1, context, "real", [], [])
-        said = {"reference": {1: "real"}, "base": {1: "made"}}
-        card = script.blind_cards([row], said, "base", 0)[0]
-        return card["earlier"], card["chat"]
-
-    assert chat("1\n2\n3\n4\n5\n6\n7\n8") == (2, ["3", "4", "5", "6", "7", "8"])
-    assert chat("x" * 201)[1] == ["x" * 200 + " … (1 more characters)"]
+        assert script.blind_cards([row], said, "base", 0)[0]["chat"] == shown
 
 
-@pytest.mark.parametrize(
-    ("text", "curve"),
-    [
-        ("iteration,val_loss\n0,5\n10,\n20,4\n", [(0, 5.0), (20, 4.0)]),
-        ("", []), ("iteration\n0\n", []), ("iteration,val_loss\n0,5\n", []), ("\0\0", []),
-        ("iteration,val_loss\n0,5\n1e9,2\n", []), (None, []),
-    ],
-)  # fmt: skip
-def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path, text, curve):
+def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path):
     path = tmp_path / "losses.csv"
-    path.mkdir() if text is None else path.write_text(text)
-    assert script.learning_curve(path) == curve
+    for text in "", "iteration\n0\n", "iteration,val_loss\n0,5\n", "\0\0":
+        path.write_text(text)
+        assert script.learning_curve(path) == []
+    path.write_text("iteration,val_loss\n0,5\n10,\n20,4\n")
+    assert script.learning_curve(path) == [(0, 5.0), (20, 4.0)]
 
 
 def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
@@ -543,7 +655,7 @@ def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
 
     found = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", script.PAGE)
     colours = {name: list(map(brightness, both)) for name, *both in found}
-    assert {"paper", "card", "ink", "soft", "base", "adapter", "fused", "mixed"} <= set(colours)
+    assert {"paper", "card", "ink", "soft", "base", "adapter", "fused", "far"} <= set(colours)
     for name in colours.keys() - {"paper", "card", "line"}:
         for ground in "paper", "card":
             for mode in 0, 1:
@@ -551,7 +663,7 @@ def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground, mode)
 
 
-def chromium(tmp_path, page, *flags):
+def chromium(tmp_path, page):
     """Return the page's DOM as text after it was open for two seconds in a real browser."""
     mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
     names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", mac]
@@ -560,28 +672,24 @@ def chromium(tmp_path, page, *flags):
         (pytest.fail if os.environ.get("CI") else pytest.skip)("install chromium to see the page")
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
     quiet += " --disable-background-networking --disable-component-update --disable-sync"
-    command = [browser, *quiet.split(), "--virtual-time-budget=2000", *flags]
+    command = [browser, *quiet.split(), "--virtual-time-budget=2000"]
     command += [f"--user-data-dir={tmp_path / 'browser'}", page]
     return subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
 
 
-def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
+def test_nothing_runs_in_the_browser_nothing_is_fetched_and_it_fits_a_phone(script, tmp_path):
     asked_for = []
 
-    class Server(http.server.SimpleHTTPRequestHandler):
-        def log_request(self, *_):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
             asked_for.append(self.path)
 
-        def log_error(self, *_):
-            pass
-
-    handler = functools.partial(Server, directory=tmp_path)
+    handler = functools.partial(Handler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}"
     fetch = f"<img src={here}/a><style>@import '{here}/c'</style>"
-    texts = [*HOSTILE, fetch]
-    write_made_up(script, tmp_path, texts, adapter="{}!")
+    write_made_up(script, tmp_path, [fetch, *HOSTILE[:19]], base="{}", adapter="{}", fused="{}!")
     # The same texts in a page that does not take care do run and do fetch, so this test can fail.
     careless = "<title>v1</title>" + HOSTILE[0] + fetch
     (tmp_path / "careless.html").write_text(careless, encoding="utf-8")
@@ -589,26 +697,48 @@ def test_nothing_runs_in_the_browser_and_nothing_is_fetched(script, tmp_path):
     assert "<title>owned</title>" in careless and "/a" in asked_for
     asked_for.clear()
     dom = chromium(tmp_path, f"{here}/data/results/report.html")
-    server.shutdown()
     assert asked_for[0] == "/data/results/report.html" and set(asked_for[1:]) <= {"/favicon.ico"}
     assert "<title>v1 · m</title>" in dom
     tags = re.sub(r">[^<]*<", "><", dom)
     active = r"<(?:script|img|iframe|link|object|embed|base|form|a)\b|\son\w+="
     assert re.findall(active, tags) == []
-    assert dom.count("<article") == len(texts) and dom.count("<svg ") == 0
+    assert dom.count("<article") == 20 and dom.count("<svg ") == 0
     assert "1337" not in dom and "{{ 7 * 191 }}" in dom  # no template in a text is filled in
-    assert is_readable(dom) and len(dom) < 300_000
-
-
-def test_the_page_fits_a_phone(script, tmp_path):
-    texts = [text.encode("utf-8", "ignore").decode() for text in HOSTILE]
-    write_made_up(script, tmp_path, texts, ["base", "adapter", "fused"], fused="{}!")
+    assert is_readable(dom)
     size = "document.title = 'wide ' + this.contentDocument.documentElement.scrollWidth"
     frame = f'<iframe src="data/results/report.html" width=390 height=800 onload="{size}"></iframe>'
     (tmp_path / "phone.html").write_text(frame)
-    flag = "--allow-file-access-from-files"
-    dom = chromium(tmp_path, f"file://{tmp_path}/phone.html", flag)
-    assert int(re.search(r"<title>wide (\d+)</title>", dom)[1]) <= 390
+    phone = chromium(tmp_path, f"{here}/phone.html")
+    server.shutdown()
+    assert int(re.search(r"<title>wide (\d+)</title>", phone)[1]) <= 390
+
+
+# ---- written whole or not at all -----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("folders", "left"),
+    [
+        ({".r.old": "older", ".r.partial": "newer"}, "older"),  # killed between the two renames
+        ({"r": "newer", ".r.old": "older"}, "newer"),  # killed before the old one was gone
+        ({"r": "older", ".r.partial": "half"}, "older"),  # killed while writing
+        ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),  # names that users have
+    ],
+)
+def test_a_swap_that_was_cut_short_is_undone_or_finished(script, tmp_path, folders, left):
+    for name, text in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.html").write_text(text)
+    script.hold(tmp_path / "r").close()
+    kept = {name for name in folders if name[0] != "."} | {"r"}
+    assert {p.name for p in tmp_path.iterdir()} == kept | {".r.lock"}
+    assert (tmp_path / "r/report.html").read_text() == left
+
+
+def test_a_second_run_is_refused_until_the_first_ends(script, tmp_path, capsys):
+    with script.hold(tmp_path / "r"):  # the kernel lets go of it, however the run ends
+        with pytest.raises(SystemExit):
+            script.hold(tmp_path / "r")
+        assert re.match("error: another run is writing .*/r. FIX: wait", capsys.readouterr().err)
+    script.hold(tmp_path / "r").close()
 
 
 # ---- cut short -----------------------------------------------------------------------------------
@@ -617,23 +747,20 @@ def test_the_page_fits_a_phone(script, tmp_path):
     ("place", "count", "known"),
     [
         ("row_losses", 1, None),  # amid the losses of the base: nothing yet
-        ("write_replies", 1, ["base"]),  # before its first reply
-        ("visible", 2, ["base"]),  # after its first one
-        ("row_losses", 2, ["base"]),
-        ("write_replies", 2, ["base", "adapter"]),
+        ("visible", 2, ["base"]),  # after its first reply
+        ("write_replies", 2, ["base", "adapter"]),  # before the first one of the adapter
     ],
 )
 def test_ctrl_c_leaves_a_report_of_what_is_done_or_the_one_of_before(
     project, stage_4, place, count, known
 ):
     def interrupt(module):
-        calls, original = [], getattr(module, place)
+        original, calls = getattr(module, place), iter(range(1, 99))
 
-        def call(*args, **kwargs):
-            calls.append(place)
-            if len(calls) == count:
+        def call(*args):
+            if next(calls) == count:
                 raise KeyboardInterrupt
-            return original(*args, **kwargs)
+            return original(*args)
 
         setattr(module, place, call)
 
@@ -650,12 +777,16 @@ def test_ctrl_c_leaves_a_report_of_what_is_done_or_the_one_of_before(
 
 
 @pytest.mark.slow
-def test_a_signal_from_outside_does_the_same(project, run):
+def test_ctrl_c_from_outside_is_quiet_while_it_starts_and_reports_later(project, run):
     (project / VALID).write_bytes((project / VALID).read_bytes() * 8)  # it comes in the middle
-    args = ["--replies", "2", "--reply-batch", "1", "--max-tokens", "4"]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    args = ["--replies", "2", "--max-tokens", "4"]
+    process = run(project, "test_on_validation.py", start=subprocess.Popen, **out)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60)[0], process.returncode) == ("", 130)
     process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
-    assert any("base    replies 2/2" in line for line in process.stdout)
+    assert any(line.startswith("adapter loss") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in rest) == (130, False)
@@ -664,240 +795,13 @@ def test_a_signal_from_outside_does_the_same(project, run):
     assert left <= {NAME, f".{NAME}.lock", ".gitkeep"}
 
 
-@pytest.mark.slow
-def test_ctrl_c_while_it_starts_is_quiet(project, run):
-    pipe = {"start": subprocess.Popen, "stderr": subprocess.PIPE}
-    for wait in 0.3, 1.2:
-        process = run(project, "test_on_validation.py", **pipe)
-        time.sleep(wait)
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20) == (None, b"") and process.returncode == 130
-
-
-@pytest.mark.parametrize(
-    ("folders", "left"),
-    [
-        ({".r.old": "older", ".r.partial": "newer"}, "older"),  # killed between the two renames
-        ({"r": "newer", ".r.old": "older"}, "newer"),  # killed before the old one was gone
-        ({"r": "older", ".r.partial": "half"}, "older"),  # killed while writing
-        ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),  # names that users have
-    ],
-)
-def test_a_swap_that_was_cut_short_is_undone_or_finished(script, tmp_path, folders, left):
-    for name, text in folders.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.html").write_text(text)
-    with script.held(tmp_path / "r"):
-        pass
-    kept = {name for name in folders if name[0] != "."} | {"r"}
-    assert {p.name for p in tmp_path.iterdir()} == kept | {".r.lock"}
-    assert (tmp_path / "r/report.html").read_text() == left
-
-
-def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(project, stage_4):
-    lock = project / f"data/results/.{NAME}.lock"
-    holder = f"import fcntl; f = open({str(lock)!r}, 'w'); fcntl.flock(f, 2); print(); input()"
-    command = [sys.executable, "-uc", holder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
-        first.stdout.readline()
-        code, out, err = stage_4(project)
-        assert (code, out) == (1, "")
-        assert err.startswith(f"error: another run is writing {RESULTS}. FIX: wait")
-        first.kill()
-    assert stage_4(project, "--models", "base", "--replies", "0")[0] == 0
-
-
-# ---- what is missing or wrong --------------------------------------------------------------------
-@pytest.mark.slow
-def test_without_a_fused_model_base_and_adapter_are_compared(project, stage_4):
-    shutil.rmtree(project / FUSED)
-    code, out, err = stage_4(project, "--replies", "0")
-    hint = f"there is no fused model to test; to make it: {RUN} ./fuse.sh"
-    assert code == 0 and f"warning: {hint}" in err and hint in page(project)
-    assert set(metrics(project)["loss"]) == {"base", "adapter"} and "than the base" in out
-
-
-@pytest.mark.slow
-def test_only_the_models_asked_for_are_tested_and_needed(project, stage_4):
-    shutil.rmtree(project / ADAPTER)
-    assert stage_4(project, "--models", "base,fused", "--replies", "0")[0] == 0
-    assert set(metrics(project)["loss"]) == {"base", "fused"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("models", "is_same", "is_told"),
-    [
-        ("base,adapter", True, False),
-        ("base,adapter", False, True),
-        ("fused", False, True),
-        ("base", False, False),  # it has learned nothing
-    ],
-)
-def test_data_built_anew_after_the_training_is_told(project, stage_4, models, is_same, is_told):
-    valid = project / VALID
-    checksum = subprocess.check_output(["cksum"], input=valid.read_bytes()).decode()
-    (project / ADAPTER / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
-    if not is_same:
-        valid.write_bytes(b"".join(valid.read_bytes().splitlines(keepends=True)[1:]))
-    code, _, err = stage_4(project, "--models", models, "--replies", "0")
-    assert code == 0 and ("is not the one of the training" in err) == is_told
-
-
-@pytest.mark.slow
-def test_a_fuse_is_not_blamed_for_an_adapter_that_is_newer(project, stage_4):
-    (project / FUSED / "fused_from.json").write_text(json.dumps({"adapter_sha256": "0"}))
-    code, _, err = stage_4(project, "--replies", "0")
-    assert code == 0 and "kept" not in metrics(project)
-    assert "warning: the fused model was made from another adapter than the one there now" in err
-
-
-@pytest.mark.parametrize(
-    ("said", "given", "used"),
-    [
-        (None, [], (0.8, 0.95, 0)),
-        ({"top_k": 64, "top_p": 0.9, "temperature": 1}, [], (1.0, 0.9, 64)),
-        ({"top_k": 64, "temperature": 1.0}, ["--temperature", "0.5"], (0.5, 0.95, 64)),
-        ([{"top_k": 3}], ["--top-k", "0"], (0.8, 0.95, 0)),
-    ],
-)
-def test_sampling_is_as_the_base_says_unless_it_is_set(
-    script, tmp_path, monkeypatch, said, given, used
-):
-    monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *given])
-    if said:
-        (tmp_path / "generation_config.json").write_text(json.dumps(said))
-    args = script.settings()
-    script.set_sampling(args, tmp_path)
-    assert (args.temperature, args.top_p, args.top_k) == used
-
-
-RUN = "VERSION=sample MODEL=tiny-gemma-3"
-DOWNLOAD = "hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-gemma-3"
-TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: "
-TRAIN += f"{RUN} python test_on_validation.py --models base"
-BUILD = "VERSION=sample python build_train.py"
-ODD_ROW = f"{VALID} line 1 is not"
-INSTRUCT = "MODEL=gemma-3-text-27b-it-4bit ./fine_tune.sh, or another instruct model"
-CLOSE = "MODEL=tiny-gemma-3 python test_on_validation.py"
-THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
-THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
-FAILS = "{{ raise_exception('no\x1b[2J') }}"
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-
-
-def intact(project):
-    pass
-
-
-def valid(*rows):
-    return lambda project: write_rows(project, *rows)
-
-
-def lack(path):
-    return lambda project: shutil.rmtree(project / path)
-
-
-def cut(path):
-    def damage(project):
-        (project / path).write_bytes((project / path).read_bytes()[:-100])
-
-    return damage
-
-
-def put(path, text):
-    return lambda project: (project / path).write_text(text)
-
-
-def template(text):
-    return lambda project: edit(project / BASE / "tokenizer_config.json", chat_template=text)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("damage", "args", "error", "fix"),
-    [
-        (lambda p: (p / VALID).unlink(), [], f"there is no file {VALID}", BUILD),
-        (intact, ["--version", "two"],
-         "there is no file data/for_train/two/valid.jsonl (but sample)",
-         "VERSION=two python build_train.py"),
-        (intact, ["--version", ".."], "VERSION is '..'", "VERSION=v1 python test_on_validation.py"),
-        (lack(BASE), [], f"there is no folder {BASE} (but tiny-gemma-3-4bit)", DOWNLOAD),
-        *((intact, ["--model", path], f"MODEL is '{path}'", CLOSE)
-          for path in ("models/base/tiny-gemma-3/", "mlx-community/tiny-gemma-3", ".tiny-gemma-3")),
-        (cut(f"{BASE}/model.safetensors"), [], f"{BASE} does not load: ", DOWNLOAD),
-        (cut(f"{BASE}/tokenizer.json"), [], f"{BASE} does not load: ", DOWNLOAD),
-        (lack(ADAPTER), [], f"there is no folder {ADAPTER}", TRAIN),
-        (cut(f"{ADAPTER}/adapters.safetensors"), [], f"{ADAPTER} does not load: ", TRAIN),
-        (put(f"{ADAPTER}/adapter_config.json", "[" * 9999), [],
-         f"{ADAPTER} does not load: ", TRAIN),
-        (lack(FUSED), ["--models", "base,fused"], f"there is no folder {FUSED}",
-         f"{RUN} ./fuse.sh"),
-        (valid(), [], f"{VALID} is empty", BUILD),
-        (valid({"prompt": "a"}), [], ODD_ROW, BUILD),
-        (valid(pair("a", 7)), [], ODD_ROW, BUILD),
-        (valid(pair("a", "\ud800")), [], ODD_ROW, BUILD),
-        (valid({"messages": turns("a", "b")["messages"][1:]}), [], ODD_ROW, BUILD),
-        (put(VALID, "[" * 99_999), [], ODD_ROW, BUILD),
-        (template(None), [], f"{BASE} has no chat template", INSTRUCT),
-        (template(FAILS), [], f"the chat template of {BASE} fails on {VALID} line 1: no\\x1b[2J",
-         INSTRUCT),
-        (template(THINKS), [],
-         f"the chat template of {BASE} begins a reply otherwise than it goes on", INSTRUCT),
-    ],
-)  # fmt: skip
-def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
-    project, stage_4, damage, args, error, fix
-):
-    damage(project)
-    code, out, err = stage_4(project, *args)
-    assert err.startswith(f"error: {error}") and f". FIX: {fix}" in err and err.count("\n") == 1
-    assert (code, out) == (1, "") and not (project / RESULTS).exists()
-
-
-def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
-    project, stage_4, monkeypatch
-):
-    monkeypatch.delenv("VERSION")
-    monkeypatch.delenv("MODEL")
-    assert stage_4(project)[2].endswith("valid.jsonl (but sample). FIX: export VERSION=sample\n")
-    shutil.rmtree(project / f"{BASE}-4bit")
-    err = stage_4(project, "--version", "sample")[2]
-    assert err.endswith("27b-it-4bit (but tiny-gemma-3). FIX: export MODEL=tiny-gemma-3\n")
-
-
-@pytest.mark.parametrize(
-    "args",
-    [["--nonsense"], ["--models", "base,all"], ["--temperature", "3"], ["--temperature", "nan"],
-     ["--replies", "-1"], ["--max-tokens", "0"]],
-)  # fmt: skip
-def test_wrong_usage(trained, stage_4, args):
-    code, _, err = stage_4(trained, *args)
-    assert code == 2 and re.fullmatch(r"error: .*\. FIX: python test_on_validation\.py --.*\n", err)
-
-
-# ---- whom not to trust ---------------------------------------------------------------------------
-@pytest.mark.slow
-def test_no_code_of_a_base_runs_and_nobody_is_asked(project, run):
-    (project / BASE / "evil.py").write_text("open('/tmp/owned', 'w')\nclass Evil: pass\n")
-    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
-    edit(project / BASE / "config.json", auto_map=auto, model_type="evil")
-    edit(project / BASE / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
-    done = run(project, "test_on_validation.py", "--models", "base", input="y\n" * 9)
-    assert (done.returncode, done.stdout) == (1, "") and not Path("/tmp/owned").exists()
-    assert re.fullmatch(f"error: {BASE} does not load: .*FIX: {DOWNLOAD}\n", done.stderr)
-
-
+# ---- elsewhere -----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run, tmp_path):
     link = tmp_path / "bin/test_on_validation.py"
     link.parent.mkdir()
     link.symlink_to(project / "test_on_validation.py")
-    for folder in project, tmp_path:
-        (folder / "json.py").write_text("raise SystemExit('json.py ran')")
+    (tmp_path / "json.py").write_text("raise SystemExit('json.py ran')")
     odd = {"PYTHONUTF8": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
     odd |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0", "HTTPS_PROXY": "http://x:1"}
     pipe = {"stdin": subprocess.DEVNULL} | dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)

@@ -20,6 +20,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C, even amid an import
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the folder of this script: a json.py in it must not run
 
 import csv
 import fcntl
@@ -630,7 +632,8 @@ def write(final, page, facts, asked, said):
     partial, old = beside(final)
     partial.mkdir()
     (partial / "report.html").write_text(page, encoding="utf-8")
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
+    text = json.dumps(known, indent=2, ensure_ascii=False)
     (partial / "metrics.json").write_text(text, encoding="utf-8")
     with (partial / "generations.csv").open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)  # -sig is a mark for Excel
@@ -725,7 +728,7 @@ h1, .big { font: clamp(1.6rem, 4.5vw, 2.2rem)/1.2 ui-serif, Georgia, serif; marg
 h2 { margin: 0; font: 1.2rem ui-serif, Georgia, serif }
 p { margin: .4rem 0 }
 summary { cursor: pointer; color: var(--soft) }
-header { padding-left: 1.1rem; border-left: .3rem solid var(--fused) }
+header { padding-left: 1.1rem; border-left: .3rem solid var(--line) }
 .soft { color: var(--soft); font-size: .875rem }
 .base { color: var(--base) } .adapter { color: var(--adapter) } .fused { color: var(--fused) }
 .far { color: var(--far); font-weight: 600 }

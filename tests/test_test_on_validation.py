@@ -801,7 +801,8 @@ def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run,
     link = tmp_path / "bin/test_on_validation.py"
     link.parent.mkdir()
     link.symlink_to(project / "test_on_validation.py")
-    (tmp_path / "json.py").write_text("raise SystemExit('json.py ran')")
+    for folder in project, tmp_path:
+        (folder / "json.py").write_text("raise SystemExit('json.py ran')")
     odd = {"PYTHONUTF8": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
     odd |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0", "HTTPS_PROXY": "http://x:1"}
     pipe = {"stdin": subprocess.DEVNULL} | dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)

@@ -69,7 +69,7 @@ add("--only-author", default="", help="learn the replies of this author alone; '
 add("--shape", choices=["prompt", "turns"], help="turns, of --only-author: a talk with the others")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
-    help="messages from one trained reply to the next; 0: as --window; of one author, 1")
+    help="messages from one trained reply to the next; 0: as --window")
 add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0 none do")
 add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
 add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
@@ -93,7 +93,7 @@ def settings(arguments=None):
     s.prompt = s.prompt.replace("\\n", "\n")
     s.question_prompt = s.question_prompt.replace("\\n", "\n")
     s.shape = s.shape or ("turns" if s.only_author else "prompt")
-    s.stride = s.stride or (1 if s.only_author else s.window)
+    s.stride = s.stride or s.window
     s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
     if "{context}" not in s.prompt or "{context}" not in s.question_prompt:
         parser.error("--prompt and --question-prompt need {context}")

@@ -253,36 +253,37 @@ def test_a_row_that_cannot_be_trained_on(project, call, line, error):
     assert_error(call("check"), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
 
 
-def test_a_template_that_begins_a_reply_otherwise_than_it_writes_one(project, call):
-    opens_otherwise = "{% if add_generation_prompt %}?{% endif %}"
-    template = "{% for m in messages %}{{ m.content }}!{% endfor %}" + opens_otherwise
-    (project / BASE / "chat_template.jinja").write_text(template)
-    what = "the chat template of tiny-gemma-3 does not tell which tokens are the reply"
-    assert_error(call("check"), what, "another base model")
-
-
 def change_config(project, **values):
     path = project / BASE / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_code_that_a_base_brings_is_never_run(project, call):
-    change_config(project, model_file="evil.py")
-    what = "tiny-gemma-3 brings code of its own, which is never run"
-    assert_error(call("check"), what, "another base model")
+def put_adapter_of_another_base(project):
+    (project / ADAPTER).mkdir()
+    (project / ADAPTER / "adapter_config.json").write_text('{"model": "models/base/other"}')
 
 
-def test_more_logits_in_a_batch_than_cuda_can_count_are_refused(project, call):
-    change_config(project, vocab_size=9_999_999)
-    what = "of these rows a batch can have 5 at most"
-    assert_error(call("check", BATCH_SIZE="8"), what, "BATCH_SIZE=5 ./fine_tune.sh")
+# It begins a reply otherwise than it writes one.
+TEMPLATE = """{% for m in messages %}{{ m.content }}!{% endfor %}
+{%- if add_generation_prompt %}?{% endif %}"""
 
 
-def test_the_adapter_of_another_base_in_the_same_folder_is_not_replaced(project, call):
-    put_older_adapter(project)
-    config = json.dumps({"model": "models/base/other"})
-    (project / ADAPTER / "adapter_config.json").write_text(config)
-    assert_error(call("check"), f"{ADAPTER} is that of the base other", "another VERSION than")
+@pytest.mark.parametrize(
+    ("harm", "what", "fix"),
+    [
+        (lambda p: (p / BASE / "chat_template.jinja").write_text(TEMPLATE),
+         "the chat template of tiny-gemma-3 does not tell which tokens are", "another base model"),
+        (lambda p: change_config(p, model_file="evil.py"),
+         "tiny-gemma-3 brings code of its own, which is never run", "another base model"),
+        (lambda p: change_config(p, vocab_size=9_999_999),  # more logits than CUDA can count
+         "of these rows a batch can have 5 at most", "BATCH_SIZE=5 ./fine_tune.sh"),
+        (put_adapter_of_another_base, f"{ADAPTER} is that of the base other", "another VERSION"),
+    ],
+    ids=["template", "code", "logits", "adapter"],
+)  # fmt: skip
+def test_what_cannot_be_trained_rightly_is_refused(project, call, harm, what, fix):
+    harm(project)
+    assert_error(call("check", BATCH_SIZE="8"), what, fix)
 
 
 # ---- what it takes -----------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def take_lock():
 
 
 def put_in_place():
+    """Let the work folder, without what only the run needed, be the adapter."""
     shutil.rmtree(RUN, ignore_errors=True)
     if ADAPTER.exists():
         ADAPTER.rename(OLD)
@@ -210,17 +211,19 @@ def read_settings():
     for name, least in LEAST.items():
         text = os.environ[name]
         try:
-            number = text if text == "auto" and name in AUTO else type(least)(text)
-            if number != "auto" and not number >= least:
-                raise ValueError
+            value = type(least)(text)
+            right = value >= least
         except ValueError:
+            value = text
+            right = text == "auto" and name in AUTO
+        if not right:
             whole = isinstance(least, int)
             meant = text.replace(",", "" if whole else ".")
             if meant == text:
                 meant = "auto" if name in AUTO else least
             what = f"{name}={text} is not a {'whole ' * whole}number from {least}"
             fail(what, f"{name}={meant} ./fine_tune.sh")
-        setattr(s, name, number)
+        setattr(s, name, value)
     return s
 
 

@@ -55,6 +55,7 @@ set -euo pipefail
 command -v mlx_lm.lora >/dev/null ||
   fail "mlx_lm.lora was not found, so the virtual environment is not active" \
     "source venv/bin/activate (README.md, Install, says how it is made)"
+unset PYTHONIOENCODING "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
 export SCRIPT=$0
 export HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 export TRANSFORMERS_VERBOSITY=critical # its warnings hold what a config says, raw

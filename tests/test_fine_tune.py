@@ -358,6 +358,8 @@ def trained(template, tmp_path_factory):
     traps = {
         "CDPATH": str(home),
         "FORCE_COLOR": "1",
+        "MLXLM_USE_MODELSCOPE": "True",
+        "PYTHONIOENCODING": "ascii",
         "SHELLOPTS": "braceexpand:hashall",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "LINES_OF_TEXT": "a\ndeclare -x ITERS=1; exit 7\n'\"$(exit 8)`",

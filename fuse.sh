@@ -55,9 +55,11 @@ RETRAIN="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 DOWNLOAD="hf download mlx-community/$MODEL --local-dir $BASE"
 
 if [ ! -f "$BASE/config.json" ]; then
-  there=$(ls models/base 2>/dev/null || true)
-  fail "there is no base model in $BASE" \
-    "${there:+export MODEL=${there//$'\n'/, or export MODEL=}, or }$DOWNLOAD"
+  fix=""
+  for folder in models/base/*/; do
+    [ ! -d "$folder" ] || fix+="export MODEL=$(basename "$folder"), or "
+  done
+  fail "there is no base model in $BASE" "$fix$DOWNLOAD"
 fi
 [ -f "$ADAPTER/adapters.safetensors" ] ||
   fail "there is no adapter in $ADAPTER" "$RETRAIN, or export another VERSION"
@@ -190,7 +192,11 @@ for name in tokenizer_config.json tokenizer.model; do
   [ ! -f "$BASE/$name" ] || cp "$BASE/$name" "$PARTIAL/model/"
 done
 mv "$PARTIAL/fused_from.json" "$PARTIAL/model/"
-step python3 -c 'import mlx_lm, sys; mlx_lm.load(sys.argv[1], lazy=True)' "$PARTIAL/model"
+step python3 -c '
+import mlx_lm, sys
+_, tokenizer = mlx_lm.load(sys.argv[1], lazy=True)
+assert tokenizer.has_chat_template, "the base has no chat template, or has lost it"
+' "$PARTIAL/model"
 
 # ---- into its place -----------------------------------------------------------------------------
 trap '' INT TERM HUP # for this moment: everything or nothing

@@ -262,7 +262,7 @@ ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
         {"MODEL": None}, f"{NO_BASE}/gemma-3-text-27b-it-4bit. ",
         "export MODEL=tiny-gemma-3-4bit, or hf download mlx-community/gemma-3-text-27b-it-4bit"),
     "MODEL mistyped": (None, {"MODEL": "tiny"}, f"{NO_BASE}/tiny. ",
-        f"export MODEL=tiny-gemma-3, or export MODEL={COARSE}, or "),
+        "export MODEL=tiny-gemma-3"),
     "MODEL a path": (None, {"MODEL": BASE}, f"MODEL={BASE} is not a name", "use letters"),
     "VERSION no name": (None, {"VERSION": ".x"}, "VERSION=.x is not a name", "use letters"),
     "unknown bits": (None, {"FUSED_BITS": "7"}, "FUSED_BITS=7 is not auto, base, 16 or 8",
@@ -295,6 +295,11 @@ def test_error_before_a_model_is_loaded(project, fuse, harm, settings, begins, f
     assert older_model_is_as_it_was(project)
 
 
+def no_chat_template(path):
+    path.unlink()
+    change(path.with_name("tokenizer_config.json"), chat_template=None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "harm", "why"),
@@ -302,8 +307,9 @@ def test_error_before_a_model_is_loaded(project, fuse, harm, settings, begins, f
         ("tokenizer.json", Path.unlink, "Couldn't instantiate the backend"),
         ("model.safetensors", Path.unlink, "No safetensors found"),
         ("model.safetensors", cut_off, "incomplete download"),
+        ("chat_template.jinja", no_chat_template, "the base has no chat template"),
     ],
-    ids=["no tokenizer", "no weights", "cut off"],
+    ids=["no tokenizer", "no weights", "cut off", "no template"],
 )
 def test_what_failed_is_told_by_its_cause(project, fuse, file, harm, why):
     harm(project / BASE / file)

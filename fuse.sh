@@ -34,15 +34,7 @@ export LC_ALL=C PYTHONUTF8=1 PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 say() { echo "$*" 2>/dev/null || true; }
 
 # ---- checks before a model is loaded ------------------------------------------------------------
-case ${1-} in
-  "") ;;
-  -h | --help)
-    sed -n -e '2,/^$/p' -e '/^# ---- settings/,/^# ---*$/p' "$0" | sed 's/^# \{0,1\}//'
-    exit 0
-    ;;
-  [A-Z]*=*) fail "$1 stands behind the command" "$1 ./fuse.sh" 2 ;;
-  *) fail "fuse.sh takes no argument, and $1 is one" "./fuse.sh --help" 2 ;;
-esac
+[ $# = 0 ] || fail "it takes no $1" "settings go in front: FUSED_BITS=16 ./fuse.sh" 2
 for setting in VERSION MODEL; do
   [[ ${!setting} =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
     fail "$setting=${!setting} is not a name" "use letters, digits, '.', '_', '-' alone, no path"
@@ -63,18 +55,14 @@ RETRAIN="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 DOWNLOAD="hf download mlx-community/$MODEL --local-dir $BASE"
 
 if [ ! -f "$BASE/config.json" ]; then
-  there=$(ls models/base 2>/dev/null || true)
-  fix=$DOWNLOAD
-  if [[ $there && $there != *$'\n'* && $given != *" MODEL="* ]]; then
-    fix="export MODEL=$there" # it was forgotten
-  fi
-  fail "there is no base model in $BASE (there: ${there//$'\n'/ })" "$fix"
+  fix=""
+  for folder in models/base/*/; do
+    [ ! -d "$folder" ] || fix+="export MODEL=$(basename "$folder"), or "
+  done
+  fail "there is no base model in $BASE" "$fix$DOWNLOAD"
 fi
 [ -f "$ADAPTER/adapters.safetensors" ] ||
   fail "there is no adapter in $ADAPTER" "$RETRAIN, or export another VERSION"
-if [ -L "$FUSED" ] || { [ -e "$FUSED" ] && [ ! -d "$FUSED" ]; }; then
-  fail "$FUSED is not a folder of its own" "mv $FUSED $FUSED.other"
-fi
 
 # ---- what runs, and how it ends -----------------------------------------------------------------
 run() { # a command that ends when this script does, even by kill -9
@@ -118,17 +106,13 @@ mkdir "$PARTIAL" "$PARTIAL/adapter"
   fail "the adapter cannot be copied" "make room on the disk of models/fused, or $RETRAIN"
 
 # ---- what there is, and how many bits -----------------------------------------------------------
-run python3 /dev/fd/3 "$BASE" "$PARTIAL" "$VERSION" "$FUSED_BITS" "$DOWNLOAD" "$RETRAIN" \
-  3<<'PYTHON' >"$PARTIAL/bits" || exit 1
-import glob, hashlib, json, os, sys
+export BASE VERSION MODEL FUSED_BITS PARTIAL DOWNLOAD RETRAIN
+run python3 /dev/fd/3 3<<'PYTHON' >"$PARTIAL/bits" || exit 1
+import hashlib, json, os, sys
+from pathlib import Path
 
-try:
-    import mlx.core as mx
-except ImportError as e:  # mlx_lm.fuse is that of another Python
-    sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
-
-base, partial, data, bits, download, retrain = sys.argv[1:]
-model = os.path.basename(base)
+base, partial = Path(os.environ["BASE"]), Path(os.environ["PARTIAL"])
+model, bits = os.environ["MODEL"], os.environ["FUSED_BITS"]
 
 
 def fail(what, fix):
@@ -136,26 +120,30 @@ def fail(what, fix):
 
 
 try:
-    config = json.load(open(f"{base}/config.json"))
+    import mlx.core as mx
+except ImportError as error:  # mlx_lm.fuse is that of another Python
+    fail(error.msg, "source venv/bin/activate; pip install -r requirements.txt")
+try:
+    config = json.loads((base / "config.json").read_bytes())
     if config.get("text_config", config).get("num_hidden_layers", 0) > 1000:
         raise ValueError("so many layers would fill the memory")
     quantized = config.get("quantization")
-    here = sum(map(os.path.getsize, glob.glob(f"{base}/model*.safetensors")))
+    here = sum(path.stat().st_size for path in base.glob("model*.safetensors"))
     whole = here  # its size at 16 bits; a group of weights also has a scale and a bias
     if quantized:
         whole = here * 16 / (quantized["bits"] + 32 / quantized["group_size"])
 except Exception as error:
-    fail(f"{base}/config.json cannot be used: {error!r}", download)
+    fail(f"{base}/config.json cannot be used: {error!r}", os.environ["DOWNLOAD"])
 try:
-    path = f"{partial}/adapter/adapters.safetensors"
-    checksum = hashlib.sha256(open(path, "rb").read()).hexdigest()
-    trained_on = json.load(open(f"{partial}/adapter/adapter_config.json"))["model"]
-    if os.path.basename(trained_on) != model:
+    adapter = partial / "adapter/adapters.safetensors"
+    checksum = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    trained_on = json.loads(adapter.with_name("adapter_config.json").read_bytes())["model"]
+    if Path(trained_on).name != model:
         raise ValueError(f"it was trained on {trained_on}")
-    if not all(mx.isfinite(values).all().item() for values in mx.load(path).values()):
+    if not all(mx.isfinite(values).all() for values in mx.load(str(adapter)).values()):
         raise ValueError("it holds NaN or infinite values")
 except Exception as error:
-    fail(f"the adapter cannot be used: {error!r}", retrain)
+    fail(f"the adapter cannot be used: {error!r}", os.environ["RETRAIN"])
 
 # mlx_lm.fuse holds the base and the 16-bit model at once: measured, 1.06 times their sum.
 need = 1.1 * (here + whole)
@@ -168,9 +156,9 @@ if bits == "base" and quantized:
     print(f"warning: rounding to {quantized['bits']} bits may forget a part of what was learned"
           f" (test_on_validation.py tells). FUSED_BITS=8 takes {need / 1e9:.3g} GB of memory,"
           f" of {memory / 1e9:.3g} GB", file=sys.stderr)
-origin = {"base": model, "adapter_sha256": checksum, "version": data}
+origin = {"base": model, "adapter_sha256": checksum, "version": os.environ["VERSION"]}
 origin |= {"bits": bits, "group_size": 64}  # that of mlx_lm.convert
-json.dump(origin, open(f"{partial}/fused_from.json", "w"), indent=2)
+(partial / "fused_from.json").write_text(json.dumps(origin, indent=2))
 print(bits)
 PYTHON
 BITS=$(cat "$PARTIAL/bits")
@@ -206,15 +194,13 @@ done
 mv "$PARTIAL/fused_from.json" "$PARTIAL/model/"
 step python3 -c '
 import mlx_lm, sys
-
 _, tokenizer = mlx_lm.load(sys.argv[1], lazy=True)
-if not tokenizer.has_chat_template:
-    sys.exit("ValueError: the base has no chat template, or has lost it")
+assert tokenizer.has_chat_template, "the base has no chat template, or has lost it"
 ' "$PARTIAL/model"
 
 # ---- into its place -----------------------------------------------------------------------------
 trap '' INT TERM HUP # for this moment: everything or nothing
-[ ! -d "$FUSED" ] || mv "$FUSED" "$HIDDEN.old"
+if [ -e "$FUSED" ] || [ -L "$FUSED" ]; then mv "$FUSED" "$HIDDEN.old"; fi
 mv "$PARTIAL/model" "$FUSED"
 rm -rf "$HIDDEN.old"
 say "wrote       $FUSED, with fused_from.json"

@@ -14,19 +14,20 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pandas as pd
 import pytest
 import yaml
-from conftest import contents, cut_off, last_error
+from conftest import REPOSITORY, contents, cut_off, last_error
 from mlx_lm import load
 
 ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
-WORK = "models/adapters/.adapter-sample_tiny-gemma-3.partial"
-OLD = "models/adapters/.adapter-sample_tiny-gemma-3.old"
-LOCK = "models/adapters/.adapter-sample_tiny-gemma-3.lock"
+HIDDEN = "models/adapters/.adapter-sample_tiny-gemma-3"
+WORK, OLD, LOCK = f"{HIDDEN}.partial", f"{HIDDEN}.old", f"{HIDDEN}.lock"
+CHECKPOINTS = f"{WORK}/run/0*_adapters.safetensors"
 BASE = "models/base/tiny-gemma-3"
 DATA = "data/for_train/sample"
 # The validation rows ask the same and answer otherwise: what is learned helps at first (the form),
@@ -35,7 +36,10 @@ TRAIN = [("ciao raga", "tutto bene bro"), ("che gioco fai stasera", "sempre lo s
 VALID = [("ciao raga", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")]
 FAST = {"ITERS": "6", "EVAL_EVERY": "3", "LEARNING_RATE": "1e-3", "RANK": "8", "SCALE": "20.0"}
 OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "8e-3"}
-LOOK = {"RESUME": "1"}  # all checks, and then there is no run to go on with
+LONG = {"ITERS": "4000", "EVAL_EVERY": "4"}
+SCRIPT = (REPOSITORY / "fine_tune.sh").read_text("utf-8")
+SHELL, PROGRAM = SCRIPT.removesuffix("PYTHON\n").split("<<'PYTHON'\n")
+SETTINGS = dict(re.findall(r"^([A-Z_]+)=(\S*)", SHELL, re.MULTILINE))
 
 
 def as_prompt(prompt, completion):
@@ -65,6 +69,39 @@ def train(project, run):
     return lambda *args, **env: run(project, "fine_tune.sh", *args, env=FAST | env)
 
 
+@pytest.fixture
+def call(project, monkeypatch, capsys):
+    """Return the function that calls a function of fine_tune.sh in this process.
+
+    call("check", RANK="8") → what it printed, and its exit code
+    """
+
+    def call(function, *arguments, **settings):
+        names = {"VERSION": "sample", "MODEL": "tiny-gemma-3"}
+        for name, value in (SETTINGS | names | settings).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(project)
+        exec(PROGRAM, program := {"__name__": "fine_tune"})
+        handler, code = signal.getsignal(signal.SIGALRM), 0
+        try:
+            program[function](*arguments)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, handler)
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return call
+
+
+def assert_error(result, what, fix=""):
+    error = last_error(result)
+    assert result.returncode == 1 and error.startswith(f"error: {what}"), error
+    assert f". FIX: {fix}" in error and "\x1b" not in error
+
+
 def put_older_adapter(project):
     """Pretend that an earlier run left an adapter; return its files."""
     (project / ADAPTER).mkdir()
@@ -72,23 +109,264 @@ def put_older_adapter(project):
     return contents(project / ADAPTER)
 
 
+# ---- how it is called --------------------------------------------------------------------------
+@pytest.mark.parametrize("shell", ["sh", "dash", "zsh", sys.executable])
+def test_another_interpreter_says_what_to_type(project, shell):
+    if not shutil.which(shell):
+        pytest.skip("not installed")
+    result = subprocess.run([shell, project / "fine_tune.sh"], capture_output=True, text=True)
+    assert result.returncode in (1, 2) and "FIX: ./fine_tune.sh" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome"),
+    [
+        ('ITERS="100"  # note', "run         100 batches"),
+        ("ITERS = 100", "error: ITERS = 100, in the settings, is not NAME=value. FIX: ITERS=100"),
+        ("ITERS= 100", "error: ITERS= 100, in the settings, is not NAME=value. FIX: ITERS=100"),
+    ],
+)
+def test_a_setting_edited_by_hand(project, train, line, outcome):
+    script = project / "fine_tune.sh"
+    script.write_text(re.sub(r"^ITERS=.*$", line, SCRIPT, flags=re.MULTILINE))
+    result = train(ITERS=None, RESUME="1")  # there is no run to go on with
+    assert result.returncode == 1 and outcome in result.stdout + last_error(result)
+
+
+def test_without_the_virtual_environment(project, tmp_path):
+    (tmp_path / "bash").symlink_to(shutil.which("bash"))
+    command = [str(tmp_path / "bash"), str(project / "fine_tune.sh")]
+    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert_error(result, "mlx_lm.lora was not found", "source venv/bin/activate")
+
+
+@pytest.mark.parametrize("argument", ["--iters", "--trust-remote-code", "ITERS=7"])
+def test_arguments_that_do_not_go_through(call, argument):
+    result = call("check_words", [argument])
+    assert result.returncode == 2
+    assert last_error(result).startswith(f"error: it takes no {argument}. FIX: settings go in ")
+
+
+def test_when_nobody_reads_the_output_any_more_it_ends_quietly(project, run):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = run(project, "fine_tune.sh", env=FAST, start=subprocess.Popen, **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+
+# ---- one run at a time, and what a killed one left ---------------------------------------------
+def test_a_second_run_of_the_same_adapter_is_refused(project, call):
+    with (project / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_error(call("take_lock"), f"another run is writing {ADAPTER}", "wait until it is")
+    assert call("take_lock").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        ({ADAPTER: "older", WORK: "newer"}, "newer"),  # killed before the two renames
+        ({OLD: "older", WORK: "newer"}, "newer"),  # between them
+        ({ADAPTER: "newer", OLD: "older"}, "newer"),  # behind them
+        ({OLD: "older"}, "older"),
+    ],
+)
+def test_kill_9_at_the_swap_loses_neither_adapter(project, call, left, kept):
+    for folder, adapter in left.items():
+        (project / folder).mkdir()
+        (project / folder / "adapters.safetensors").write_text(adapter)
+    assert call("finish_last_run").returncode == 0
+    assert contents(project / ADAPTER) == {"adapters.safetensors": kept.encode()}
+    assert not (project / OLD).exists() and not (project / WORK).exists()
+
+
+# ---- errors before a model is loaded -----------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("MODEL", "me/gemma", "MODEL=gemma ./fine_tune.sh"),
+        ("MODEL", "./models/base/gemma/", "MODEL=gemma ./fine_tune.sh"),
+        ("VERSION", "\x1b[31m/v2", "VERSION=v2 ./fine_tune.sh"),
+        ("VERSION", "my chat", "VERSION=my_chat ./fine_tune.sh"),
+    ],
+)
+def test_a_name_that_is_none(call, name, value, fix):
+    assert_error(call("check_words", [], **{name: value}), f"{name} is not a name", fix)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "fix"),
+    [
+        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3",
+         "export MODEL=tiny-gemma-3, or export MODEL=tiny-gemma-3-4bit, or "
+         "hf download mlx-community/tiny-gema-3 --local-dir models/base/tiny-gema-3"),
+        ("VERSION", "v1", "there is no train.jsonl in data/for_train/v1",
+         "export VERSION=sample, or VERSION=v1 MODEL=tiny-gemma-3 python build_train.py"),
+        ("ITERS", "abc", "ITERS=abc is not a whole number from 1", "ITERS=auto ./fine_tune.sh"),
+        ("ITERS", "10,000", "ITERS=10,000 is not a whole n", "ITERS=10000 ./fine_tune.sh"),
+        ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not a number", "LEARNING_RATE=0.1 ./fine"),
+        ("RANK", "\x1b[2J8", "RANK=?[2J8 is not a whole number", "RANK=1 ./fine_tune.sh"),
+        ("BATCH_SIZE", "0", "BATCH_SIZE=0 is not a whole number from 1", "BATCH_SIZE=1 ./fine_tu"),
+        ("BATCH_SIZE", "9", "of these rows a batch can have 8 at most", "BATCH_SIZE=8 ./fine_tu"),
+        ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting(call, name, value, what, fix):
+    assert_error(call("check", **{name: value}), what, fix)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "error"),
+    [
+        ("config.json", "[3]", "AttributeError"),
+        ("config.json", '{"hidden_size": 64}', "KeyError"),
+        ("model.safetensors", None, "SafetensorError"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
+        ("tokenizer.json", "{}", ""),
+        ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_damaged_or_hostile_base_model(project, call, file, text, error):
+    if text is None:
+        cut_off(project / BASE / file)
+    else:
+        (project / BASE / file).write_text(text)
+    result = call("check")
+    assert_error(result, "", f"hf download mlx-community/tiny-gemma-3 --local-dir {BASE}")
+    assert f" cannot be used: {error}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ('{"prompt": 3}', "KeyError"),
+        ("[" * 100_000, "RecursionError"),
+        ("\xff", "UnicodeDecodeError"),
+        ("", "JSONDecodeError"),
+    ],
+    ids=["no reply", "deep", "not UTF-8", "empty"],
+)
+def test_a_row_that_cannot_be_trained_on(project, call, line, error):
+    good = json.dumps(as_prompt("a", "b"))
+    (project / DATA / "valid.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
+    what = f"{DATA}/valid.jsonl, line 2, cannot be used: {error}"
+    assert_error(call("check"), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
+
+
+def change_config(project, **values):
+    path = project / BASE / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def put_adapter_of_another_base(project):
+    (project / ADAPTER).mkdir()
+    (project / ADAPTER / "adapter_config.json").write_text('{"model": "models/base/other"}')
+
+
+# It begins a reply otherwise than it writes one.
+TEMPLATE = """{% for m in messages %}{{ m.content }}!{% endfor %}
+{%- if add_generation_prompt %}?{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("harm", "what", "fix"),
+    [
+        (lambda p: (p / BASE / "chat_template.jinja").write_text(TEMPLATE),
+         "the chat template of tiny-gemma-3 does not tell which tokens are", "another base model"),
+        (lambda p: change_config(p, model_file="evil.py"),
+         "tiny-gemma-3 brings code of its own, which is never run", "another base model"),
+        (lambda p: change_config(p, vocab_size=9_999_999),  # more logits than CUDA can count
+         "of these rows a batch can have 5 at most", "BATCH_SIZE=5 ./fine_tune.sh"),
+        (put_adapter_of_another_base, f"{ADAPTER} is that of the base other", "another VERSION"),
+    ],
+    ids=["template", "code", "logits", "adapter"],
+)  # fmt: skip
+def test_what_cannot_be_trained_rightly_is_refused(project, call, harm, what, fix):
+    harm(project)
+    assert_error(call("check", BATCH_SIZE="8"), what, fix)
+
+
+# ---- what it takes -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("hidden_size", "rate"),
+    [(640, "0.0002"), (1152, "0.00013"), (2560, "6.8e-05"), (5376, "3.8e-05")],
+)
+def test_the_learning_rate_follows_the_size_of_the_model(project, call, hidden_size, rate):
+    change_config(project, hidden_size=hidden_size)
+    said = call("check").stdout
+    assert f"rate        {rate} = 2e-4 x (640 / {hidden_size})^0.78" in said
+    assert f"LEARNING_RATE={rate} " in said
+
+
+GEMMA_3 = {  # layers, hidden, intermediate; GB of 4-bit weights
+    "4B": ((34, 2560, 10240), 2.2),
+    "27B": ((62, 5376, 21504), 15.2),
+}
+
+
+def pretend_to_be(project, model):
+    """Give the tiny base the config and the size, in a file that is all holes, of a Gemma 3."""
+    (layers, hidden, inner), gigabytes = GEMMA_3[model]
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
+    change_config(project, **sizes, vocab_size=262144)
+    size = int(gigabytes * 1e9)
+    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    header = json.dumps({"x": tensor}).encode()
+    with (project / BASE / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    write_data(project, train=[("ciao", "ZQ " * 248)] * 16)  # 512 tokens each
+
+
+@pytest.mark.parametrize(
+    ("model", "measured", "settings"),  # the table of tests/benchmarks/README.md
+    [
+        ("4B", 16.9, {}),
+        ("27B", 61.2, {}),
+        ("27B", 32.9, {"GRAD_CHECKPOINT": "1"}),
+        ("27B", 18.3, {"GRAD_CHECKPOINT": "1", "BATCH_SIZE": "1", "RANK": "8"}),
+        ("27B", 26.2, {"NUM_LAYERS": "16", "BATCH_SIZE": "1", "EMBEDDINGS": "0"}),
+    ],
+)
+def test_the_memory_is_reckoned_as_it_was_measured(project, call, model, measured, settings):
+    pretend_to_be(project, model)
+    result = call("check", CHECK_MEMORY="0", **settings)
+    assert "the longest of 512 tokens" in result.stdout
+    reckoned = float(re.search(r"memory      about ([\d.]+) GB", result.stdout)[1])
+    assert 0.9 * measured < reckoned < 1.15 * measured
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do(project, call):
+    pretend_to_be(project, "27B")
+    result = call("check", BATCH_SIZE="16")  # 320 GB
+    if "error: no settings make it fit" in last_error(result):
+        pytest.skip("this machine is too small for 27B")
+    assert_error(result, "that does not fit, and a Mac may crash")
+    fix = re.search("FIX: (.*) ./fine_tune.sh", last_error(result))[1]
+    smaller = dict(setting.split("=") for setting in fix.split())
+    assert call("check", **{"BATCH_SIZE": "16"} | smaller).returncode == 0
+
+
 # ---- a whole run -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trained(template, tmp_path_factory):
-    """A project after one run, called from elsewhere, in an environment full of traps."""
+    """A project after one run, called by a link, in an environment full of traps."""
     home = tmp_path_factory.mktemp("home")
     project = Path(shutil.copytree(template, home / "my project"))
     write_data(project)
+    (home / "tune").symlink_to("my project/fine_tune.sh")
     traps = {
         "CDPATH": str(home),
         "FORCE_COLOR": "1",
+        "MLXLM_USE_MODELSCOPE": "True",
+        "PYTHONIOENCODING": "ascii",
         "SHELLOPTS": "braceexpand:hashall",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "LINES_OF_TEXT": "a\ndeclare -x ITERS=1; exit 7\n'\"$(exit 8)`",
     }
     settings = FAST | OVERFIT | {"VERSION": "sample", "MODEL": "tiny-gemma-3"}
     result = subprocess.run(
-        ["my project/fine_tune.sh", "--project-name", "mine"],
+        ["bash", "tune", "--project-name", "mine"],
         cwd=home,
         env=os.environ | traps | settings,
         capture_output=True,
@@ -164,11 +442,13 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(trained):
 
 
 @pytest.mark.slow
-def test_rows_of_messages_on_a_quantised_base_train_as_well(project, train):
+def test_two_ranks_train_one_adapter_on_messages_with_a_quantised_base(project, train):
     write_data(project, shape=as_messages)
-    result = train(MODEL="tiny-gemma-3-4bit")
+    launch = {"LAUNCH": "mlx.launch -n 2 --backend ring --", "MODEL": "tiny-gemma-3-4bit"}
+    result = train(**launch, ITERS="2", EVAL_EVERY="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "kept        iteration 6: " in result.stdout
+    losses = (project / f"{ADAPTER}-4bit/losses.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in losses[1:]] == ["0", "1", "2"]
 
 
 # ---- what goes wrong while it trains -----------------------------------------------------------
@@ -176,14 +456,14 @@ def test_rows_of_messages_on_a_quantised_base_train_as_well(project, train):
 @pytest.mark.parametrize(
     ("iters", "error"),
     [
-        ("9", "error: the loss became NaN or infinite at iteration "),
-        ("1", "error: all weights became NaN or infinite. FIX: "),  # no loss comes after it
+        ("9", "the loss became NaN or infinite at iteration "),
+        ("1", "all weights became NaN or infinite. FIX: "),  # no loss comes after it
     ],
 )
 def test_nan_ends_the_run_and_spares_the_older_adapter(project, train, iters, error):
     older = put_older_adapter(project)
     result = train(ITERS=iters, LEARNING_RATE="1e38", SCALE="1e10")
-    assert result.returncode == 1 and last_error(result).startswith(error)
+    assert_error(result, error, "a smaller LEARNING_RATE or SCALE")
     assert contents(project / ADAPTER) == older
 
 
@@ -197,49 +477,40 @@ def is_over(project):
     return True
 
 
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait_until(condition):
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def start_and_kill(project, run, number, settings):
+def start_and_kill(project, run, number):
     """Send a signal to fine_tune.sh, to it alone, after the first checkpoint."""
-    process = run(project, "fine_tune.sh", env=FAST | settings, start=subprocess.Popen)
-    wait_until(lambda: list((project / WORK).glob("0*")))
+    process = run(project, "fine_tune.sh", env=FAST | LONG, start=subprocess.Popen)
+    wait_until(lambda: list(project.glob(CHECKPOINTS)))
     os.kill(process.pid, number)
-    return process.wait()
+    code = process.wait()
+    wait_until(lambda: is_over(project))
+    return code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGINT, 130),
-        (signal.SIGTERM, -signal.SIGTERM),
-        (signal.SIGHUP, -signal.SIGHUP),
-        (signal.SIGKILL, -signal.SIGKILL),
-    ],
-)
-def test_the_trainer_ends_with_its_script(project, run, number, code):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_trainer_ends_with_its_script(project, run, number):
     older = put_older_adapter(project)
-    assert start_and_kill(project, run, number, {"ITERS": "4000"}) == code
-    wait_until(lambda: is_over(project), seconds=5)
+    assert start_and_kill(project, run, number) == -number
     assert contents(project / ADAPTER) == older
 
 
 @pytest.mark.slow
-def test_a_resumed_run_does_the_rest(project, train, run):
-    settings = {"ITERS": "4000", "EVAL_EVERY": "4"}
-    start_and_kill(project, run, signal.SIGKILL, settings)
-    wait_until(lambda: is_over(project))
-    changed = train(**settings | {"RESUME": "1", "RANK": "4"})
-    assert last_error(changed).startswith("error: lora_parameters: not as in the interrupted run.")
+def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
+    assert start_and_kill(project, run, signal.SIGKILL) == -signal.SIGKILL
+    changed = train(**LONG, RESUME="1", RANK="4")  # FAST has another
+    assert_error(changed, "lora_parameters: not as in the interrupted run", "set it back")
     # Pretend that all but 8 of the batches are done.
-    newest = sorted((project / WORK).glob("0*"))[-1]
-    newest.rename(project / WORK / "0003992_adapters.safetensors")
-    result = train(**settings, RESUME="1")
+    newest = max(project.glob(CHECKPOINTS))
+    newest.rename(newest.with_name("0003992_adapters.safetensors"))
+    result = train(**LONG, RESUME="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resuming    after 3992 of 4000 batches" in result.stdout
     losses = losses_of(project)
@@ -255,30 +526,19 @@ def test_a_resumed_run_does_the_rest(project, train, run):
 @pytest.mark.parametrize(
     ("launcher", "error"),
     [
-        ('echo "$@"', "error: mlx_lm.lora ended with code 0 after 0 of 4000 "),
-        (
-            f'"$@" & until ls {WORK}/0* 2>/dev/null; do sleep 0.1; done; kill -9 $!',
-            "error: mlx_lm.lora ended with code 0 after ",
-        ),
-        ('"$@" & "$@"; wait', "error: the processes of LAUNCH do not find each other"),
-        (None, "error: ./launch cannot be used: FileNotFoundError"),
+        ('echo "$@"', "mlx_lm.lora ended with code 0 after 0 of 4 "),
+        ('"$@" & sleep 1; kill -9 $!', "mlx_lm.lora ended with code 0 after 0 of 4 "),
+        ('"$@" & "$@"; wait', "mlx_lm.lora ended with code 0 after 8 of 4 "),  # each alone
+        ("exit 7", "mlx_lm.lora ended with code 7 after 0 of 4 batches: it said nothing"),
     ],
+    ids=["only says", "killed", "no group", "fails"],
 )
 def test_a_launcher_that_fails(project, train, launcher, error):
     older = put_older_adapter(project)
-    if launcher:
-        (project / "launch").write_text("#!/bin/sh\n" + launcher)
-        (project / "launch").chmod(0o755)
-    result = train(LAUNCH="./launch", ITERS="4000", EVAL_EVERY="2")
-    assert result.returncode == 1 and last_error(result).startswith(error)
+    (project / "launch").write_text("#!/bin/sh\n" + launcher)
+    (project / "launch").chmod(0o755)
+    assert_error(train(LAUNCH="./launch", ITERS="4", EVAL_EVERY="4"), error)
     assert contents(project / ADAPTER) == older
-
-
-@pytest.mark.slow
-def test_two_ranks_train_one_adapter(project, train):
-    result = train(LAUNCH="mlx.launch -n 2 --backend ring --", ITERS="2", EVAL_EVERY="1")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert losses_of(project).train_loss.dropna().index.tolist() == [1, 2]
 
 
 @pytest.mark.slow
@@ -289,7 +549,7 @@ def test_a_narrow_terminal_has_a_live_bar_and_ctrl_c_says_how_to_go_on(project, 
     process = run(
         project,
         "fine_tune.sh",
-        env=FAST | {"ITERS": "4000"},
+        env=FAST | LONG,
         start=subprocess.Popen,
         start_new_session=True,
         stdin=follower,
@@ -300,7 +560,7 @@ def test_a_narrow_terminal_has_a_live_bar_and_ctrl_c_says_how_to_go_on(project, 
     os.close(follower)
     seen, pressed = b"", False
     while process.poll() is None or select.select([leader], [], [], 0)[0]:
-        if not pressed and (project / WORK / "0000003_adapters.safetensors").exists():
+        if not pressed and list(project.glob(CHECKPOINTS)):
             pressed = os.write(leader, b"\x03") == 1
         if select.select([leader], [], [], 0.1)[0]:
             try:
@@ -308,258 +568,8 @@ def test_a_narrow_terminal_has_a_live_bar_and_ctrl_c_says_how_to_go_on(project, 
             except OSError:  # the other side is closed
                 break
     assert process.wait() == 130
+    wait_until(lambda: is_over(project))
     text = seen.decode()
     assert re.search(r"\rtraining: +\d+%\|", text) and "Traceback" not in text
     assert "RESUME=1 in front of the same command" in text
     assert contents(project / ADAPTER) == older
-
-
-def test_when_nobody_reads_the_output_any_more_it_ends_quietly(project, run):
-    process = run(
-        project,
-        "fine_tune.sh",
-        env=FAST | LOOK,
-        start=subprocess.Popen,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 1
-
-
-# ---- one run at a time, and what a killed one left ---------------------------------------------
-def test_a_second_run_of_the_same_adapter_is_refused(project, train):
-    with (project / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = train(**LOOK)
-        assert result.returncode == 1
-        assert last_error(result).startswith(f"error: another run is writing {ADAPTER}. FIX: ")
-    assert "no interrupted run" in last_error(train(**LOOK))
-
-
-@pytest.mark.parametrize(
-    ("left", "kept"),
-    [
-        ({ADAPTER: "older", WORK: "newer"}, "newer"),  # killed before the two renames
-        ({OLD: "older", WORK: "newer"}, "newer"),  # between them
-        ({ADAPTER: "newer", OLD: "older"}, "newer"),  # behind them
-        ({OLD: "older"}, "older"),
-    ],
-)
-def test_kill_9_at_the_swap_loses_neither_adapter(project, train, left, kept):
-    for folder, adapter in left.items():
-        (project / folder).mkdir()
-        (project / folder / "adapters.safetensors").write_text(adapter)
-    assert train(ITERS="none").returncode == 1  # any later run, even one that ends at once
-    assert contents(project / ADAPTER) == {"adapters.safetensors": kept.encode()}
-    assert not (project / OLD).exists() and not (project / WORK).exists()
-
-
-# ---- settings ----------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("line", "outcome"),
-    [
-        ("ITERS=100", "run         100 batches"),
-        ('ITERS="100"', "run         100 batches"),
-        ("ITERS=100  # note", "run         100 batches"),
-        ("ITERS = 100", "'ITERS = 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
-        ("ITERS= 100", "'ITERS= 100' in the settings is not NAME=value. FIX: ITERS=\"100\""),
-        ("ITERS=abc", "ITERS=abc is not a whole number from 1. FIX: ITERS=auto ./fine_tune.sh"),
-        ("ITERS=10,000", "ITERS=10,000 is not a whole number from 1. FIX: ITERS=10000 ./fine_tu"),
-    ],
-)
-def test_a_setting_edited_by_hand(project, train, line, outcome):
-    script = project / "fine_tune.sh"
-    script.write_text(re.sub(r"^ITERS=.*$", lambda _: line, script.read_text(), flags=re.MULTILINE))
-    result = train(**LOOK | {"ITERS": None})
-    assert outcome in result.stdout + last_error(result)
-
-
-@pytest.mark.parametrize("shell", ["sh", "dash", "zsh", sys.executable])
-def test_another_interpreter_says_what_to_type(project, shell):
-    if not shutil.which(shell):
-        pytest.skip("not installed")
-    result = subprocess.run([shell, project / "fine_tune.sh"], capture_output=True, text=True)
-    assert result.returncode in (1, 2) and "FIX: ./fine_tune.sh" in result.stdout + result.stderr
-
-
-def test_the_usual_values_are_those_of_the_settings_block(project, run):
-    assert "settings    RESUME=1\n" in run(project, "fine_tune.sh", env=LOOK).stdout
-
-
-def change_config(project, **values):
-    path = project / BASE / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "rate"),
-    [(640, "0.0002"), (1152, "0.00013"), (2560, "6.8e-05"), (5376, "3.8e-05")],
-)
-def test_the_learning_rate_follows_the_size_of_the_model(project, train, hidden_size, rate):
-    change_config(project, hidden_size=hidden_size)
-    result = train(**LOOK, LEARNING_RATE="auto")
-    assert f"rate        {rate} = 2e-4 x (640 / {hidden_size})^0.78" in result.stdout
-
-
-# ---- memory ------------------------------------------------------------------------------------
-GEMMA_3 = {  # layers, hidden, intermediate, heads, key-value heads, head size; GB of 4-bit weights
-    "4B": ((34, 2560, 10240, 8, 4, 256), 2.2),
-    "27B": ((62, 5376, 21504, 32, 16, 128), 15.2),
-}
-NAMES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-NAMES += ("num_key_value_heads", "head_dim")
-
-
-def pretend_to_be(project, model):
-    """Give the tiny base the config and the size, in a file that is all holes, of a Gemma 3."""
-    shape, gigabytes = GEMMA_3[model]
-    change_config(project, **dict(zip(NAMES, shape, strict=True)), vocab_size=262144)
-    size = int(gigabytes * 1e9)
-    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
-    header = json.dumps({"x": tensor}).encode()
-    with (project / BASE / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + size)
-    write_data(project, train=[("ciao", "ZQ " * 248)] * 16)  # 512 tokens each
-
-
-@pytest.mark.parametrize(
-    ("model", "measured", "settings"),  # the table of tests/benchmarks/README.md
-    [
-        ("4B", 16.9, {}),
-        ("27B", 61.2, {}),
-        ("27B", 32.9, {"GRAD_CHECKPOINT": "1"}),
-        ("27B", 18.3, {"GRAD_CHECKPOINT": "1", "BATCH_SIZE": "1", "RANK": "8"}),
-        ("27B", 26.2, {"NUM_LAYERS": "16", "BATCH_SIZE": "1", "EMBEDDINGS": "0"}),
-    ],
-)
-def test_the_memory_is_reckoned_as_it_was_measured(project, train, model, measured, settings):
-    pretend_to_be(project, model)
-    result = train(**{"RANK": "32", "CHECK_MEMORY": "0"} | LOOK | settings)
-    assert "the longest of 512 tokens" in result.stdout
-    reckoned = float(re.search(r"memory      about ([\d.]+) GB", result.stdout)[1])
-    assert 0.9 * measured < reckoned < 1.15 * measured
-
-
-def test_what_does_not_fit_is_refused_with_settings_that_do(project, train):
-    pretend_to_be(project, "27B")
-    result = train(RANK="32", BATCH_SIZE="16")  # 320 GB
-    assert result.returncode == 1 and "Loading" not in result.stdout
-    if "error: no settings make it fit" in last_error(result):
-        pytest.skip("this machine is too small for 27B")
-    fix = re.search("a Mac may crash. FIX: (.*) ./fine_tune.sh", last_error(result))[1]
-    smaller = dict(setting.split("=") for setting in fix.split())
-    result = train(**{"RANK": "32", "BATCH_SIZE": "16"} | LOOK | smaller)
-    assert "no interrupted run" in last_error(result)
-
-
-# ---- errors before a model is loaded -----------------------------------------------------------
-def assert_error(project, result, what, fix):
-    assert result.returncode == 1
-    error = last_error(result)
-    assert error.startswith("error: " + what) and ". FIX: " + fix in error
-    assert "\x1b" not in error and "Loading" not in result.stdout
-    assert not (project / WORK).exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "what", "fix"),
-    [
-        ("MODEL", None, "there is no base model in models/base/gemma-3-text-27b-it-4bit "
-         "(there: tiny-gemma-3, tiny-gemma-3-4bit)", "export MODEL=tiny-gemma-3-4bit, or hf down"),
-        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3 (there",
-         "export MODEL=tiny-gemma-3, or hf download mlx-community/tiny-gema-3 --local-dir models/"),
-        ("MODEL", "me/gemma", "MODEL is not a name", "MODEL=gemma ./fine_tune.sh"),
-        ("MODEL", "./models/base/gemma/", "MODEL is not a name", "MODEL=gemma ./fine_tune.sh"),
-        ("VERSION", "\x1b[31m/v2", "VERSION is not a name", "VERSION=v2 ./fine_tune.sh"),
-        ("VERSION", "my chat", "VERSION is not a name", "VERSION=my_chat ./fine_tune.sh"),
-        ("VERSION", None, "there is no train.jsonl in data/for_train/v1 (there: sample)",
-         "export VERSION=sample, or VERSION=v1 MODEL=tiny-gemma-3 python build_train.py"),
-        ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
-        ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not a number", "LEARNING_RATE=0.1 ./fine"),
-        ("BATCH_SIZE", "0", "BATCH_SIZE=0 is not a whole number from 1", "BATCH_SIZE=2 ./fine_tu"),
-        ("RANK", "\x1b[2J8", "RANK=?[2J8 is not a whole number", "RANK=32 ./fine_tune.sh"),
-        ("RESUME", "1", "there is no interrupted run with a checkpoint", "RESUME=0 ./fine_tune"),
-    ],
-)  # fmt: skip
-def test_a_wrong_setting(project, train, name, value, what, fix):
-    assert_error(project, train(**{name: value}), what, fix)
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "error"),
-    [
-        ("config.json", "[3]", "AttributeError"),
-        ("config.json", '{"hidden_size": 64}', "KeyError"),
-        ("model.safetensors", None, "SafetensorError"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
-        ("tokenizer.json", "{}", ""),
-        ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
-    ],
-)
-def test_a_damaged_or_hostile_base_model(project, train, file, text, error):
-    path = project / BASE / file
-    if text is None:
-        cut_off(path)
-    else:
-        path.write_text(text)
-    result = train()
-    assert f" cannot be used: {error}" in last_error(result)
-    fix = f"hf download mlx-community/tiny-gemma-3 --local-dir {BASE}"
-    assert_error(project, result, "", fix)
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ('{"prompt": 3}', "KeyError"),
-        ("[" * 100_000, "RecursionError"),
-        ("\xff", "UnicodeDecodeError"),
-        ("", "JSONDecodeError"),
-    ],
-)
-def test_a_row_that_cannot_be_trained_on(project, train, line, error):
-    good = json.dumps(as_prompt("a", "b"))
-    (project / DATA / "valid.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
-    what = f"{DATA}/valid.jsonl, line 2, cannot be used: {error}"
-    assert_error(project, train(), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
-
-
-def test_a_template_that_begins_a_reply_otherwise_than_it_writes_one(project, train):
-    opens_otherwise = "{% if add_generation_prompt %}?{% endif %}"
-    template = "{% for m in messages %}{{ m.content }}!{% endfor %}" + opens_otherwise
-    (project / BASE / "chat_template.jinja").write_text(template)
-    what = "the chat template of tiny-gemma-3 does not tell which tokens are the reply"
-    assert_error(project, train(), what, "another base model")
-
-
-def test_code_that_a_base_brings_is_never_run(project, train):
-    change_config(project, model_file="evil.py")
-    (project / BASE / "evil.py").write_text("print('evil')")
-    what = "tiny-gemma-3 brings code of its own, which is never run"
-    assert_error(project, train(), what, "another base model")
-
-
-def test_more_logits_in_a_batch_than_cuda_can_count_are_refused(project, train):
-    change_config(project, vocab_size=9_999_999)
-    what = "MLX computes no more than 5 rows of 39 tokens rightly"
-    assert_error(project, train(BATCH_SIZE="8"), what, "BATCH_SIZE=5 ./fine_tune.sh")
-
-
-def test_without_the_virtual_environment(project, tmp_path):
-    """A PATH with the system's tools, but no mlx_lm.lora."""
-    for name in ["dirname", "bash"]:
-        (tmp_path / name).symlink_to(shutil.which(name))
-    command = [str(tmp_path / "bash"), str(project / "fine_tune.sh")]
-    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "mlx_lm.lora was not found" in last_error(result)
-    assert ". FIX: source venv/bin/activate" in last_error(result)
-
-
-@pytest.mark.parametrize("argument", ["--iters", "--trust-remote-code", "ITERS=7"])
-def test_arguments_that_do_not_go_through(train, argument):
-    result = train(argument)
-    assert result.returncode == 2
-    assert last_error(result).startswith(f"error: it takes no {argument}. FIX: settings go in ")

@@ -101,8 +101,8 @@ def kept(project):
 
 
 def older_model_is_as_it_was(project):
-    visible = {path.name for path in (project / "models/fused").iterdir()} - {f".{FUSED[13:]}.lock"}
-    return contents(project / FUSED) == {"model.safetensors": b"older"} and visible == {FUSED[13:]}
+    left = [path.name for path in (project / "models/fused").iterdir() if path.suffix != ".lock"]
+    return contents(project / FUSED) == {"model.safetensors": b"older"} and left == [FUSED[13:]]
 
 
 # ---- what comes out -----------------------------------------------------------------------------
@@ -127,7 +127,6 @@ def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(pro
         ("tiny-gemma-3-4bit", "base", 4),
         ("tiny-gemma-3-4bit", "auto", 8),
         ("tiny-gemma-3", "auto", None),
-        ("tiny-gemma-3", "8", 8),
     ],
 )
 def test_bits_of_the_result_and_its_origin(project, fuse, model, bits, expected):
@@ -148,17 +147,6 @@ def test_bits_of_the_result_and_its_origin(project, fuse, model, bits, expected)
     tokenizer = "tokenizer_config.json"
     base = project / f"models/base/{model}"
     assert (fused / tokenizer).read_bytes() == (base / tokenizer).read_bytes()
-
-
-@pytest.mark.slow
-def test_the_origin_is_the_adapter_that_was_fused_though_another_came_meanwhile(project, run):
-    first = (project / ADAPTER / "adapters.safetensors").read_bytes()
-    process = start(project, run)
-    wait_for(project, "adapter/adapter_config.json", process)
-    shutil.rmtree(project / ADAPTER)
-    assert process.wait() == 0
-    origin = json.loads((project / FUSED / "fused_from.json").read_text())
-    assert origin["adapter_sha256"] == hashlib.sha256(first).hexdigest()
 
 
 # ---- whole or not at all ------------------------------------------------------------------------
@@ -224,16 +212,18 @@ def test_a_signal_to_the_script_alone_ends_its_children_too(project, run, fuse, 
 
 
 @pytest.mark.slow
-def test_a_second_run_at_once_is_refused_and_the_first_is_not_disturbed(project, run, fuse):
+def test_neither_a_second_run_nor_another_adapter_disturbs_the_first(project, run, fuse):
+    first = (project / ADAPTER / "adapters.safetensors").read_bytes()
     process = start(project, run)
     wait_for(project, "log", process)
-    result = fuse(FUSED_BITS="16")
-    assert result.returncode == 1
-    assert last_error(result) == (
+    assert last_error(fuse(FUSED_BITS="16")) == (
         f"error: another run is writing {FUSED}. FIX: wait until it is done, or end it"
     )
+    shutil.rmtree(project / ADAPTER)
     assert process.wait() == 0
-    assert json.loads((project / FUSED / "fused_from.json").read_text())["bits"] == "8"
+    origin = json.loads((project / FUSED / "fused_from.json").read_text())
+    assert origin["bits"] == "8"
+    assert origin["adapter_sha256"] == hashlib.sha256(first).hexdigest()
 
 
 def test_a_swap_that_was_cut_in_the_middle_is_undone(project, fuse):
@@ -261,67 +251,35 @@ def nan_adapter(project):
     mx.save_safetensors(path, weights)
 
 
-def file_for_folder(project):
-    shutil.rmtree(project / FUSED)
-    (project / FUSED).touch()
-
-
 BASE = f"models/base/{COARSE}"
 RETRAIN = f"VERSION=sample MODEL={COARSE} ./fine_tune.sh"
 DOWNLOAD = f"hf download mlx-community/{COARSE} --local-dir {BASE}"
+NO_BASE = "there is no base model in models/base"
+DAMAGED = "the adapter cannot be used: "
 ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
     "MODEL forgotten": (
         lambda p: [shutil.rmtree(p / f"models/base/{name}") for name in ("tiny-gemma-3", COARSE)],
-        {"MODEL": None},
-        "there is no base model in models/base/gemma-3-text-27b-it-4bit (there: tiny-gemma-3-4bit)",
-        "export MODEL=tiny-gemma-3-4bit",
-    ),
-    "MODEL not downloaded": (
-        None,
-        {"MODEL": "Qwen3-4B"},
-        "there is no base model in models/base/Qwen3-4B (there: tiny-gemma-3 tiny-gemma-3-2bit ",
-        "hf download mlx-community/Qwen3-4B --local-dir models/base/Qwen3-4B",
-    ),
+        {"MODEL": None}, f"{NO_BASE}/gemma-3-text-27b-it-4bit. ",
+        "export MODEL=tiny-gemma-3-4bit, or hf download mlx-community/gemma-3-text-27b-it-4bit"),
+    "MODEL mistyped": (None, {"MODEL": "tiny"}, f"{NO_BASE}/tiny. ",
+        "export MODEL=tiny-gemma-3"),
     "MODEL a path": (None, {"MODEL": BASE}, f"MODEL={BASE} is not a name", "use letters"),
     "VERSION no name": (None, {"VERSION": ".x"}, "VERSION=.x is not a name", "use letters"),
-    "unknown bits": (
-        None,
-        {"FUSED_BITS": "7"},
-        "FUSED_BITS=7 is not auto, base, 16 or 8",
-        "FUSED_BITS=auto ./fuse.sh",
-    ),
-    "no adapter": (
-        lambda p: shutil.rmtree(p / ADAPTER),
-        {},
-        f"there is no adapter in {ADAPTER}",
-        f"{RETRAIN}, or export another VERSION",
-    ),
-    "a base whose config is none": (
-        lambda p: change(p / BASE / "config.json", quantization=3),
-        {},
-        f"{BASE}/config.json cannot be used: TypeError(",
-        DOWNLOAD,
-    ),
-    "an adapter cut off": (
-        lambda p: cut_off(p / ADAPTER / "adapters.safetensors"),
-        {},
-        "the adapter cannot be used: RuntimeError(",
-        RETRAIN,
-    ),
-    "an adapter with NaN": (nan_adapter, {}, "the adapter cannot be used: ", RETRAIN),
-    "the adapter of another base": (
-        lambda p: change(p / ADAPTER / "adapter_config.json", model="a/tiny\x1b[31m"),
-        {},
-        "the adapter cannot be used: ",
-        RETRAIN,
-    ),
-    "a file where the fused model comes": (
-        file_for_folder,
-        {},
-        f"{FUSED} is not a folder of its own",
-        f"mv {FUSED} {FUSED}.other",
-    ),
-}
+    "unknown bits": (None, {"FUSED_BITS": "7"}, "FUSED_BITS=7 is not auto, base, 16 or 8",
+        "FUSED_BITS=auto ./fuse.sh"),
+    "no adapter": (lambda p: shutil.rmtree(p / ADAPTER), {}, f"there is no adapter in {ADAPTER}",
+        f"{RETRAIN}, or export another VERSION"),
+    "no config": (lambda p: change(p / BASE / "config.json", quantization=3), {},
+        f"{BASE}/config.json cannot be used: TypeError(", DOWNLOAD),
+    "10^9 layers": (lambda p: change(p / BASE / "config.json", num_hidden_layers=10**9), {},
+        f"{BASE}/config.json cannot be used: ValueError('so many layers", DOWNLOAD),
+    "adapter cut off": (lambda p: cut_off(p / ADAPTER / "adapters.safetensors"), {},
+        f"{DAMAGED}RuntimeError(", RETRAIN),
+    "adapter of NaN": (nan_adapter, {}, f"{DAMAGED}ValueError('it holds NaN", RETRAIN),
+    "adapter of another base": (
+        lambda p: change(p / ADAPTER / "adapter_config.json", model="a/tiny\x1b[31m"), {},
+        f"{DAMAGED}ValueError(", RETRAIN),
+}  # fmt: skip
 
 
 @pytest.mark.slow  # the adapters are trained
@@ -329,38 +287,35 @@ ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
 def test_error_before_a_model_is_loaded(project, fuse, harm, settings, begins, fix):
     if harm:
         harm(project)
-    before = contents(project / "models/fused")
     result = fuse(**settings)
     assert result.returncode == 1
     assert last_error(result).startswith(f"error: {begins}")
     assert f". FIX: {fix}" in last_error(result)
-    assert "\x1b" not in result.stderr
-    assert "running" not in result.stdout
-    after = contents(project / "models/fused")
-    assert {path: after[path] for path in after if not path.endswith(".lock")} == before
+    assert "\x1b" not in result.stderr and "running" not in result.stdout
+    assert older_model_is_as_it_was(project)
 
 
-def no_chat_template(project):
-    (project / BASE / "chat_template.jinja").unlink()
-    change(project / BASE / "tokenizer_config.json", chat_template=None)
+def no_chat_template(path):
+    path.unlink()
+    change(path.with_name("tokenizer_config.json"), chat_template=None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("harm", "why"),
+    ("file", "harm", "why"),
     [
-        (lambda p: (p / BASE / "tokenizer.json").unlink(), "Couldn't instantiate the backend"),
-        (lambda p: (p / BASE / "model.safetensors").unlink(), "No safetensors found"),
-        (lambda p: cut_off(p / BASE / "model.safetensors"), "incomplete download"),
-        (no_chat_template, "ValueError: the base has no chat template"),
+        ("tokenizer.json", Path.unlink, "Couldn't instantiate the backend"),
+        ("model.safetensors", Path.unlink, "No safetensors found"),
+        ("model.safetensors", cut_off, "incomplete download"),
+        ("chat_template.jinja", no_chat_template, "the base has no chat template"),
     ],
+    ids=["no tokenizer", "no weights", "cut off", "no template"],
 )
-def test_what_failed_is_told_by_its_cause(project, fuse, harm, why):
-    harm(project)
+def test_what_failed_is_told_by_its_cause(project, fuse, file, harm, why):
+    harm(project / BASE / file)
     result = fuse(FUSED_BITS="base")
     assert result.returncode == 1
-    assert " ended with code 1: " in last_error(result)
-    assert why in last_error(result)
+    assert " ended with code 1: " in last_error(result) and why in last_error(result)
     assert last_error(result).endswith(f"FIX: {DOWNLOAD}")
     assert older_model_is_as_it_was(project)
 
@@ -386,14 +341,10 @@ def test_a_place_that_cannot_be_written_to(project, fuse):
 
 
 # ---- how it is called ---------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("argument", "fix"),
-    [("--save-path", "./fuse.sh --help"), ("FUSED_BITS=8", "FUSED_BITS=8 ./fuse.sh")],
-)
-def test_wrong_usage(template, run, argument, fix):
-    result = run(template, "fuse.sh", argument)
+def test_it_takes_no_arguments(template, run):
+    result = run(template, "fuse.sh", "FUSED_BITS=8")
     assert result.returncode == 2
-    assert last_error(result).endswith(f"FIX: {fix}")
+    assert last_error(result).endswith("FIX: settings go in front: FUSED_BITS=16 ./fuse.sh")
 
 
 @pytest.mark.parametrize(
@@ -441,10 +392,3 @@ def test_it_works_through_a_link_from_anywhere(project, run, tmp_path):
     result = run(tmp_path, "fuse.sh", env={"MODEL": COARSE, "FUSED_BITS": "base"})
     assert result.returncode == 0, result.stderr
     assert "config.json" in contents(project / FUSED)
-
-
-def test_help_shows_purpose_and_settings(template, run):
-    result = run(template, "fuse.sh", "--help")
-    assert result.returncode == 0
-    assert result.stdout.startswith("Fuse the adapter")
-    assert "\nFUSED_BITS=auto " in result.stdout and "declare" not in result.stdout

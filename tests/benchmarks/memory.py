@@ -85,11 +85,11 @@ def weights_of(shape):
 def reckon(shape, weights, batch, tokens, layers, checkpointing, rank, embeddings):
     """Return the bytes that fine_tune.sh reckons, by its own lines."""
     script = (ROOT / "fine_tune.sh").read_text("utf-8")
-    lines = script[script.index("def trained_numbers") : script.index("def check_memory")]
+    lines = script[script.index("def memory(") : script.index("def check_memory")]
     exec(lines, names := {})
-    depth, hidden, inner, heads, key_heads, head, *_ = SHAPES[shape]
+    depth, hidden, inner, *_ = SHAPES[shape]
     size = SimpleNamespace(layers=depth, hidden=hidden, inner=inner, weights=weights)
-    size.queries, size.keys, size.vocabulary = heads * head, key_heads * head, 262144
+    size.vocabulary = 262144
     s = SimpleNamespace(NUM_LAYERS=layers, GRAD_CHECKPOINT=checkpointing, RANK=rank)
     s.EMBEDDINGS, s.BATCH_SIZE = embeddings, batch
     return int(names["memory"](s, size, tokens))

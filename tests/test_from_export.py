@@ -640,9 +640,9 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
         "left out 1 media without words (media): <Media omitted>",
         "",
         "wrote my project/data/raw/messages_sample.json: 3 entries; delete what it must not learn",
-        "next VERSION=sample python build_train.py --only-author 'Ann Lee'"
-        " # to answer as one of them",
-        "VERSION=sample python build_train.py # to answer as anybody",
+        "next, to answer as one of them, or as anybody:",
+        "VERSION=sample python build_train.py --only-author 'Ann Lee'",
+        "VERSION=sample python build_train.py",
     ]
 
 
@@ -650,7 +650,7 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
     talks = [("Me", "X"), *[("X", "X")] * 3, ("Me", "Y"), *[("Y", "Y")] * 3]
     entries = [{"author": author, "conversation": place} for author, place in talks]
     from_export.next_steps(entries, "v1")
-    assert "--only-author Me " in capsys.readouterr().out
+    assert "--only-author Me\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
 def test_chats_and_training_sets_do_not_mix(home, main):
     (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert "chats and training sets" in main("chat.txt", "set.jsonl")
-    assert main("set.jsonl").splitlines()[-1] == "next  VERSION=sample python build_train.py"
+    assert main("set.jsonl").splitlines()[-1].strip() == "VERSION=sample python build_train.py"
     assert json.loads((home / OUTPUT).read_text()) == [{"prompt": "a", "completion": "b"}]
 
 
@@ -793,7 +793,7 @@ def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, main):
     out = main("a\x1b[2J.json")
     assert all(c.isprintable() or c == "\n" for c in out)
     assert said(json.loads((home / OUTPUT).read_text()))[0] == "A[2J'; rm -rf ~; ': ?hi"
-    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"'' """ in out
+    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"''\n""" in out
 
 
 def test_the_same_bytes_in_any_surroundings(home, export, main):

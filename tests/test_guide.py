@@ -217,8 +217,9 @@ def test_every_command_that_needs_no_network_runs_in_order(project, tmp_path, gu
     assert (project / "models/fused/fused-v1_tiny-gemma-3/config.json").exists()
 
 
-def test_both_guides_have_the_same_commands():
+def test_both_guides_have_the_same_commands_and_zsh_can_read_them():
     assert blocks(ENGLISH) == blocks(ITALIAN)
+    assert "#" not in "".join(commands for _, commands in blocks(ENGLISH))  # no comment, if typed
 
 
 def test_both_guides_have_the_same_figures_in_their_tables():

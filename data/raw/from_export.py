@@ -859,13 +859,14 @@ def next_steps(entries, version):
     build = f"VERSION={version} python build_train.py"
     messages = Counter(entry["author"] for entry in entries if "author" in entry)
     if not messages:
-        print(f"next  {build}")
+        print(f"next:\n      {build}")
         return
     pairs = {(entry.get("author"), entry.get("conversation")) for entry in entries}
     places = Counter(author for author, _ in pairs)
     author = max(messages, key=lambda author: (places[author], messages[author]))
-    print(f"next  {build} --only-author {shown(shlex.quote(author))}  # to answer as one of them")
-    print(f"      {build}  # to answer as anybody")
+    print("next, to answer as one of them, or as anybody:")
+    print(f"      {build} --only-author {shown(shlex.quote(author))}")
+    print(f"      {build}")
 
 
 # ---- all of it ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
-    sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
+    sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv --clear venv")
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, the output is whole
 
 import argparse

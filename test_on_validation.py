@@ -16,7 +16,7 @@ import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
-    sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv venv (see README.md)")
+    sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv --clear venv")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C, even amid an import
@@ -25,8 +25,10 @@ if __name__ == "__main__":
 
 import csv
 import fcntl
+import hashlib
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -107,7 +109,7 @@ def settings():
         if not re.fullmatch(NAME, text):
             last = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(text).name).lstrip("._-")
             what = f"{name} is {text!a}, not letters, digits, '.', '_' and '-'"
-            fail(what, f"{name}={last or DEFAULTS[name]} {ME}")
+            fail(what, f"export {name}={last or DEFAULTS[name]}")
     return args
 
 
@@ -191,13 +193,21 @@ def find_models(args, base, adapter, fused):
     return {name: load(*parts[name]) for name in parts if name in asked}
 
 
+def is_stale(adapter, fused):
+    """Say whether the fused model was made from another adapter than the one there now."""
+    made_from = read_json(fused / "fused_from.json", "adapter_sha256")
+    weights = adapter / "adapters.safetensors"
+    if made_from is None or not weights.is_file():
+        return False
+    return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
+
+
 def find_warnings(args, models, adapter, fused, valid):
     """Return what the figures will lack."""
     found, run = [], f"VERSION={args.version} MODEL={args.model}"
-    weights, trained = adapter / "adapters.safetensors", adapter / "lora_config.yaml"
-    are_both = "fused" in models and weights.is_file()
-    if are_both and weights.stat().st_mtime > fused.stat().st_mtime:
-        found.append(f"{fused} is older than the adapter; to renew it: {run} ./fuse.sh")
+    trained = adapter / "lora_config.yaml"
+    if "fused" in models and is_stale(adapter, fused):
+        found.append(f"{fused} was made from another adapter; to renew it: {run} ./fuse.sh")
     checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
     is_learned = models.keys() != {"base"} and trained.is_file()
     if is_learned and checksum.strip() not in trained.read_bytes():
@@ -475,7 +485,7 @@ def shown(table, name, who):
 def cells(table):
     """Return {name: {who: text}} of the figures that someone has."""
     everyone = [*list(table["replies"])[:1], *table["loss"]]  # the reference, if it is known
-    names = [name for name in table if table[name] and not name.endswith(" error")]
+    names = [name for name in table if set(table[name].values()) - {""} and "error" not in name]
     return {name: {who: shown(table, name, who) for who in everyone} for name in names}
 
 
@@ -568,7 +578,7 @@ def blind_cards(asked, said, judged, seed):
 
     {"chat": "ann: hi\nbob: ready?", "pair": ["yo", "hello"], "real": "B", "others": {"base": "Hi"}}
     """
-    coin = np.random.default_rng(seed)
+    coin = random.Random(f"{seed} {said}")  # noqa: S311 (another report, another order)
     cards = []
     for row in asked:
         texts = {who: lines[row.line] for who, lines in said.items() if row.line in lines}
@@ -576,11 +586,11 @@ def blind_cards(asked, said, judged, seed):
         if reply in ("", real):
             continue
         pair = [real, reply]
-        if coin.integers(2):
+        if coin.random() < 0.5:
             pair.reverse()
         chat = visible(row.context)
         if len(chat) > 300:
-            chat = "… " + chat[-300:]
+            chat = "… " + chat[-300:].split(" ", 1)[-1]
         others = {who: text for who, text in texts.items() if text != reply}
         real = "AB"[pair.index(real)]
         cards.append({"chat": chat, "pair": pair, "real": real, "others": others})
@@ -662,9 +672,15 @@ def test(args, valid, final):
     print(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:
+        if len(nats) < 2 and final.exists():
+            print("interrupted: the report of before is as it was", file=sys.stderr)
+            return 130
         warnings.append("stopped with Ctrl-C: this is what was done so far")
 
     table, said = figures(rows, asked, nats, replies, args)
+    if is_stale(adapter, fused):  # the fuse is not to blame for the difference
+        table["kept"].clear()
+        table["kept error"].clear()
     bits = read_json(fused / "fused_from.json", "bits")
     sentences = verdict(table, len(rows), str(bits))
     facts = {

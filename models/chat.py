@@ -18,15 +18,17 @@ import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
-    sys.exit(f"error: this is Python {sys.version.split()[0]}. FIX: install 3.11, see README.md")
+    sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv --clear venv")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until it talks to a person
 
 import argparse
 import contextlib
+import hashlib
 import json
 import re
 import select
+import subprocess
 import unicodedata
 from pathlib import Path
 
@@ -55,10 +57,11 @@ def arguments():
     args = parser.parse_args()
     if not (0 <= (args.temperature or 0) <= 2 and args.max_tokens > 0):
         parser.error("--temperature is 0 to 2, --max-tokens 1 or more")
-    for name in args.version, args.model:
+    for variable, name in ("VERSION", args.version), ("MODEL", args.model):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            what = f"VERSION or MODEL is {name!a}, which is not the name of a folder"
-            fail(what, "use letters, digits, '.', '_' and '-' alone")
+            good = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-") or DEFAULTS[variable]
+            what = f"{variable} is {name!a}, not letters, digits, '.', '_' and '-'"
+            fail(what, f"export {variable}={good}")
     return args
 
 
@@ -105,15 +108,35 @@ def read_settings(version):
         fail(f"{path} cannot be used: {e!r}", make)
 
 
+def is_stale(adapter, fused):
+    """Say whether the fused model was made from another adapter than the one there now."""
+    try:
+        made_from = json.loads((fused / "fused_from.json").read_bytes())["adapter_sha256"]
+        weights = (adapter / "adapters.safetensors").read_bytes()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return hashlib.sha256(weights).hexdigest() != made_from
+
+
+def was_built_anew(version, adapter):
+    """Say whether the data, and so the window, the names and the author, may be others by now."""
+    data, trained = Path(f"data/for_train/{version}/train.jsonl"), adapter / "lora_config.yaml"
+    if not (data.exists() and trained.exists()):
+        return False
+    checksum = subprocess.run(["cksum"], input=data.read_bytes(), capture_output=True).stdout
+    return checksum.strip() not in trained.read_bytes()
+
+
 def find_model(version, model):
     """Return [(folder, the command that makes it)] of the fused model, or of base and adapter."""
     run, name = f"VERSION={version} MODEL={model}", f"{version}_{model}"
     adapter = Path(f"models/adapters/adapter-{name}")
     fused = Path(f"models/fused/fused-{name}")
+    if was_built_anew(version, adapter):
+        note(f"warning: the data are not those of the training. Train anew: {run} ./fine_tune.sh")
     if fused.is_dir():
-        weights = adapter / "adapters.safetensors"
-        if weights.exists() and weights.stat().st_mtime > fused.stat().st_mtime:
-            note(f"warning: {fused} is older than the adapter. To renew it: {run} ./fuse.sh")
+        if is_stale(adapter, fused):
+            note(f"warning: {fused} was made from another adapter. To renew it: {run} ./fuse.sh")
         return [(fused, f"{run} ./fuse.sh")]
     base = Path(f"models/base/{model}")
     download = f"hf download mlx-community/{model} --local-dir {base}"
@@ -302,6 +325,7 @@ def main():
         return stream_generate(model, tokenizer, prompt, args.max_tokens, sampler=sampler)
 
     if sys.stdin.isatty():
+        note("(Ctrl-D ends the talk)")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # talk() takes it from here
     talk(answer, author, me)
 

@@ -1,6 +1,7 @@
 """models/chat.py: a talk in the shape that was trained, with keys that do what people expect."""
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -68,7 +69,6 @@ def no_handler_stays():
 
 # ---- what is missing or wrong, before a model is loaded ------------------------------------------
 BUILD = "python build_train.py"
-LETTERS = "use letters, digits, '.', '_' and '-' alone"
 DOWNLOAD = "hf download mlx-community/zephyr --local-dir models/base/zephyr"
 
 
@@ -86,7 +86,7 @@ def settings(text):
         (remove("data/for_train/sample"), {}, "", f"VERSION=sample {BUILD}"),
         (None, {"VERSION": None}, "", f"VERSION=v1 {BUILD}; for the sample: export VERSION=sample"),
         (None, {"VERSION": "v1"}, "", f"VERSION=v1 {BUILD}"),
-        (None, {"VERSION": "my chat"}, "", LETTERS),
+        (None, {"VERSION": "my chat"}, "", "export VERSION=my_chat"),
         (remove(FUSED), {}, "", "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
         (remove(FUSED), {"MODEL": "zephyr"}, "", DOWNLOAD),
         (remove(FUSED, BASE + "-4bit"), {"MODEL": None}, "", "export MODEL=tiny-gemma-3"),
@@ -226,16 +226,29 @@ def test_base_and_adapter_if_there_is_no_fused_model(project, monkeypatch, capsy
     assert {*weights} < {*dict(tree_flatten(model.parameters()))}
 
 
-def test_a_fused_model_that_is_older_than_the_adapter(project, monkeypatch, capsys):
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_fused_model_of_another_adapter(project, monkeypatch, capsys, changed):
     monkeypatch.chdir(project)
-    weights = Path(ADAPTER, "adapters.safetensors")
-    weights.parent.mkdir()
-    weights.touch()
-    for seconds, warns in [(-9, False), (9, True)]:
-        time_of_change = int(Path(FUSED).stat().st_mtime) + seconds
-        os.utime(weights, (time_of_change, time_of_change))
-        assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
-        assert ("is older than the adapter" in capsys.readouterr().err) == warns
+    Path(ADAPTER).mkdir()
+    Path(ADAPTER, "adapters.safetensors").write_text("new" if changed else "old")
+    origin = {"adapter_sha256": hashlib.sha256(b"old").hexdigest()}
+    Path(FUSED, "fused_from.json").write_text(json.dumps(origin))
+    assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
+    assert ("was made from another adapter" in capsys.readouterr().err) == changed
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_data_that_were_built_anew_after_the_training(project, monkeypatch, capsys, changed):
+    monkeypatch.chdir(project)
+    data = Path("data/for_train/sample/train.jsonl")
+    data.write_text('{"prompt": "hi", "completion": "ho"}\n')
+    checksum = subprocess.run(["cksum"], input=data.read_bytes(), capture_output=True).stdout
+    Path(ADAPTER).mkdir()
+    Path(ADAPTER, "lora_config.yaml").write_bytes(b"# train.jsonl: " + checksum)
+    if changed:
+        data.write_text("{}\n")
+    chat.find_model("sample", "tiny-gemma-3")
+    assert ("not those of the training" in capsys.readouterr().err) == changed
 
 
 @pytest.mark.parametrize(
@@ -413,7 +426,7 @@ ENTER, UP, CTRL_C = "\r", "\x1b[A", "\x03"
 def test_a_talk_at_a_terminal(project, run, tiny):
     """Names stand before what is said, a paste is one message, Ctrl-C takes back a line."""
     terminal = Terminal(run, project, "--me", "eve", *GREEDY)
-    terminal.read_to(f"loading {FUSED}\neve: ")
+    terminal.read_to(f"loading {FUSED}\n(Ctrl-D ends the talk)\neve: ")
 
     log = [("eve", "one\ntwo")]
     reply = likeliest(tiny, log, SETTINGS)

@@ -4,6 +4,7 @@ import argparse
 import ast
 import csv
 import functools
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -133,7 +134,7 @@ DOWNLOAD = "hf download mlx-community/tiny-gemma-3 --local-dir models/base/tiny-
 TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: "
 BUILD = "VERSION=sample python build_train.py"
 INSTRUCT = "MODEL=gemma-3-text-27b-it-4bit ./fine_tune.sh, or another instruct model"
-CLOSE = "MODEL=tiny-gemma-3 python test_on_validation.py"
+CLOSE = "export MODEL=tiny-gemma-3"
 TEMPLATE = f"the chat template of {BASE} fails on {VALID} line 1: "
 THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
 THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
@@ -165,7 +166,7 @@ def template(text):
     [
         (None, "--version two", "there is no file data/for_train/two/valid.jsonl (there: sample)",
          "VERSION=two python build_train.py"),
-        (None, "--version ..", "VERSION is '..'", "VERSION=v1 python test_on_validation.py"),
+        (None, "--version ..", "VERSION is '..'", "export VERSION=v1"),
         (None, "--model models/base/tiny-gemma-3/", "MODEL is 'models/base/tiny-gemma-3/'", CLOSE),
         (None, "--model .tiny-gemma-3", "MODEL is '.tiny-gemma-3'", CLOSE),
         (lack(BASE), "", f"there is no folder {BASE} (there: tiny-gemma-3-4bit)", DOWNLOAD),
@@ -241,28 +242,37 @@ def test_only_the_models_that_are_asked_for_are_needed(project, stage_4, models,
     assert list(metrics(project)["loss"]) == tested and "than the base" in page(project)
 
 
-def test_what_is_older_than_what_it_is_compared_with_is_told(script, tmp_path, capsys):
-    weights, fused, valid = (tmp_path / name for name in ("adapters.safetensors", "f", "valid"))
+def test_what_does_not_belong_together_is_told(script, tmp_path, capsys):
+    weights, origin, valid = (
+        tmp_path / name for name in ("adapters.safetensors", "fused_from.json", "valid.jsonl")
+    )
+    weights.write_text("old")
+    origin.write_text(json.dumps({"adapter_sha256": hashlib.sha256(b"old").hexdigest()}))
     valid.write_text("{}\n")
     checksum = subprocess.check_output(["cksum"], input=valid.read_bytes()).decode()
     (tmp_path / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
     args = argparse.Namespace(version="v1", model="m")
-    for path, time_of_change in (weights, 1), (fused, 2):
-        path.touch()
-        os.utime(path, (time_of_change, time_of_change))
 
     def warnings(*models):
         models = dict.fromkeys(models)
-        return " ".join(script.find_warnings(args, models, tmp_path, fused, valid))
+        return " ".join(script.find_warnings(args, models, tmp_path, tmp_path, valid))
 
     assert warnings("base", "adapter", "fused") == ""
-    os.utime(weights, (3, 3))
-    assert "is older than the adapter" in warnings("adapter", "fused")
+    weights.write_text("new")
+    assert "was made from another adapter" in warnings("adapter", "fused")
     assert warnings("base", "adapter") == ""
     valid.write_text("{}\n{}\n")
     assert "is not the one of the training" in warnings("base", "adapter")
     assert "is not the one of the training" in capsys.readouterr().err
     assert warnings("base") == ""  # it has learned nothing
+
+
+@pytest.mark.slow
+def test_a_fuse_is_not_blamed_for_an_adapter_that_is_newer(project, stage_4):
+    (project / FUSED / "fused_from.json").write_text(json.dumps({"adapter_sha256": "0"}))
+    code, _, err = stage_4(project, "--replies", "0")
+    assert code == 0 and "kept" not in metrics(project)
+    assert "was made from another adapter" in err
 
 
 @pytest.mark.parametrize(
@@ -747,7 +757,7 @@ def test_a_second_run_is_refused_until_the_first_ends(script, tmp_path, capsys):
     ("place", "count", "known"),
     [
         ("row_losses", 1, None),  # amid the losses of the base: nothing yet
-        ("visible", 2, ["base"]),  # after its first reply
+        ("visible", 2, None),  # after its first reply: nothing to compare
         ("write_replies", 2, ["base", "adapter"]),  # before the first one of the adapter
     ],
 )

@@ -21,8 +21,14 @@ fail() {
   echo "error: $1. FIX: $2" >&2
   exit 1
 }
-set +o posix # as `sh` on a Mac is
-trap 'fail "$BASH_COMMAND, in the settings, is not NAME=value" "${BASH_COMMAND// /}"' ERR
+misread() { # a line of the settings that bash cannot read, and its number: ITERS = 100
+  exec 2>&3
+  read -r name value <<<"${1/=/ }"
+  fail "line $2 of fine_tune.sh, $1, is not NAME=value" "write there: $name=\"$value\""
+}
+set +o posix          # as `sh` on a Mac is
+exec 3>&2 2>/dev/null # our own words about such a line are enough
+trap 'misread "$BASH_COMMAND" "$LINENO"' ERR
 given=$(export -p) # ITERS=60 ./fine_tune.sh wins over the line below
 set -a             # Python sees them too
 
@@ -50,6 +56,7 @@ RESUME=0                       # 1 goes on with an interrupted run of the same s
 trap - ERR
 eval "$given" 2>/dev/null || true # of all that this sets, only settings have changed
 set +a
+exec 2>&3 3>&-
 set -euo pipefail
 
 command -v mlx_lm.lora >/dev/null ||
@@ -75,6 +82,7 @@ ADAPTER = Path("models/adapters", NAME)
 OLD = Path(f"models/adapters/.{NAME}.old")
 WORK = Path(f"models/adapters/.{NAME}.partial")  # becomes ADAPTER when all is done
 RUN = WORK / "run"  # what is needed until then: the data, the checkpoints, the losses
+FINISHING = threading.Lock()  # who holds it is not interrupted
 DOWNLOAD = f"hf download mlx-community/{MODEL} --local-dir {BASE}"
 BUILD = f"VERSION={VERSION} MODEL={MODEL} python build_train.py"
 
@@ -100,16 +108,16 @@ def main(*arguments):
     check_words(arguments)
     os.chdir(Path(os.environ["SCRIPT"]).resolve().parent)
     lock = take_lock()
-    finish_last_run()
+    if finish_last_run() and os.environ["RESUME"] == "1":
+        return
     s = check()
     done = set_up(s, " ".join(arguments))
     if done < s.ITERS:  # else an interrupted run has only the choice left to do
         train(s, done, lock, arguments)
-    choose()
+    best = choose()
+    FINISHING.acquire()  # for good: what comes now is done in a moment
+    best.rename(WORK / "adapters.safetensors")  # with this name the run is complete
     put_in_place()
-    print(f"wrote       {ADAPTER}/adapters.safetensors")
-    print("            also losses.csv, training.log, lora_config.yaml")
-    print("next        ./fuse.sh")
 
 
 def fail(what, fix, code=1):
@@ -129,9 +137,13 @@ def readable(what, fix):
 def hear_ctrl_c():
     """Wait for Ctrl-C in a thread: the main one would not hear it while MLX computes."""
     signal.sigwait({signal.SIGINT})
-    print("\ninterrupted: the adapter of before, if any, is as it was. RESUME=1 in front of the "
-          "same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-    os._exit(130)
+    with FINISHING:
+        done = max(checkpoints(), default=0)
+        print("\ninterrupted: the adapter of before, if any, is as it was", file=sys.stderr)
+        if done:
+            how = "RESUME=1 in front of the same command goes on"
+            print(f"{how} from the checkpoint after {done} batches", file=sys.stderr)
+        os._exit(130)
 
 
 def progress(what, steps, done=0):
@@ -160,15 +172,21 @@ def put_in_place():
         ADAPTER.rename(OLD)
     WORK.rename(ADAPTER)
     shutil.rmtree(OLD, ignore_errors=True)
+    print(f"wrote       {ADAPTER}/adapters.safetensors")
+    print("            also losses.csv, training.log, lora_config.yaml")
+    print(f"next        VERSION={VERSION} MODEL={MODEL} ./fuse.sh")
 
 
 def finish_last_run():
-    """Mend what a kill in put_in_place() has left."""
-    if (WORK / "adapters.safetensors").exists():
-        put_in_place()
-    if OLD.exists() and not ADAPTER.exists():
-        OLD.rename(ADAPTER)
-    shutil.rmtree(OLD, ignore_errors=True)
+    """Mend what a kill in put_in_place() has left; say whether that run is complete by now."""
+    is_complete = (WORK / "adapters.safetensors").exists()
+    with FINISHING:
+        if is_complete:
+            put_in_place()
+        if OLD.exists() and not ADAPTER.exists():
+            OLD.rename(ADAPTER)
+        shutil.rmtree(OLD, ignore_errors=True)
+    return is_complete
 
 
 # ---- checks before a model is loaded -------------------------------------------------------------
@@ -184,7 +202,7 @@ def check_words(arguments):
             last = text.rstrip("/").split("/")[-1]  # of a path or a repository
             meant = re.sub("[^A-Za-z0-9._-]", "_", last).lstrip(".-")
             what = f"{name} is not a name of letters, digits, '.', '_' and '-'"
-            fail(what, f"{name}={meant} ./fine_tune.sh")
+            fail(what, f"export {name}={meant or 'v1'}")
 
 
 def check():
@@ -201,7 +219,7 @@ def check():
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
     settle(s, size, len(train))
-    print("settings   ", *(f"{name}={value}" for name, value in vars(s).items()))
+    print(f"settings    {in_words(s)}")
     check_memory(s, size, longest)
     return s
 
@@ -213,7 +231,7 @@ def read_settings():
         text = os.environ[name]
         try:
             value = type(least)(text)
-            right = value >= least
+            right = least <= value < math.inf
         except ValueError:
             value = text
             right = text == "auto" and name in AUTO
@@ -226,6 +244,13 @@ def read_settings():
             fail(what, f"{name}={meant} ./fine_tune.sh")
         setattr(s, name, value)
     return s
+
+
+def in_words(s):
+    """Return the settings as they would be typed: "ITERS=100 BATCH_SIZE=2 …"."""
+    of_this_call = ("RESUME", "CHECK_MEMORY")
+    values = vars(s).items()
+    return " ".join(f"{name}={value}" for name, value in values if name not in of_this_call)
 
 
 def refuse_other_base():
@@ -243,15 +268,16 @@ def need(what, file, setting, make):
     there = [path for path in file.parent.parent.glob(f"*/{file.name}") if path.stat().st_size]
     if file not in there:
         names = sorted(path.parent.name for path in there)
-        fixes = [*(f"export {setting}={name}" for name in names), make]
+        fixes = [f"export {setting}={name}" for name in names]
+        fixes.insert(0 if setting == "VERSION" else len(fixes), make)  # one's own data first
         fail(f"there is no {what} in {file.parent}", ", or ".join(fixes))
 
 
 def read_base():
     """Return the sizes in config.json and the bytes of the weights; refuse what is not whole."""
-    with readable(f"the base model in {BASE}", DOWNLOAD):
-        import safetensors
+    import safetensors
 
+    with readable(f"the base model in {BASE}", DOWNLOAD):
         config = json.loads((BASE / "config.json").read_bytes())
         text = config.get("text_config", config)
         size = SimpleNamespace(hidden=text["hidden_size"], layers=text["num_hidden_layers"])
@@ -303,14 +329,19 @@ def check_rows(s, size, train, valid):
     """Return the most tokens in a row; refuse rows that cannot be trained on rightly."""
     from mlx_lm.utils import load_tokenizer
 
-    by_length = sorted(train + valid, key=lambda chat: len(str(chat).encode()))
+    # No row has more tokens than bytes, so the long ones are all that can be too long.
+    lengths = [len(str(chat).encode()) for chat in train]
+    enough = min(s.MAX_SEQ_LENGTH, *sorted(lengths)[-100:])
+    long_rows = [chat for chat, length in zip(train, lengths) if length >= enough]
     endless = f"the chat template of {MODEL} takes more than a minute"
     signal.signal(signal.SIGALRM, lambda *_: fail(endless, "another base model"))
     signal.alarm(60)  # a template is a program
     with readable(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or another base model"):
         tokenizer = load_tokenizer(BASE, {"trust_remote_code": False})
-        longest = max(len(encode(tokenizer, row)[0]) for row in valid[:20] + by_length[-100:])
+        longest = max(len(encode(tokenizer, chat)[0]) for chat in valid + long_rows)
     signal.alarm(0)
+    if s.NUM_LAYERS > size.layers:
+        fail(f"{MODEL} has {size.layers} layers", f"NUM_LAYERS={size.layers} ./fine_tune.sh")
     if longest > s.MAX_SEQ_LENGTH:
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
         fail(what, f"MAX_SEQ_LENGTH={longest} ./fine_tune.sh")
@@ -419,6 +450,7 @@ def config(s, done):
 def record(s, arguments):
     """Return the text of lora_config.yaml: where the run came from, and its settings."""
     about = {"base model": MODEL, "launcher": os.environ["LAUNCH"], "arguments": arguments}
+    about["settings"] = in_words(s)
     for name in ("train.jsonl", "valid.jsonl"):
         with open(DATA / name, "rb") as file:
             about[name] = subprocess.check_output("cksum", stdin=file, text=True).strip()
@@ -449,11 +481,14 @@ def set_up(s, arguments):
         return 0
     if not checkpoints():
         fail("there is no interrupted run with a checkpoint to resume", "RESUME=0 ./fine_tune.sh")
-    before = settings.read_text().splitlines()
-    changed = [line.split(":")[0] for line in text.splitlines() if line not in before]
+    before, anew = settings.read_text(), "RESUME=0 ./fine_tune.sh starts anew"
+    had = re.search('# settings: "(.*)"', before)[1].split()
+    if other := " ".join(word for word in had if word not in in_words(s).split()):
+        fail(f"the interrupted run had {other}", f"{other} RESUME=1 ./fine_tune.sh; {anew}")
+    lines = before.splitlines()
+    changed = [line.split(":")[0][2:] for line in text.splitlines() if line not in lines]
     if changed:
-        what = f"{', '.join(changed)}: not as in the interrupted run"
-        fail(what, "set it back, or start anew: RESUME=0 ./fine_tune.sh")
+        fail(f"{', '.join(changed)}: not as in the interrupted run", anew)
     done = max(checkpoints())
     print(f"resuming    after {done} of {s.ITERS} batches; the optimizer starts anew")
     return done
@@ -559,7 +594,7 @@ def judge(s, iteration, code):
 
 # ---- the best checkpoint -------------------------------------------------------------------------
 def choose():
-    """Keep the checkpoint with the lowest loss."""
+    """Return the checkpoint with the lowest loss."""
     print("scoring     each checkpoint on valid.jsonl: nats per token of the replies")
     scores = score()
     good = {n: loss for n, loss in scores.items() if n and math.isfinite(loss)}
@@ -570,7 +605,7 @@ def choose():
     if good[best] >= scores[0]:
         print("warning: that is no better than the base model", file=sys.stderr)
     write_losses(scores)
-    checkpoints()[best].rename(WORK / "adapters.safetensors")  # with this name the run is complete
+    return checkpoints()[best]
 
 
 def score():
@@ -594,10 +629,10 @@ def score():
     return scores
 
 
-def make_batches(tokenizer, most=1024):
-    """Return batches of up to `most` tokens, and where in each row the reply is.
+def make_batches(tokenizer, most=2048):
+    """Return batches of up to `most` tokens: inputs, places of the replies' tokens, these tokens.
 
-    (["hi", "ho"], 1) → tokens ["hi", "ho", 0, …], from 1 to 1
+    ([1, 2, 3, 4, 5], 3) → inputs [1, 2, 3, 4, 5], places [2, 3], targets [4, 5]
     """
     import mlx.core as mx
 
@@ -607,24 +642,34 @@ def make_batches(tokenizer, most=1024):
     while rows:
         count = max(1, most // len(rows[-1][0]))
         batch, rows = rows[-count:], rows[:-count]
-        width = math.ceil(len(batch[-1][0]) / 32) * 32 + 1  # few widths: CUDA compiles for each
-        tokens = [tokens + [0] * (width - len(tokens)) for tokens, _ in batch]
-        replies = [(start, len(tokens) - 1) for tokens, start in batch]
-        batches.append((mx.array(tokens), mx.array(replies)))
+        width = math.ceil(len(batch[-1][0]) / 32) * 32  # few widths: CUDA compiles for each
+        inputs = [tokens + [0] * (width - len(tokens)) for tokens, _ in batch]
+        places = [
+            (row, place - 1, tokens[place])
+            for row, (tokens, start) in enumerate(batch)
+            for place in range(start, len(tokens))
+        ]
+        row, place, target = (mx.array(column) for column in zip(*places))
+        batches.append((mx.array(inputs), (row, place), target))
     return batches
 
 
 def loss_of_replies(model, batches, bar):
-    """Return the loss in nats per token of the replies, their end of turn included."""
+    """Return the loss in nats per token of the replies, their end of turn included.
+
+    Only the replies' logits become float32: those of all tokens would take gigabytes.
+    """
     import mlx.core as mx
-    from mlx_lm.tuner.trainer import default_loss, evaluate
+    import mlx.nn as nn
 
-    def loss(model, tokens, replies):  # at 32 bits, whatever the model has
-        return default_loss(lambda inputs: model(inputs).astype(mx.float32), tokens, replies)
-
-    every = {"dataset": None, "batch_size": None, "num_batches": -1}
-    every |= {"iterate_batches": lambda **_: batches, "progress_callback": bar.update}
-    return evaluate(model, loss=loss, **every)
+    total = count = 0
+    for inputs, places, targets in batches:
+        logits = model(inputs)[places].astype(mx.float32)
+        total += nn.losses.cross_entropy(logits, targets, reduction="sum").item()
+        count += targets.size
+        mx.clear_cache()
+        bar.update()
+    return total / count
 
 
 def write_losses(scores):

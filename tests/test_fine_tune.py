@@ -122,8 +122,15 @@ def test_another_interpreter_says_what_to_type(project, shell):
     ("line", "outcome"),
     [
         ('ITERS="100"  # note', "run         100 batches"),
-        ("ITERS = 100", "error: ITERS = 100, in the settings, is not NAME=value. FIX: ITERS=100"),
-        ("ITERS= 100", "error: ITERS= 100, in the settings, is not NAME=value. FIX: ITERS=100"),
+        (
+            "ITERS = 100",
+            ', ITERS = 100, is not NAME=value. FIX: write there: ITERS="100"',
+        ),
+        (
+            "ITERS= 100",
+            ', ITERS= 100, is not NAME=value. FIX: write there: ITERS="100"',
+        ),
+        ("LAUNCH=ls -l", ' LAUNCH=ls -l, is not NAME=value. FIX: write there: LAUNCH="ls -l"'),
     ],
 )
 def test_a_setting_edited_by_hand(project, train, line, outcome):
@@ -131,6 +138,11 @@ def test_a_setting_edited_by_hand(project, train, line, outcome):
     script.write_text(re.sub(r"^ITERS=.*$", line, SCRIPT, flags=re.MULTILINE))
     result = train(ITERS=None, RESUME="1")  # there is no run to go on with
     assert result.returncode == 1 and outcome in result.stdout + last_error(result)
+    if "is not NAME" in outcome:
+        number = SCRIPT[: SCRIPT.index("\nITERS=")].count("\n") + 2
+        assert (
+            result.stderr.startswith(f"error: line {number} of ") and result.stderr.count("\n") == 1
+        )
 
 
 def test_without_the_virtual_environment(project, tmp_path):
@@ -180,14 +192,23 @@ def test_kill_9_at_the_swap_loses_neither_adapter(project, call, left, kept):
     assert not (project / OLD).exists() and not (project / WORK).exists()
 
 
+def test_to_resume_a_run_that_lacked_nothing_but_its_place_ends_well(project, train):
+    (project / WORK).mkdir()
+    (project / WORK / "adapters.safetensors").write_text("newer")
+    result = train(RESUME="1")
+    assert result.returncode == 0 and result.stdout.startswith(f"wrote       {ADAPTER}/")
+    assert contents(project / ADAPTER) == {"adapters.safetensors": b"newer"}
+
+
 # ---- errors before a model is loaded -----------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "value", "fix"),
     [
-        ("MODEL", "me/gemma", "MODEL=gemma ./fine_tune.sh"),
-        ("MODEL", "./models/base/gemma/", "MODEL=gemma ./fine_tune.sh"),
-        ("VERSION", "\x1b[31m/v2", "VERSION=v2 ./fine_tune.sh"),
-        ("VERSION", "my chat", "VERSION=my_chat ./fine_tune.sh"),
+        ("MODEL", "me/gemma", "export MODEL=gemma"),
+        ("MODEL", "./models/base/gemma/", "export MODEL=gemma"),
+        ("VERSION", "\x1b[31m/v2", "export VERSION=v2"),
+        ("VERSION", "my chat", "export VERSION=my_chat"),
+        ("VERSION", "", "export VERSION=v1"),
     ],
 )
 def test_a_name_that_is_none(call, name, value, fix):
@@ -201,13 +222,15 @@ def test_a_name_that_is_none(call, name, value, fix):
          "export MODEL=tiny-gemma-3, or export MODEL=tiny-gemma-3-4bit, or "
          "hf download mlx-community/tiny-gema-3 --local-dir models/base/tiny-gema-3"),
         ("VERSION", "v1", "there is no train.jsonl in data/for_train/v1",
-         "export VERSION=sample, or VERSION=v1 MODEL=tiny-gemma-3 python build_train.py"),
+         "VERSION=v1 MODEL=tiny-gemma-3 python build_train.py, or export VERSION=sample"),
         ("ITERS", "abc", "ITERS=abc is not a whole number from 1", "ITERS=auto ./fine_tune.sh"),
         ("ITERS", "10,000", "ITERS=10,000 is not a whole n", "ITERS=10000 ./fine_tune.sh"),
         ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not a number", "LEARNING_RATE=0.1 ./fine"),
         ("RANK", "\x1b[2J8", "RANK=?[2J8 is not a whole number", "RANK=1 ./fine_tune.sh"),
         ("BATCH_SIZE", "0", "BATCH_SIZE=0 is not a whole number from 1", "BATCH_SIZE=1 ./fine_tu"),
         ("BATCH_SIZE", "9", "of these rows a batch can have 8 at most", "BATCH_SIZE=8 ./fine_tu"),
+        ("SCALE", "inf", "SCALE=inf is not a number from 0.1", "SCALE=0.1 ./fine_tune.sh"),
+        ("NUM_LAYERS", "99", "tiny-gemma-3 has 6 layers", "NUM_LAYERS=6 ./fine_tune.sh"),
         ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
     ],
 )  # fmt: skip
@@ -506,7 +529,8 @@ def test_the_trainer_ends_with_its_script(project, run, number):
 def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     assert start_and_kill(project, run, signal.SIGKILL) == -signal.SIGKILL
     changed = train(**LONG, RESUME="1", RANK="4")  # FAST has another
-    assert_error(changed, "lora_parameters: not as in the interrupted run", "set it back")
+    fix = "RANK=8 RESUME=1 ./fine_tune.sh; RESUME=0 ./fine_tune.sh starts anew"
+    assert_error(changed, "the interrupted run had RANK=8", fix)
     # Pretend that all but 8 of the batches are done.
     newest = max(project.glob(CHECKPOINTS))
     newest.rename(newest.with_name("0003992_adapters.safetensors"))

@@ -952,36 +952,38 @@ TABLE = """
 deleted:
 This message was deleted | You deleted this message | This message was deleted by an admin | Diese
 Nachricht wurde gelöscht | Du hast diese Nachricht gelöscht | Se eliminó este mensaje | Este
-mensaje fue eliminado | Eliminaste este mensaje | Ce message a été supprimé | Vous avez supprimé
-ce message | Questo messaggio è stato eliminato | Hai eliminato questo messaggio | Mensagem
-apagada | Esta mensagem foi apagada | Você apagou esta mensagem | Apagou/Apagaste esta mensagem |
-Dit bericht is verwijderd | U/Je hebt dit bericht verwijderd | Данное сообщение удалено | Вы
-удалили данное/это сообщение | Сообщение удалено | Це повідомлення було видалено | Ви видалили це
-повідомлення | Ta wiadomość została usunięta | Usunięto/Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva
-byla smazána/odstraněna | Tuto zprávu jste smazal/smazala/odstranil/odstranila | Táto správa bola
+mensaje fue eliminado | Eliminaste este mensaje | Ce message a été supprimé | Vous avez supprimé ce
+message | Questo messaggio è stato eliminato | Hai eliminato questo messaggio | Mensagem apagada |
+Esta mensagem foi apagada | Você apagou esta mensagem | Apagou/Apagaste esta mensagem | Dit bericht
+is verwijderd | U/Je hebt dit bericht verwijderd | Данное сообщение удалено | Вы удалили данное/это
+сообщение | Сообщение удалено | Це повідомлення було видалено | Ви видалили це повідомлення | Ta
+wiadomość została usunięta | Usunięto/Usunąłeś(-ęłaś) tę wiadomość | Tato zpráva byla
+smazána/odstraněna | Tuto zprávu jste smazal/smazala/odstranil/odstranila | Táto správa bola
 odstránená | Túto správu ste odstránili | Acest mesaj a fost șters | Ați șters acest mesaj | Ez az
 üzenet törlésre került | Törölted ezt az üzenetet | Ezt az üzenetet törölted | Αυτό το μήνυμα
 διαγράφηκε | Διαγράψατε αυτό το μήνυμα | Bu mesaj silindi | Bu mesajı sildiniz | הודעה זו נמחקה |
 מחקת הודעה זו | מחקת את ההודעה הזו | تم حذف هذه الرسالة | لقد حذَفت هذه الرسالة | أنت حذفت هذه
 الرسالة | این پیام حذف شده است | این پیام حذف شد | شما این پیام را حذف کردید | یہ میسج حذف کر دیا
 گیا ہے | یہ پیغام حذف کیا گیا | آپ نے یہ میسج حذف کر دیا ہے | यह मैसेज डिलीट कर दिया गया है | यह
-संदेश मिटाया गया | आपने यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে |
-આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus | Pesan ini telah dihapus | Anda menghapus pesan ini |
+संदेश मिटाया गया | आपने यह मैसेज डिलीट किया | हा मेसेज हटवण्यात आला | এই মেসেজটি বাদ দেওয়া হয়েছে
+| આ મેસેજ ડિલીટ કરાયો | Pesan ini dihapus | Pesan ini telah dihapus | Anda menghapus pesan ini |
 Anda telah menghapus pesan ini | Mesej ini telah dipadam | Anda telah memadamkan mesej ini | Tin
-nhắn này đã bị xóa | Bạn đã xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ | 此訊息已刪除 |
-您已刪除此訊息 | 这条消息已被删除 | 您已删除这条消息 | このメッセージは削除されました |
-このメッセージを削除しました | 이 메시지는 삭제되었습니다 | 이 메시지를 삭제했습니다 | 삭제한
-메시지입니다 | Det här meddelandet raderades | Du raderade det här meddelandet | Detta meddelande
-raderades | Denne besked er blevet slettet | Denne besked blev slettet | Du har slettet denne
-besked | Du slettede denne besked | Denne meldingen ble slettet | Du slettet denne meldingen |
-Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana | Izbrisali ste ovu
-poruku | Ова порука је обрисана | Съобщението беше изтрито
+nhắn này đã bị xóa | Bạn đã xóa tin nhắn này | ข้อความนี้ถูกลบแล้ว | คุณได้ลบข้อความนี้ |
+此訊息已刪除 | 您已刪除此訊息 | 这条消息已被删除 | 您已删除这条消息 |
+このメッセージは削除されました | このメッセージを削除しました | 이 메시지는 삭제되었습니다 | 이
+메시지를 삭제했습니다 | 삭제한 메시지입니다 | Det här meddelandet raderades | Du raderade det här
+meddelandet | Detta meddelande raderades | Denne besked er blevet slettet | Denne besked blev
+slettet | Du har slettet denne besked | Du slettede denne besked | Denne meldingen ble slettet | Du
+slettet denne meldingen | Tämä viesti poistettiin | Poistit tämän viestin | Ova je poruka izbrisana
+| Izbrisali ste ovu poruku | Ова порука је обрисана | Съобщението беше изтрито | Aquest missatge
+s'ha suprimit | Has suprimit aquest missatge | Ujumbe huu ulifutwa | Umefuta ujumbe huu | Hierdie
+boodskap was uitgevee
 
 call:
 Missed voice/video call | Missed group voice/video call | Verpasster Sprachanruf/Videoanruf |
 Llamada/Videollamada perdida | Llamada de voz perdida | Videochamada perdida | Chamada/Ligação de
-voz/vídeo perdida | Appel vocal/vidéo manqué | Chiamata vocale persa | Videochiamata persa |
-Gemist spraakgesprek/videogesprek | Gemiste spraakoproep/video-oproep | Пропущенный
+voz/vídeo perdida | Appel vocal/vidéo manqué | Chiamata vocale persa | Videochiamata persa | Gemist
+spraakgesprek/videogesprek | Gemiste spraakoproep/video-oproep | Пропущенный
 аудиозвонок/видеозвонок | Пропущений аудіодзвінок/відеодзвінок | Nieodebrane połączenie |
 Nieodebrane połączenie głosowe/wideo | Zmeškaný hovor/videohovor | Zmeškaný hlasový hovor | Apel
 vocal/video nepreluat | Nem fogadott hanghívás/videohívás | Αναπάντητη κλήση/βιντεοκλήση |
@@ -990,17 +992,17 @@ vocal/video nepreluat | Nem fogadott hanghívás/videohívás | Αναπάντη
 वॉइस/वीडियो कॉल | Panggilan suara/video tak terjawab | Panggilan suara/video terlepas | Cuộc gọi
 nhỡ | Cuộc gọi nhỡ video | สายที่ไม่ได้รับ | 未接語音通話 | 未接視像通話 | 未接视频通话 |
 未接语音通话 | 不在着信 | 音声通話不在着信 | ビデオ通話不在着信 | 부재중 전화/영상통화 | Missat
-röstsamtal/videosamtal | Ubesvaret taleopkald/videoopkald | Tapt taleanrop/videoanrop |
-Vastaamaton äänipuhelu/videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv
+röstsamtal/videosamtal | Ubesvaret taleopkald/videoopkald | Tapt taleanrop/videoanrop | Vastaamaton
+äänipuhelu/videopuhelu | Propušteni glasovni poziv | Propušteni videopoziv | Trucada de veu perduda
 
 media:
 Media/image/video/audio/sticker/GIF/document omitted | Contact card omitted | video note omitted |
 View once voice message omitted | null | Medien ausgeschlossen/weggelassen |
 Bild/Video/Audio/Sticker/GIF/Dokument weggelassen | Kontaktkarte ausgelassen |
-Multimedia/Archivo/Video/audio/sticker/GIF/documento/vídeo omitido | imagen/Mídia/figurinha
-omitida | Tarjeta de contacto omitida | Médias/Fichier/audio/sticker omis | image/vidéo absente |
-GIF retiré | GIF esclusa | document manquant | Fiche contact manquante | Media omessi/omesso |
-Media disingkirkan | immagine omessa | video/audio/documento omesso | sticker non incluso | Scheda
+Multimedia/Archivo/Video/audio/sticker/GIF/documento/vídeo omitido | imagen/Mídia/figurinha omitida
+| Tarjeta de contacto omitida | Médias/Fichier/audio/sticker omis | image/vidéo absente | GIF
+retiré | GIF esclusa | document manquant | Fiche contact manquante | Media omessi/omesso | Media
+disingkirkan | immagine omessa | video/audio/documento omesso | sticker non incluso | Scheda
 contatto omessa | Mídia oculta | Arquivo de mídia oculto | Ficheiro/vídeo/sticker/Contacto não
 revelado | imagem ocultada | imagem/GIF não revelada | áudio ocultado | ficheiro de áudio não
 revelado | Cartão do contato omitido | Без медиафайлов | Файл пропущен | Медіа пропущено |
@@ -1008,14 +1010,37 @@ Pominięto multimedia | Média vynechány | Médiá vynechané | Conținut media
 | Εξαίρεση πολυμέσων | Medya atlanmış | המדיה לא נכללה | המדיה הוסרה | تم استبعاد الوسائط | لم يتم
 إدراج الصورة/الفيديوهات/المستند | لم يتم إدراج المقاطع الصوتية | تم حذف الملصقات | لم يتم إدراج
 صورة GIF | لم يتم إدراج بطاقة جهة اتصال | میڈیا چھوڑ دیا گیا | मीडिया के बिना | मीडिया वगळले |
-মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Bỏ qua Media | สื่อถูกลบ | 省略多媒体文件 | 忽略多媒體檔
-| メディアは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 | Media har
-utelämnats | Mediefil udeladt | Uten vedlegg | Media jätetty pois | Medijski zapis izostavljen |
-Media weggelaten | Medya dahil edilmedi | מדיה הושמטה | Media tidak disertakan
+মিডিয়া বাদ দেওয়া হয়েছে | મીડિયા અવગણાયું | Bỏ qua Media | สื่อถูกลบ | 省略多媒体文件 |
+忽略多媒體檔 | メディアは含まれていません | 미디어 파일을 생략한 대화내용 | 미디어 파일 제외됨 |
+Media har utelämnats | Mediefil udeladt | Uten vedlegg | Media jätetty pois | Medijski zapis
+izostavljen | Media weggelaten | Medya dahil edilmedi | מדיה הושמטה | Media tidak disertakan |
+afbeelding weggelaten | video weggelaten | audio weggelaten | sticker weggelaten | GIF weggelaten |
+document weggelaten | Visitekaartje weggelaten | изображение отсутствует | видео отсутствует |
+аудиофайл отсутствует | аудио отсутствует | стикер не добавлен | GIF отсутствует | документ
+отсутствует | Карточка контакта отсутствует | зображення відсутнє | відео відсутнє | аудіо відсутнє
+| Наклейку не додано | pliki pominięto | obraz pominięty | wideo pominięte | audio pominięte |
+pominięto naklejkę | Plik GIF pominięty | dokument pominięty | Média vynechána | obrázek vynechán |
+video vynecháno | zvukový soubor vynechán | nálepka vynechána | obrázok vynechaný | video vynechané
+| Imagine omisă | clip video omis | kép küldése sikertelen | Videó kihagyva | εικόνα παραλείφθηκε |
+βίντεο παραλείφθηκε | ήχος παραλείφθηκε | görüntü dahil edilmedi | video dahil edilmedi | ses dahil
+edilmedi | Çıkartma dahil edilmedi | GIF dahil edilmedi | belge dahil edilmedi | Kişi kartı dahil
+edilmedi | התמונה הושמטה | סרטון הווידאו הושמט | קטע קול הושמט | סטיקר הושמט | GIF הושמט | מסמך
+הושמט | כרטיס איש קשר הושמט | تصویر حذف شد | ویدیو حذف شد | صدا حذف شد | استیکر حذف شد | फ़ोटो हटाई
+गई | वीडियो छोड़ा गया | ऑडियो हटाई गयी | स्टिकर छोड़ा गया | gambar tidak disertakan | video tidak
+disertakan | audio tidak disertakan | stiker tidak disertakan | imej tidak dimasukkan | đã bỏ qua
+hình ảnh | đã bỏ video | đã bỏ sticker | ไม่มีรูปภาพ | วิดีโอถูกลบ | ไม่มีสติกเกอร์ | 圖片已略去 |
+圖像已省略 | 照片已忽略 | 影片已略去 | 视频已忽略 | 音訊已略去 | 音频已忽略 | 貼圖已略去 |
+贴图已省略 | 画像は含まれていません | ビデオは含まれていません | 音声は含まれていません |
+スタンプは含まれていません | 이미지 생략됨 | 비디오 생략됨 | 오디오 생략됨 | 스티커 제외됨 | bild
+utesluten | video utesluten | billede udeladt | video udeladt | bilde ikke inkludert | video
+utelatt | ei kuvaa | slika izostavljena | Без файл | Imatge omesa | Mitjans omesos | Media imerukwa
+| Media weggelaat
 
 location:
 live location shared | Live-Standort wird geteilt | ubicación en tiempo real compartida |
-Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada
+Localisation en direct partagée | posizione attuale condivisa | localização atual compartilhada |
+live locatie gedeeld | Геоданные отправлены | udostępniona transmisja położenia | Mevcut konum
+paylaşıldı | משתף מיקום בשידור חי | تمت مشاركة الموقع المباشر | Lokasi terkini dibagikan
 
 app:
 Reacted to your message | Liked a message | Audio/Video call ended | You missed a call | You
@@ -1036,7 +1061,17 @@ This message was edited | Diese Nachricht wurde bearbeitet | Se editó este mens
 Данное сообщение изменено | Bu mesaj düzenlendi | تم تعديل هذه الرسالة | Pesan ini diedit | यह
 मैसेज एडिट किया गया | file attached | Datei angehängt | archivo adjunto | fichier joint | file
 allegato | arquivo/ficheiro anexado | bestand bijgevoegd | файл добавлен | dosya ekli | الملف مرفق
-| file terlampir | फाइल अटैच कर दी गई है
+| file terlampir | फाइल अटैच कर दी गई है | Este mensaje fue editado | Esta mensagem foi editada |
+Сообщение изменено | Це повідомлення було відредаговано | Ta wiadomość została zmieniona | Tato
+zpráva byla upravena | ההודעה נערכה | 此訊息已編輯 | 这条消息已编辑 |
+このメッセージは編集されました | 수정된 메시지입니다 | Meddelandet har redigerats | Beskeden blev
+redigeret | Viestiä muokattiin | archivo adjuntado | файл додано | plik załączony | załączony plik
+| soubor byl přiložen | súbor pripojený | fișier atașat | fájl csatolva | συνημμένο αρχείο | קובץ
+מצורף | پیوست شد | پیوستہ فائل | फाइल संलग्न | ফাইল সংযুক্ত হয়েছে | ફાઇલ જોડાયેલ | fail
+dilampirkan | tệp đính kèm | ไฟล์ที่แนบ | 附件檔案 | 文件附件 | 添付ファイル有り | 파일 첨부됨 |
+bifogad fil | fil vedhæftet | vedlagt fil | liitetiedosto | datoteka u privitku | priložena
+datoteka | прикачен файл | прикачена датотека | arxiu adjunt | faili limeambatanishwa | lêer
+aangeheg
 """
 SENTENCES = {}  # "this message was deleted" → "deleted"
 for block in TABLE.strip().split("\n\n"):

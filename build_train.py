@@ -594,6 +594,9 @@ def drop_copies(train, valid, dropped):
     return kept
 
 
+BETWEEN = "between rows (--stride)"
+
+
 def thin_out(rows, s, dropped):
     """Return training rows whose replies are --stride messages apart, from the end of each talk.
 
@@ -603,7 +606,7 @@ def thin_out(rows, s, dropped):
     for row in reversed(rows):
         is_near = kept and kept[-1].talk == row.talk and kept[-1].end - row.end < s.stride
         if is_near and not row.prompt:
-            dropped.append((row, "between rows (--stride)"))
+            dropped.append((row, BETWEEN))
         else:
             kept.append(row)
     return kept[::-1]
@@ -798,8 +801,12 @@ def find_raw(version):
     files = sorted(path.name for path in folder.glob("[!.]*") if path.name.isprintable())
     exports = [f"data/raw/{name}" for name in files if name.endswith((".txt", ".zip"))]
     export = shlex.quote(exports[0]) if exports else "PATH"
+    logs = [name for name in files if name.startswith("messages_")]
+    others = [name.removeprefix("messages_").partition(".")[0] for name in logs]
+    fixes = [f"python data/raw/from_export.py {export} --version {version}"]
+    fixes += [f"export VERSION={other}" for other in others if other != "sample"]
     what = f"data/raw/messages_{version}.json is not there or empty; there are {', '.join(files)}"
-    fail(what, f"python data/raw/from_export.py {export} --version {version}")
+    fail(what, ", or ".join(fixes))
 
 
 def check_author(conversations, s, raw):
@@ -812,7 +819,7 @@ def check_author(conversations, s, raw):
         fail(f'no entry of {raw} says its "author"', "leave --only-author out")
     near = difflib.get_close_matches(s.only_author, names[:5000], 1) or names
     what = f"no message of {raw} is by {s.only_author!a}; most are by {', '.join(names[:5])}"
-    fail(what, f"--only-author {shlex.quote(near[0])}")
+    fail(what, f"python build_train.py --only-author {shlex.quote(near[0])}")
 
 
 def print_table(s, dropped):
@@ -820,9 +827,10 @@ def print_table(s, dropped):
     counts = Counter(rule for _, rule in dropped)
     first = {rule: " ".join(row.reply.split())[:60] for row, rule in reversed(dropped)}
     say(f"\n{'rule':34}{'dropped':>9}   for example")
-    for rule in dict.fromkeys([*ALL_RULES, *counts]):
-        count = "off" if rule in s.off else f"{counts[rule]:,}"
-        say(f"{rule:34}{count:>9}   {first.get(rule, '')}".rstrip())
+    for rule in [rule for rule in dict.fromkeys([*ALL_RULES, *counts]) if rule in counts]:
+        say(f"{rule:34}{counts[rule]:>9,}   {first[rule]}".rstrip())
+    if s.off:
+        say("switched off:", ", ".join(s.off))
 
 
 def report(train, valid, dropped, raw):
@@ -830,8 +838,10 @@ def report(train, valid, dropped, raw):
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
         fail(f"{what} (it takes about 30)", "use a longer chat, or --off 'RULE' of the table")
-    counts = f"{len(train):,} rows to train, {len(valid):,} to validate, {len(dropped):,} dropped"
-    say(f"\nsplit      {counts}")
+    between = sum(rule == BETWEEN for _, rule in dropped)
+    counts = f"{len(train):,} rows to train, {len(valid):,} to validate"
+    others = f"{between:,} in prompts of others, {len(dropped) - between:,} dropped"
+    say(f"\nsplit      {counts}, {others}")
     held = set().union(*(row.places for row in valid))
     leaks = sum(not held.isdisjoint(row.places) for row in train)
     say(f"leaks      validation rows hold {len(held):,} messages; training rows with one: {leaks}")
@@ -862,7 +872,7 @@ def build(s, raw, folder):
     valid = drop_copies(train, drawn, dropped)
     if len(valid) < len(drawn) / 2:
         what = f"{len(drawn) - len(valid)} of {len(drawn)} validation rows stand in training rows"
-        fix = 'sort it by time, or give each entry its "conversation"'
+        fix = 'give each entry its "conversation", or sort it by time'
         fail(f"{raw} is not in the order of time: {what}", fix)
     valid = shuffled(valid, s.seed)
     dropped.extend((row, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
@@ -884,7 +894,7 @@ def build(s, raw, folder):
     }
     write(folder, files)
     say(f"\nwritten    {folder}/:", ", ".join(files))
-    say("next       ./fine_tune.sh")
+    say(f"next       VERSION={s.version} MODEL={s.model} ./fine_tune.sh")
 
 
 def main():
@@ -893,7 +903,8 @@ def main():
     folder = Path("data/for_train", s.version)
     try:
         raw = find_raw(s.version)
-        say(f"reading    {raw} with", ", ".join(f"{n} {value!a}" for n, value in vars(s).items()))
+        changed = {n: v for n, v in vars(s).items() if v and v != parser.get_default(n)}
+        say(f"reading    {raw} with", ", ".join(f"{n} {v!a}" for n, v in changed.items()))
         with claim(folder):
             build(s, raw, folder)
     except OSError as error:

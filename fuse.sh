@@ -36,8 +36,10 @@ say() { echo "$*" 2>/dev/null || true; }
 # ---- checks before a model is loaded ------------------------------------------------------------
 [ $# = 0 ] || fail "it takes no $1" "settings go in front: FUSED_BITS=16 ./fuse.sh" 2
 for setting in VERSION MODEL; do
+  good=${!setting##*/} # the last part of a path
+  good=${good//[!A-Za-z0-9._-]/_}
   [[ ${!setting} =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
-    fail "$setting=${!setting} is not a name" "use letters, digits, '.', '_', '-' alone, no path"
+    fail "$setting=${!setting} is not a name" "export $setting=${good#[.-]}"
 done
 [[ $FUSED_BITS =~ ^(auto|base|16|8)$ ]] ||
   fail "FUSED_BITS=$FUSED_BITS is not auto, base, 16 or 8" "FUSED_BITS=auto ./fuse.sh"
@@ -204,4 +206,4 @@ if [ -e "$FUSED" ] || [ -L "$FUSED" ]; then mv "$FUSED" "$HIDDEN.old"; fi
 mv "$PARTIAL/model" "$FUSED"
 rm -rf "$HIDDEN.old"
 say "wrote       $FUSED, with fused_from.json"
-say "next        python test_on_validation.py"
+say "next        VERSION=$VERSION MODEL=$MODEL python test_on_validation.py"

@@ -474,7 +474,9 @@ AUTHORS = [("An", "Ann"), ("zzz", "Bob"), ("Eve Li", "'Eve Lin'")]
 @table(("name", "fix"), AUTHORS)
 def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
     chat.raw(by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60)))
-    assert chat.build("--only-author", name).endswith(f". FIX: --only-author {fix}")
+    assert chat.build("--only-author", name).endswith(
+        f". FIX: python build_train.py --only-author {fix}"
+    )
     chat.raw(talk(60))
     assert chat.build("--only-author", name).endswith(". FIX: leave --only-author out")
 
@@ -663,7 +665,7 @@ def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
 
 def test_windows_that_are_out_of_order_are_refused(chat):
     chat.raw(random.Random(1).sample(windows(talk(900)), 899))
-    what = r"not in the order of time: \d+ of \d+ validation rows .*FIX: sort .*conversation"
+    what = r"not in the order of time: \d+ of \d+ validation rows .*FIX: give .*conversation"
     assert re.search(what, chat.build())
     assert not chat.out.exists()
 
@@ -912,18 +914,18 @@ def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
     assert chat.build() is None
     printed = capsys.readouterr().out
     for line in [
-        r"^reading +data/raw/messages_v1\.json with version 'v1', .*window 10",
+        r"^reading +data/raw/messages_v1\.json with model 'none', shape 'prompt', stride 10$",
         r'^not used +these keys of entries: "mood\\u001b"$',
         r"^rows +200 of 1 talks; the model sees no names$",
         r"^bot command +1 +!discord$",
-        r"^split +\d+ rows to train, \d+ to validate, \d+ dropped$",
+        r"^split +\d+ rows to train, \d+ to validate, \d+ in prompts of others, \d+ dropped$",
         r"^leaks .*: 0$",
         r"^train +[\d,]+ tokens, longest row \d+$",
         r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
-        r"^next +\./fine_tune\.sh$",
-        *(rf"^{rule} +[\d,]+" for rule in build_train.ALL_RULES),
+        r"^next +VERSION=v1 MODEL=none \./fine_tune\.sh$",
     ]:
         assert re.search(line, printed, re.M), line
+    assert not re.search("^link ", printed, re.M)  # a rule that dropped nothing
     assert "joined" not in printed
 
 

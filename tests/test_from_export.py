@@ -807,6 +807,12 @@ def test_the_same_bytes_in_any_surroundings(home, export, main):
     assert result.returncode == 0 and result.stderr == "" and written(home) == first
 
 
+def test_given_nothing_it_shows_an_example(export):
+    result = export()
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "FIX: python data/raw/from" in result.stderr
+
+
 def test_without_the_environment_it_says_so(home):
     command = [sys.executable, "-I", "-S", home / FOLDER / "from_export.py", "chat.txt"]
     result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")

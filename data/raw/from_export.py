@@ -83,6 +83,8 @@ def settings():
     add("--keep", action="append", choices=KINDS, default=[], help="a kind not to leave out")
     add("--dates", choices=list(ORDERS), help="order of day, month, year; else found by itself")
     add("--replace", action="store_true", help="write over the messages of another export")
+    example = 'python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip"'
+    parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: {example}\n")
     s = parser.parse_args()
 
     if not re.fullmatch(r"\w[\w.-]*", s.version, re.ASCII):

@@ -822,13 +822,23 @@ def check_author(conversations, s, raw):
     fail(what, f"python build_train.py --only-author {shlex.quote(near[0])}")
 
 
+def check_order(drawn, valid, raw):
+    """End the run if most validation rows were copies: then neighbours are not side by side."""
+    copies = len(drawn) - len(valid)
+    if copies > len(drawn) / 2:
+        what = f"{copies} of {len(drawn)} validation rows stand in training rows"
+        fix = 'give each entry its "conversation", or sort it by time'
+        fail(f"{raw} is not in the order of time: {what}", fix)
+
+
 def print_table(s, dropped):
     """Print how many rows each rule dropped, and the first of them: cleaned, so safe to print."""
     counts = Counter(rule for _, rule in dropped)
     first = {rule: " ".join(row.reply.split())[:60] for row, rule in reversed(dropped)}
     say(f"\n{'rule':34}{'dropped':>9}   for example")
-    for rule in [rule for rule in dict.fromkeys([*ALL_RULES, *counts]) if rule in counts]:
-        say(f"{rule:34}{counts[rule]:>9,}   {first[rule]}".rstrip())
+    for rule in dict.fromkeys([*ALL_RULES, *counts]):
+        if rule in counts:
+            say(f"{rule:34}{counts[rule]:>9,}   {first[rule]}".rstrip())
     if s.off:
         say("switched off:", ", ".join(s.off))
 
@@ -870,10 +880,7 @@ def build(s, raw, folder):
     say(f"rows       {len(rows):,} of {talks:,} talks; the model sees {seen}")
     train, drawn = split(rows, s, dropped) if rows else ([], [])
     valid = drop_copies(train, drawn, dropped)
-    if len(valid) < len(drawn) / 2:
-        what = f"{len(drawn) - len(valid)} of {len(drawn)} validation rows stand in training rows"
-        fix = 'give each entry its "conversation", or sort it by time'
-        fail(f"{raw} is not in the order of time: {what}", fix)
+    check_order(drawn, valid, raw)
     valid = shuffled(valid, s.seed)
     dropped.extend((row, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
     train = thin_out(train, s, dropped)

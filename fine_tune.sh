@@ -86,11 +86,23 @@ FINISHING = threading.Lock()  # who holds it is not interrupted
 DOWNLOAD = f"hf download mlx-community/{MODEL} --local-dir {BASE}"
 BUILD = f"VERSION={VERSION} MODEL={MODEL} python build_train.py"
 
-# The least that each setting can be.
-LEAST = dict.fromkeys(["ITERS", "BATCH_SIZE", "MAX_SEQ_LENGTH", "RANK", "EVAL_EVERY"], 1)
-LEAST |= dict.fromkeys(["GRAD_CHECKPOINT", "EMBEDDINGS", "MASK_PROMPT", "SEED"], 0)
-LEAST |= dict.fromkeys(["CHECK_MEMORY", "RESUME"], 0) | {"NUM_LAYERS": -1}
-LEAST |= {"LEARNING_RATE": 0.0, "SCALE": 0.1, "DROPOUT": 0.0}
+LEAST = {  # that each setting can be; where it stands without a point, whole numbers alone
+    "ITERS": 1,
+    "BATCH_SIZE": 1,
+    "MAX_SEQ_LENGTH": 1,
+    "RANK": 1,
+    "EVAL_EVERY": 1,
+    "GRAD_CHECKPOINT": 0,
+    "EMBEDDINGS": 0,
+    "MASK_PROMPT": 0,
+    "SEED": 0,
+    "CHECK_MEMORY": 0,
+    "RESUME": 0,
+    "NUM_LAYERS": -1,
+    "LEARNING_RATE": 0.0,
+    "SCALE": 0.1,
+    "DROPOUT": 0.0,
+}
 AUTO = ["ITERS", "LEARNING_RATE"]
 
 # The matrices that are adapted, as Gemma, Llama, Mistral, Qwen and Phi name them; a name that a
@@ -236,12 +248,13 @@ def read_settings():
             value = text
             right = text == "auto" and name in AUTO
         if not right:
-            whole = isinstance(least, int)
-            meant = text.replace(",", "" if whole else ".")
+            if isinstance(least, int):
+                kind, meant = "whole number", text.replace(",", "")
+            else:
+                kind, meant = "number", text.replace(",", ".")
             if meant == text:
                 meant = "auto" if name in AUTO else least
-            what = f"{name}={text} is not a {'whole ' * whole}number from {least}"
-            fail(what, f"{name}={meant} ./fine_tune.sh")
+            fail(f"{name}={text} is not a {kind} from {least}", f"{name}={meant} ./fine_tune.sh")
         setattr(s, name, value)
     return s
 
@@ -469,29 +482,36 @@ def set_up(s, arguments):
 
     Return how many of its batches are done.
     """
-    text, settings = record(s, arguments), WORK / "lora_config.yaml"
-    if not s.RESUME:
-        shutil.rmtree(WORK, ignore_errors=True)
-        # Without a valid.jsonl beside it mlx-lm leaves out its own validation, whose loss counts
-        # the prompts and the padding too.
-        (RUN / "data").mkdir(parents=True)
-        shutil.copy(DATA / "train.jsonl", RUN / "data")
-        shutil.copy(DATA / "valid.jsonl", RUN)
-        settings.write_text(text)
-        return 0
+    text = record(s, arguments)
+    if s.RESUME:
+        check_resumed(s, text)
+        done = max(checkpoints())
+        print(f"resuming    after {done} of {s.ITERS} batches; the optimizer starts anew")
+        return done
+    shutil.rmtree(WORK, ignore_errors=True)
+    # Without a valid.jsonl beside it mlx-lm leaves out its own validation, whose loss counts the
+    # prompts and the padding too.
+    (RUN / "data").mkdir(parents=True)
+    shutil.copy(DATA / "train.jsonl", RUN / "data")
+    shutil.copy(DATA / "valid.jsonl", RUN)
+    (WORK / "lora_config.yaml").write_text(text)
+    return 0
+
+
+def check_resumed(s, text):
+    """Refuse to go on with a run of other settings or data; text: what record() says now."""
     if not checkpoints():
         fail("there is no interrupted run with a checkpoint to resume", "RESUME=0 ./fine_tune.sh")
-    before, anew = settings.read_text(), "RESUME=0 ./fine_tune.sh starts anew"
+    before = (WORK / "lora_config.yaml").read_text()
+    anew = "RESUME=0 ./fine_tune.sh starts anew"
     had = re.search('# settings: "(.*)"', before)[1].split()
-    if other := " ".join(word for word in had if word not in in_words(s).split()):
+    other = " ".join(word for word in had if word not in in_words(s).split())
+    if other:
         fail(f"the interrupted run had {other}", f"{other} RESUME=1 ./fine_tune.sh; {anew}")
     lines = before.splitlines()
     changed = [line.split(":")[0][2:] for line in text.splitlines() if line not in lines]
     if changed:
         fail(f"{', '.join(changed)}: not as in the interrupted run", anew)
-    done = max(checkpoints())
-    print(f"resuming    after {done} of {s.ITERS} batches; the optimizer starts anew")
-    return done
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -202,11 +202,11 @@ def is_stale(adapter, fused):
     return hashlib.sha256(weights.read_bytes()).hexdigest() != made_from
 
 
-def find_warnings(args, models, adapter, fused, valid):
+def find_warnings(args, models, stale, adapter, fused, valid):
     """Return what the figures will lack."""
     found, run = [], f"VERSION={args.version} MODEL={args.model}"
     trained = adapter / "lora_config.yaml"
-    if "fused" in models and is_stale(adapter, fused):
+    if "fused" in models and stale:
         found.append(f"{fused} was made from another adapter; to renew it: {run} ./fuse.sh")
     checksum = subprocess.run(["cksum"], input=valid.read_bytes(), capture_output=True).stdout
     is_learned = models.keys() != {"base"} and trained.is_file()
@@ -668,7 +668,8 @@ def test(args, valid, final):
     set_sampling(args, base)
     drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
     asked = [rows[place] for place in drawn]
-    warnings = find_warnings(args, models, adapter, fused, valid)
+    stale = is_stale(adapter, fused)
+    warnings = find_warnings(args, models, stale, adapter, fused, valid)
     print(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")
     nats, replies, stopped = measure(models, rows, asked, args)
     if stopped:
@@ -678,7 +679,7 @@ def test(args, valid, final):
         warnings.append("stopped with Ctrl-C: this is what was done so far")
 
     table, said = figures(rows, asked, nats, replies, args)
-    if is_stale(adapter, fused):  # the fuse is not to blame for the difference
+    if stale:  # the fuse is not to blame for the difference
         table["kept"].clear()
         table["kept error"].clear()
     bits = read_json(fused / "fused_from.json", "bits")

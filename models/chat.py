@@ -238,14 +238,15 @@ def load(parts):
         model, tokenizer = mlx_lm.load(str(folder), {"trust_remote_code": False})
         signal.alarm(60)  # a chat template is a program, and may have no end
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
-        signal.alarm(0)
-        for folder, fix in parts[1:]:  # noqa: B007 (what fails below is the adapter)
+        if len(parts) == 2:
+            folder, fix = parts[1]
             model = mlx_lm.utils.load_adapters(model, str(folder))
             model.eval()
         return model, tokenizer
     except Exception as e:  # whatever is wrong with the files
-        signal.alarm(0)
         fail(f"{folder} does not load: {' '.join(str(e).split())[:200]}", fix)
+    finally:
+        signal.alarm(0)
 
 
 def make_sampler(args, folder):

@@ -255,7 +255,8 @@ def test_what_does_not_belong_together_is_told(script, tmp_path, capsys):
 
     def warnings(*models):
         models = dict.fromkeys(models)
-        return " ".join(script.find_warnings(args, models, tmp_path, tmp_path, valid))
+        stale = script.is_stale(tmp_path, tmp_path)
+        return " ".join(script.find_warnings(args, models, stale, tmp_path, tmp_path, valid))
 
     assert warnings("base", "adapter", "fused") == ""
     weights.write_text("new")

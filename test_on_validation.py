@@ -304,6 +304,12 @@ def read_rows(args, valid, base, tokenizer):
     return rows
 
 
+def draw(rows, args):
+    """Return the rows that every model answers: for one seed the same."""
+    places = np.random.default_rng(args.seed).permutation(len(rows))
+    return [rows[place] for place in places[: args.replies]]
+
+
 # ---- one model at a time ------------------------------------------------------------------------
 def progress(steps, label):
     """Return a list to go through: with a bar, or in a pipe with a line at the start."""
@@ -666,8 +672,7 @@ def test(args, valid, final):
     models = find_models(args, base, adapter, fused)
     rows = read_rows(args, valid, base, next(iter(models.values()))[1])
     set_sampling(args, base)
-    drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.replies]
-    asked = [rows[place] for place in drawn]
+    asked = draw(rows, args)
     stale = is_stale(adapter, fused)
     warnings = find_warnings(args, models, stale, adapter, fused, valid)
     print(f"testing {', '.join(models)} on {len(rows)} rows of {valid}")

@@ -19,7 +19,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv --clear venv")
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C, even amid an import
+    # Ctrl-C ends it at once, even amid an import.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\n"), os._exit(130)))
     if not sys.flags.safe_path:
         del sys.path[0]  # the folder of this script: a json.py in it must not run
 
@@ -64,8 +65,8 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # what VERSION and MODEL can be
 DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
 parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 add, env = parser.add_argument, os.environ.get
-add("--version", default=env("VERSION") or DEFAULTS["VERSION"], help="data/for_train/VERSION")
-add("--model", default=env("MODEL") or DEFAULTS["MODEL"], help="models/base/MODEL")
+add("--version", default=env("VERSION", DEFAULTS["VERSION"]), help="data/for_train/VERSION")
+add("--model", default=env("MODEL", DEFAULTS["MODEL"]), help="models/base/MODEL")
 add("--models", default="base,adapter,fused", help="which of the three to test")
 add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
 add("--temperature", type=float, help="0 the likeliest word, 1 as learned, to 2 (see SAMPLING)")
@@ -178,10 +179,12 @@ def find_models(args, base, adapter, fused):
     """Return {"base": (model, tokenizer), …} of the models to test, see load()."""
     run = f"VERSION={args.version} MODEL={args.model}"
     download = f"hf download mlx-community/{args.model} --local-dir {base}"
+    if args.model == "tiny-gemma-3":
+        download = "python tests/tiny_base.py"
     train = f"{run} ./fine_tune.sh, or test the base model alone: {run} {ME} --models base"
     if not base.is_dir():
         others = base.parent.glob("*/config.json")
-        missing("MODEL", args.model, f"folder {base}", others, download)
+        missing("MODEL", args.model, f"base model in {base}", others, download)
     asked = set(args.models.split(","))
     if len(asked) == 3 and not fused.exists():
         asked.remove("fused")
@@ -715,7 +718,7 @@ def main():
     if not valid.is_file():
         others = Path("data/for_train").glob("*/valid.jsonl")
         build = f"VERSION={args.version} python build_train.py"
-        missing("VERSION", args.version, f"file {valid}", others, build)
+        missing("VERSION", args.version, f"valid.jsonl in {valid.parent}", others, build)
     final = Path("data/results", f"{args.version}_{args.model}")
     with hold(final):
         return test(args, valid, final)

@@ -20,7 +20,8 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9)
     sys.exit("error: Python 3.11 or newer is needed. FIX: python3.13 -m venv --clear venv")
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C until it talks to a person
+    # Ctrl-C ends it at once, until it talks to a person.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\n"), os._exit(130)))
 
 import argparse
 import contextlib
@@ -38,10 +39,11 @@ with contextlib.suppress(ImportError):
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
 DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}  # of these variables
-version, model = (os.environ.get(name) or default for name, default in DEFAULTS.items())
+version, model = (os.environ.get(name, default) for name, default in DEFAULTS.items())
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
+parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python models/chat.py --help\n")
 add = parser.add_argument
 add("--version", default=version, help="which data: data/for_train/VERSION")
 add("--model", default=model, help="which base model: models/base/MODEL")
@@ -84,14 +86,14 @@ def note(text):
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def missing(folder, variable, fix):
-    """Fail because a folder is not there; the variable that names it may have been forgotten."""
+def missing(what, folder, variable, fix):
+    """Fail for lack of a folder; the variable that names it may have been forgotten."""
     there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
     is_default = folder.name == DEFAULTS[variable] and not os.environ.get(variable)
     if is_default and len(there) == 1:
         export = f"export {variable}={there[0]}"
         fix = f"{fix}; for the sample: {export}" if there == ["sample"] else export
-    fail(f"there is no {folder} (there: {', '.join(there) or 'none'})", fix)
+    fail(f"there is no {what} in {folder} (there: {', '.join(there) or 'none'})", fix)
 
 
 def read_settings(version):
@@ -99,7 +101,7 @@ def read_settings(version):
     path = Path(f"data/for_train/{version}/settings.json")
     make = f"VERSION={version} python build_train.py"
     if not path.parent.exists():
-        missing(path.parent, "VERSION", make)
+        missing("settings.json", path.parent, "VERSION", make)
     try:
         settings = json.loads(path.read_text("utf-8"))
         needed = "shape names authors prompt window max_context_chars max_seq_length"
@@ -140,8 +142,10 @@ def find_model(version, model):
         return [(fused, f"{run} ./fuse.sh")]
     base = Path(f"models/base/{model}")
     download = f"hf download mlx-community/{model} --local-dir {base}"
+    if model == "tiny-gemma-3":
+        download = "python tests/tiny_base.py"
     if not base.is_dir():
-        missing(base, "MODEL", download)
+        missing("base model", base, "MODEL", download)
     if not adapter.is_dir():
         fail(f"there is no {adapter}, and no {fused}", f"{run} ./fine_tune.sh")
     return [(base, download), (adapter, f"{run} ./fine_tune.sh")]

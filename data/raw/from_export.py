@@ -23,7 +23,8 @@ sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.real
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # Ctrl-C ends it at once; what it has written is whole.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\n"), os._exit(130)))
 
 import argparse
 import contextlib
@@ -77,7 +78,7 @@ RAW = Path(__file__).resolve().parent
 def settings():
     what = "Make data/raw/messages_VERSION.json of what an app exported."
     parser = argparse.ArgumentParser(description=what)
-    add, version = parser.add_argument, os.environ.get("VERSION") or "v1"
+    add, version = parser.add_argument, os.environ.get("VERSION", "v1")
     add("paths", nargs="+", metavar="PATH", help="file, folder or .zip that an app exported")
     add("--version", default=version, help="name of the data; $VERSION, or else v1")
     add("--keep", action="append", choices=KINDS, default=[], help="a kind not to leave out")
@@ -88,7 +89,8 @@ def settings():
     s = parser.parse_args()
 
     if not re.fullmatch(r"\w[\w.-]*", s.version, re.ASCII):
-        fail(f"VERSION={s.version} is not a name for a file", "--version with letters and digits")
+        name = re.sub(r"[^A-Za-z0-9]+", "_", s.version).strip("_") or "v1"
+        fail(f"VERSION is {s.version!a}, not a name for a file", f"export VERSION={name}")
     return s
 
 
@@ -111,7 +113,9 @@ def files_in(path):
                 yield from files_in(file)
     elif not path.is_file():
         fix = "name a file that is there: drag it into this window"
-        if (words := with_quotes(sys.argv)) != sys.argv:
+        typed = [os.path.expanduser(word.strip("“”‘’")) for word in sys.argv]
+        words = with_quotes(typed)
+        if words != sys.argv and any(map(os.path.exists, words[1:])):
             fix = shlex.join(["python", *words])
         fail(f"{path} is not there, or no file", fix)
     elif zipfile.is_zipfile(path):

@@ -375,7 +375,7 @@ def test_ctrl_c_ends_it_with_130(started, moment):
         started.stdout.read(1)
     started.send_signal(signal.SIGINT)
     assert started.wait(30) == 130
-    assert started.stderr.read() == b""
+    assert started.stderr.read() == b"\n"
 
 
 # ---- on a terminal -------------------------------------------------------------------------------

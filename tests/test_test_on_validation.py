@@ -1,10 +1,12 @@
-"""test_on_validation.py: true figures, a true verdict, and chat that can do nothing but be read."""
+"""test_on_validation.py: true figures, an honest verdict, and chat that can only be read.
 
-import argparse
+The sections are those of the script, in its order. A table of cases is {id: what to do, what must
+come of it}; `pytest -k "id"` runs one of them.
+"""
+
 import ast
 import csv
 import functools
-import hashlib
 import http.server
 import importlib.util
 import io
@@ -16,9 +18,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import types
 import unicodedata
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,98 +27,91 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import REPOSITORY, contents, cut_off
-from mlx.utils import tree_unflatten
-from mlx_lm import load, lora
-from mlx_lm.utils import save
+from mlx_lm import load
 
-NAME = "sample_tiny-gemma-3"
-BASE, ADAPTER = "models/base/tiny-gemma-3", f"models/adapters/adapter-{NAME}"
-FUSED, RESULTS = f"models/fused/fused-{NAME}", f"data/results/{NAME}"
+BASE = "models/base/tiny-gemma-3"
+ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
+FUSED = "models/fused/fused-sample_tiny-gemma-3"
 VALID = "data/for_train/sample/valid.jsonl"
+RESULTS = "data/results/sample_tiny-gemma-3"
 NAN = float("nan")
+THREE = ["base", "adapter", "fused"]
+BASE_ALONE = "--models base --replies 2 --max-tokens 4"
 
 
 # ---- helpers -------------------------------------------------------------------------------------
-def load_script(path):
-    spec = importlib.util.spec_from_file_location("stage_4", path)
+def cases(names, table):
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module, as if it were called with VERSION and MODEL of the sample."""
+    monkeypatch.setenv("VERSION", "sample")
+    monkeypatch.setenv("MODEL", "tiny-gemma-3")
+    spec = importlib.util.spec_from_file_location("stage_4", REPOSITORY / "test_on_validation.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load_script(REPOSITORY / "test_on_validation.py")
-
-
-@pytest.fixture(scope="module")
-def trained(template, tmp_path_factory):
-    """A project with 10 validation rows, an adapter that learned a little, and a fused model."""
-    root = shutil.copytree(template, tmp_path_factory.mktemp("trained") / "my project")
-    data = root / "data/for_train/sample"
-    data.mkdir(parents=True)
-    entries = json.loads((root / "data/raw/messages_sample.json").read_bytes())
-    chats = [("\n".join(e["previous_messages"]) + "\n\nGo on.", e["message"]) for e in entries]
-    rows = [json.dumps(pair(*chat)) + "\n" for chat in chats if chat[1]]
-    (data / "valid.jsonl").write_text("".join(rows[:10]))
-    (data / "train.jsonl").write_text("".join(rows[10:90]))
-    (data / "settings.json").write_text(json.dumps({"max_seq_length": 1024, "authors": ["ann"]}))
-    base, adapter = str(root / BASE), str(root / ADAPTER)
-    how = {"model": base, "data": str(data), "adapter_path": adapter, "train": True, "iters": 12}
-    how |= {"batch_size": 2, "num_layers": -1, "learning_rate": 1e-2}
-    lora.run(types.SimpleNamespace(**lora.CONFIG_DEFAULTS | how))
-    model, tokenizer, config = load(base, adapter_path=adapter, return_config=True)
-    layers = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
-    model.update_modules(tree_unflatten(layers))
-    save(root / FUSED, base, model, tokenizer, config, donate_model=False)
-    losses = "iteration,train_loss,val_loss\n0,,7.7\n4,6.9,7.1\n8,6.5,6.6\n"
-    (root / ADAPTER / "losses.csv").write_text(losses)
-    return root
-
-
 @pytest.fixture
-def project(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / trained.name))
-
-
-@pytest.fixture
-def stage_4(monkeypatch, capsys):
-    """Run the script of a project in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("VERSION", "sample")
-    monkeypatch.setenv("MODEL", "tiny-gemma-3")
+def stage_4(script, monkeypatch, capsys):
+    """Run the script in this process: stage_4(project, flags) → (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # if it asked
     monkeypatch.chdir(".")  # back again afterwards: the script goes to its own folder
 
-    def call(project, *args, patch=lambda module: None):
-        module = load_script(project / "test_on_validation.py")
-        patch(module)
-        monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *args])
+    def call(project, flags=""):
+        monkeypatch.setattr(script, "ROOT", project)
+        monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *flags.split()])
         try:
-            code = module.main()
+            code = script.main()
         except SystemExit as e:
             code = e.code
-        except KeyboardInterrupt:
-            code = 130
         return code, *capsys.readouterr()
 
     yield call
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def write_rows(project, *rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (project / VALID).write_text(text, encoding="utf-8")
+@pytest.fixture(scope="module")
+def finished(template, tmp_path_factory):
+    """A project in which the stages before this one ran: ten validation rows, and a short run."""
+    project = shutil.copytree(template, tmp_path_factory.mktemp("finished") / template.name)
+    settings = "VERSION=sample MODEL=tiny-gemma-3 ITERS=4 EVAL_EVERY=2 LEARNING_RATE=2e-2 RANK=4"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | dict(item.split("=") for item in settings.split()) | {"PATH": path}
+    commands = "python build_train.py --valid-rows 10 --window 2 && ./fine_tune.sh && ./fuse.sh"
+    done = subprocess.run(commands, shell=True, cwd=project, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return project
 
 
-def turns(*texts):
-    """A row of messages: user, assistant, user, …"""
-    roles = ["user", "assistant"] * (len(texts) // 2)
-    messages = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
-    return {"messages": messages}
+@pytest.fixture
+def trained(finished, tmp_path):
+    """A copy of it, which a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / finished.name))
 
 
 def pair(prompt, completion):
     return {"prompt": prompt, "completion": completion}
+
+
+def turns(*texts):
+    """Return a row of messages: user, assistant, user, …"""
+    roles = ["user", "assistant"] * (len(texts) // 2)
+    pairs = zip(roles, texts, strict=True)
+    return {"messages": [{"role": role, "content": text} for role, text in pairs]}
+
+
+def write_rows(project, *rows):
+    path = project / VALID
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
 
 
 def metrics(project):
@@ -125,82 +119,92 @@ def metrics(project):
 
 
 def page(project):
-    return (project / RESULTS / "report.html").read_text(encoding="utf-8")
+    return (project / RESULTS / "report.html").read_text("utf-8")
 
 
-# ---- what is missing or wrong --------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags", ["--nonsense", "--models base,all", "--temperature nan", "--max-tokens 0"]
+)
+def test_a_wrong_flag_is_wrong_usage(template, stage_4, flags):
+    code, _, err = stage_4(template, flags)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\. FIX: python test_on_validation\.py --.*\n", err)
+
+
+def test_a_python_that_is_too_old_can_still_read_the_script_and_say_so():
+    text = (REPOSITORY / "test_on_validation.py").read_text("utf-8")
+    tree = ast.parse(text, feature_version=(3, 9))
+    kinds = [type(node).__name__ for node in tree.body[:5]]
+    assert kinds == ["Expr", "Import", "Import", "Import", "If"]  # docstring, …, the check
+
+
+# ---- what is there -------------------------------------------------------------------------------
 RUN = "VERSION=sample MODEL=tiny-gemma-3"
-DOWNLOAD = "python tests/tiny_base.py"
-TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: "
+TINY = "python tests/tiny_base.py"
+TRAIN = f"{RUN} ./fine_tune.sh, or test the base model alone: {RUN} python"
 BUILD = "VERSION=sample python build_train.py"
 INSTRUCT = "MODEL=gemma-3-text-27b-it-4bit ./fine_tune.sh, or another instruct model"
-CLOSE = "export MODEL=tiny-gemma-3"
-TEMPLATE = f"the chat template of {BASE} fails on {VALID} line 1: "
-THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}"
-THINKS += "{% if add_generation_prompt %}<think>{% endif %}"
+LINE = f"{VALID} line 1"
+FAILS = "{{ raise_exception('no\x1b[2J') }}"
+THINKS = """{% for m in messages %}{{ m.content }}{% endfor %}
+{% if add_generation_prompt %}<think>{% endif %}"""
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-
-
-def lack(path):
-    return lambda project: shutil.rmtree(project / path)
-
-
-def cut(path):
-    return lambda project: cut_off(project / path)
-
-
-def valid(*rows):
+def rows(*rows):
     return lambda project: write_rows(project, *rows)
 
 
-def template(text):
+def template_of(text):
     return lambda project: edit(project / BASE / "tokenizer_config.json", chat_template=text)
 
 
+def own_code(project):
+    (project / BASE / "own.py").write_text("open('ran', 'w')\nclass Own: pass\n")
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    edit(project / BASE / "tokenizer_config.json", **own)
+
+
+# {id: (what is done to a project of a base and one row, flags, where it is wrong, the fix)}
+WRONG = {
+    "version": (None, "--version ..", "VERSION is '..'", "export VERSION=v1"),
+    "model": (None, "--model x/.tiny/", "MODEL is 'x/.tiny/'", "export MODEL=tiny"),
+    "no rows": (None, "--version two", "for_train/two (there: sample)", "VERSION=two python build"),
+    "no base": (lambda p: shutil.rmtree(p / BASE), "", f"{BASE} (there: tiny-gemma-3-4bit)", TINY),
+    "base cut": (lambda p: cut_off(p / BASE / "model.safetensors"), "", BASE, TINY),
+    "base too deep": (
+        lambda p: edit(p / BASE / "config.json", num_hidden_layers=10**9), "", "0 layers", TINY),
+    "own code": (own_code, "", ADAPTER, TRAIN),  # it is passed over, and the next thing is missing
+    "no adapter": (None, "", ADAPTER, TRAIN),
+    "empty adapter": (lambda p: (p / ADAPTER).mkdir(), "", ADAPTER, TRAIN),
+    "no fused": (None, "--models base,fused", FUSED, f"{RUN} ./fuse.sh"),
+    "empty": (rows(), "--models base", VALID, BUILD),
+    "no reply": (rows({"prompt": "a"}), "--models base", LINE, BUILD),
+    "surrogate": (rows(pair("a", "\ud800")), "--models base", LINE, BUILD),
+    "no row": (rows(pair("a", "b"), []), "--models base", f"{VALID} line 2", BUILD),
+    "no user": (rows({"messages": [turns("a", "b")["messages"][1]]}), "--models base", LINE, BUILD),
+    "no template": (template_of(None), "--models base", LINE, INSTRUCT),
+    "template fails": (template_of(FAILS), "--models base", "no\\x1b[2J", INSTRUCT),
+    "template thinks": (template_of(THINKS), "--models base", "begins a reply otherwise", INSTRUCT),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("damage", "args", "error", "fix"),
-    [
-        (None, "--version two", "there is no valid.jsonl in data/for_train/two (there: sample)",
-         "VERSION=two python build_train.py"),
-        (None, "--version ..", "VERSION is '..'", "export VERSION=v1"),
-        (None, "--model models/base/tiny-gemma-3/", "MODEL is 'models/base/tiny-gemma-3/'", CLOSE),
-        (None, "--model .tiny-gemma-3", "MODEL is '.tiny-gemma-3'", CLOSE),
-        (lack(BASE), "", f"there is no base model in {BASE} (there: tiny-gemma-3-4bit)", DOWNLOAD),
-        (cut(f"{BASE}/model.safetensors"), "", f"{BASE} does not load: ", DOWNLOAD),
-        (lambda p: edit(p / BASE / "config.json", num_hidden_layers=10**9), "",
-         f"{BASE} does not load: 1000000000 layers", DOWNLOAD),
-        (lack(ADAPTER), "", f"there is no folder {ADAPTER}", TRAIN),
-        (cut(f"{ADAPTER}/adapters.safetensors"), "", f"{ADAPTER} does not load: ", TRAIN),
-        (lack(FUSED), "--models base,fused", f"there is no folder {FUSED}", f"{RUN} ./fuse.sh"),
-        (valid(), "", f"{VALID} is empty", BUILD),
-        *((valid(row), "", f"{VALID} line 1 is not", BUILD) for row in (
-            {"prompt": "a"}, pair("a", 7), pair("a", "\ud800"), [],
-            {"messages": turns("a", "b")["messages"][1:]})),
-        (template(None), "", TEMPLATE, INSTRUCT),
-        (template("{{ raise_exception('no\x1b[2J') }}"), "", TEMPLATE + "no\\x1b[2J", INSTRUCT),
-        (template(THINKS), "", TEMPLATE + "it begins a reply otherwise", INSTRUCT),
-    ],
-)  # fmt: skip
+@cases("damage, flags, where, fix", WRONG)
 def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
-    project, stage_4, damage, args, error, fix
+    project, stage_4, damage, flags, where, fix
 ):
+    """And no code of a base runs, and nobody is asked."""
+    write_rows(project, pair("ciao", "ehi"))
     if damage:
         damage(project)
-    code, out, err = stage_4(project, *args.split())
-    assert err.startswith(f"error: {error}") and f". FIX: {fix}" in err and err.count("\n") == 1
-    assert (code, out) == (1, "") and not (project / RESULTS).exists()
-
-
-@pytest.mark.slow
-def test_no_code_of_a_base_runs_and_nobody_is_asked(project, stage_4):
-    (project / BASE / "own.py").write_text("open('ran', 'w')\nclass Own: pass\n")
-    names = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
-    edit(project / BASE / "tokenizer_config.json", **names)
-    stage_4(project, "--models", "base", "--replies", "0")
+    code, out, err = stage_4(project, flags)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    what, _, way_out = err.partition(". FIX: ")
+    assert what.startswith("error: ")
+    assert where in what
+    assert way_out.startswith(fix)
+    assert not (project / RESULTS).exists()
     assert not (project / "ran").exists()
     assert sys.stdin.read() == "y\n" * 9
 
@@ -210,101 +214,91 @@ def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
 ):
     monkeypatch.delenv("VERSION")
     monkeypatch.delenv("MODEL")
-    fix = "FIX: VERSION=v1 python build_train.py; for the sample: export VERSION=sample\n"
-    assert stage_4(project)[2].endswith(fix)
-    data = project / "data/for_train"
-    (data / "sample").rename(data / "family")
-    assert stage_4(project)[2].endswith("FIX: export VERSION=family\n")
+    write_rows(project, pair("ciao", "ehi"))
+    forgot = "--version v1"
+    fix = "VERSION=v1 python build_train.py; for the sample: export VERSION=sample\n"
+    assert stage_4(project, forgot)[2].endswith(f"FIX: {fix}")
+
+    (project / VALID).parent.rename(project / "data/for_train/family")
+    assert stage_4(project, forgot)[2].endswith("FIX: export VERSION=family\n")
+
     shutil.rmtree(project / f"{BASE}-4bit")
-    err = stage_4(project, "--version", "family")[2]
-    assert err.endswith("FIX: export MODEL=tiny-gemma-3\n")
+    forgot = "--version family --model gemma-3-text-27b-it-4bit"
+    assert stage_4(project, forgot)[2].endswith("FIX: export MODEL=tiny-gemma-3\n")
 
 
-@pytest.mark.parametrize(
-    "args", ["--nonsense", "--models base,all", "--temperature nan", "--max-tokens 0"]
-)
-def test_wrong_usage(trained, stage_4, args):
-    code, _, err = stage_4(trained, *args.split())
-    assert code == 2 and re.fullmatch(r"error: .*\. FIX: python test_on_validation\.py --.*\n", err)
+def remove(path):
+    return lambda project: shutil.rmtree(project / path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("models", "lacks", "tested"),
-    [
-        ("base,adapter,fused", FUSED, ["base", "adapter"]),
-        ("base,fused", ADAPTER, ["base", "fused"]),
-    ],
-)
-def test_only_the_models_that_are_asked_for_are_needed(project, stage_4, models, lacks, tested):
-    shutil.rmtree(project / lacks)
-    assert stage_4(project, "--models", models, "--replies", "0")[0] == 0
-    assert list(metrics(project)["loss"]) == tested and "than the base" in page(project)
+def other_adapter(project):
+    edit(project / FUSED / "fused_from.json", adapter_sha256="0")
 
 
-def test_what_does_not_belong_together_is_told(script, tmp_path, capsys):
-    weights, origin, valid = (
-        tmp_path / name for name in ("adapters.safetensors", "fused_from.json", "valid.jsonl")
-    )
-    weights.write_text("old")
-    origin.write_text(json.dumps({"adapter_sha256": hashlib.sha256(b"old").hexdigest()}))
-    valid.write_text("{}\n")
-    checksum = subprocess.check_output(["cksum"], input=valid.read_bytes()).decode()
-    (tmp_path / "lora_config.yaml").write_text(f"# valid.jsonl: {checksum}")
-    args = argparse.Namespace(version="v1", model="m")
+def other_rows(project):
+    (project / VALID).write_bytes((project / VALID).read_bytes() * 2)
 
-    def warnings(*models):
-        models = dict.fromkeys(models)
-        stale = script.is_stale(tmp_path, tmp_path)
-        return " ".join(script.find_warnings(args, models, stale, tmp_path, tmp_path, valid))
 
-    assert warnings("base", "adapter", "fused") == ""
-    weights.write_text("new")
-    assert "was made from another adapter" in warnings("adapter", "fused")
-    assert warnings("base", "adapter") == ""
-    valid.write_text("{}\n{}\n")
-    assert "is not the one of the training" in warnings("base", "adapter")
-    assert "is not the one of the training" in capsys.readouterr().err
-    assert warnings("base") == ""  # it has learned nothing
+# {id: (what is changed after the training, the models asked for, those that are tested, a warning)}
+CHANGED = {
+    "not fused": (remove(FUSED), "base,adapter,fused", ["base", "adapter"], ""),
+    "no adapter": (remove(ADAPTER), "base,fused", ["base", "fused"], ""),
+    "other rows": (other_rows, "adapter", ["adapter"], "not the one of the training"),
+    "other rows, base": (other_rows, "base", ["base"], ""),
+    "other adapter": (other_adapter, "base,adapter,fused", THREE, "from another adapter"),
+    "other adapter, base": (other_adapter, "base", ["base"], ""),
+}
 
 
 @pytest.mark.slow
-def test_a_fuse_is_not_blamed_for_an_adapter_that_is_newer(project, stage_4):
-    (project / FUSED / "fused_from.json").write_text(json.dumps({"adapter_sha256": "0"}))
-    code, _, err = stage_4(project, "--replies", "0")
-    assert code == 0 and "kept" not in metrics(project)
-    assert "was made from another adapter" in err
+@cases("change, models, tested, warning", CHANGED)
+def test_only_what_is_asked_for_is_needed_and_what_does_not_belong_to_it_is_told(
+    trained, stage_4, change, models, tested, warning
+):
+    change(trained)
+    code, _, err = stage_4(trained, f"--models {models} --replies 0")
+    found = metrics(trained)
+    assert (code, list(found["loss"])) == (0, tested)
+    assert "kept" not in found  # an old fuse is not blamed for a new adapter
+    assert len(found["warnings"]) == bool(warning)
+    if warning:
+        assert warning in found["warnings"][0]
+        assert f"warning: {found['warnings'][0]}\n" in err
+        assert found["warnings"][0] in page(trained)
 
 
-@pytest.mark.parametrize(
-    ("said", "given", "used"),
-    [
-        (None, [], (0.8, 0.95, 0)),
-        ({"top_k": 64, "top_p": 0.9, "temperature": 1}, [], (1.0, 0.9, 64)),
-        ({"top_k": 64, "temperature": 1.0}, ["--temperature", "0.5"], (0.5, 0.95, 64)),
-        ([{"top_k": 3}], ["--top-k", "0"], (0.8, 0.95, 0)),
-    ],
+@cases(
+    "said, flags, used",
+    {
+        "nothing said": (None, "", (0.8, 0.95, 0)),
+        "said": ({"top_k": 64, "top_p": 0.9, "temperature": 1}, "", (1.0, 0.9, 64)),
+        "set": ({"top_k": 64, "temperature": 1.0}, "--temperature 0.5", (0.5, 0.95, 64)),
+        "set to nought": ([{"top_k": 3}], "--top-k 0", (0.8, 0.95, 0)),
+    },
 )
 def test_sampling_is_as_the_base_says_unless_it_is_set(
-    script, tmp_path, monkeypatch, said, given, used
+    script, tmp_path, monkeypatch, said, flags, used
 ):
-    monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *given])
+    monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *flags.split()])
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     args = script.settings()
     script.set_sampling(args, tmp_path)
     assert (args.temperature, args.top_p, args.top_k) == used
 
 
-# ---- numbers -------------------------------------------------------------------------------------
+# ---- one model at a time -------------------------------------------------------------------------
 def true_loss(project, folder, adapter=None):
-    """The definition, row by row: the mean of -log p over the tokens that follow the prompt."""
+    """Return the loss by its definition, row by row, and the number of tokens.
+
+    It is the mean of -log p over the tokens that follow the prompt.
+    """
     model, tokenizer = load(str(project / folder), adapter_path=adapter and str(project / adapter))
     losses = []
-    for line in (project / VALID).read_text(encoding="utf-8").splitlines():
+    for line in (project / VALID).read_text("utf-8").splitlines():
         row = json.loads(line)
         user = {"role": "user", "content": row["prompt"]}
-        chat = [user, {"role": "assistant", "content": row["completion"]}]
-        tokens = tokenizer.apply_chat_template(chat)
+        reply = {"role": "assistant", "content": row["completion"]}
+        tokens = tokenizer.apply_chat_template([user, reply])
         start = len(tokenizer.apply_chat_template([user], add_generation_prompt=True))
         logits = model(mx.array([tokens[:-1]]))[0, start - 1 :].astype(mx.float32)
         chances = np.array(mx.softmax(logits, axis=-1), dtype=np.float64)
@@ -313,132 +307,174 @@ def true_loss(project, folder, adapter=None):
 
 
 @pytest.mark.slow
-def test_the_losses_of_all_models_are_the_true_ones_and_the_rest_follows_from_them(
-    project, stage_4
-):
-    args = ["--replies", "3", "--max-tokens", "4", "--batch-tokens", "700"]
-    code, out, err = stage_4(project, *args)
+def test_the_losses_are_the_true_ones_and_those_of_the_training(trained, stage_4):
+    flags = "--replies 3 --max-tokens 4 --batch-tokens 700"  # several batches, padded
+    code, out, err = stage_4(trained, flags)
     assert code == 0, err
-    found = metrics(project)
+    found = metrics(trained)
     for name, model in {"base": [BASE], "adapter": [BASE, ADAPTER], "fused": [FUSED]}.items():
-        true = true_loss(project, *model)
+        true = true_loss(trained, *model)
         assert (found["loss"][name], found["tokens"]) == pytest.approx(true, abs=5e-5)
+    assert found["kept"]["fused"] == pytest.approx(1, abs=0.01)
+
+    with (trained / ADAPTER / "losses.csv").open() as file:
+        curve = {row["iteration"]: float(row["val_loss"]) for row in csv.DictReader(file)}
+    kept = min(curve, key=curve.get)
+    assert found["loss"]["base"] == pytest.approx(curve["0"], abs=0.01)
+    assert found["loss"]["adapter"] == pytest.approx(curve[kept], abs=0.01)
+    assert f"Kept: iteration {kept},\n{curve[kept]:.2f}." in page(trained)
+
     assert found["verdict"].startswith("Better than the base: loss ")
-    assert found["verdict"] in out.replace("\n", " ") and "Better than the base" in page(project)
-    assert "Kept: iteration 8,\n6.60." in page(project)  # the learning curve
-    assert "base loss: " in err and found["warnings"] == []
-    assert sorted(contents(project / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
+    assert found["verdict"] in out.replace("\n", " ")
+    assert found["warnings"] == []
+    assert "base loss: " in err  # a plain line in a pipe, where no bar can be
+    assert sorted(contents(trained / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
 
 
 @pytest.mark.slow
-def test_of_messages_the_last_one_is_scored_and_answered(project, stage_4):
+def test_of_messages_the_last_one_is_scored_and_answered(trained, stage_4):
     def tested(*rows):
-        write_rows(project, *rows)
-        assert stage_4(project, "--models", "base", "--replies", "2", "--max-tokens", "4")[0] == 0
-        return metrics(project)
+        write_rows(trained, *rows)
+        edit((trained / VALID).with_name("settings.json"), authors=["ann"])
+        assert stage_4(trained, BASE_ALONE)[0] == 0
+        return metrics(trained)
 
     prompts = tested(pair("ciao\ncome va?", "bene"), pair("ciao", "ehi"))
     assert tested(turns("ciao\ncome va?", "bene"), turns("ciao", "ehi")) == prompts
     assert tested(turns("ciao", "ehi", "come va?", "bene"))["tokens"] < prompts["tokens"]
-    with (project / RESULTS / "generations.csv").open(encoding="utf-8-sig") as file:
+    with (trained / RESULTS / "generations.csv").open(encoding="utf-8-sig") as file:
         row = next(csv.DictReader(file))
     assert (row["prompt"], row["reference"]) == ("ciao\nann: ehi\ncome va?", "bene")
 
 
 @pytest.mark.slow
-def test_the_loss_of_the_adapter_is_the_one_that_fine_tune_printed(project, run, stage_4):
-    shutil.rmtree(project / ADAPTER)
-    done = run(project, "fine_tune.sh", env={"ITERS": "4", "EVAL_EVERY": "4"})
-    assert done.returncode == 0, done.stderr
-    assert stage_4(project, "--models", "base,adapter", "--replies", "0")[0] == 0
-    with (project / ADAPTER / "losses.csv").open() as file:
-        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
-    found = metrics(project)
-    assert found["loss"]["base"] == pytest.approx(losses[0], abs=0.01)
-    assert found["loss"]["adapter"] == pytest.approx(min(losses), abs=0.01)
-    assert found["warnings"] == []
+def test_same_seed_same_replies_other_seed_others(trained, stage_4):
+    write_rows(trained, *(pair(text, text) for text in ["ciao", "che si dice?", "perché?", "?"]))
+
+    def replies(flags):
+        usual = "--models base --replies 4 --max-tokens 6"
+        assert stage_4(trained, f"{usual} {flags}")[0] == 0
+        return (trained / RESULTS / "generations.csv").read_bytes()
+
+    first = replies("")
+    assert replies("") == first
+    assert replies("--seed 1") != first
+    likeliest = replies("--temperature 0 --reply-batch 1")
+    assert replies("--temperature 0 --reply-batch 3") == likeliest
+
+
+def run_to(run, project, line, **options):
+    """Start the script, send Ctrl-C at a line that begins so; return (code, what follows)."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = run(project, "test_on_validation.py", start=subprocess.Popen, **pipes, **options)
+    assert any(each.startswith(line) for each in process.stdout)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    return process.returncode, rest
+
+
+def test_ctrl_c_amid_the_imports_ends_it_without_a_word(project, run, tmp_path):
+    (tmp_path / "jinja2.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)")
+    end = run_to(run, project, "here", env={"PYTHONPATH": str(tmp_path)})
+    assert end == (130, "\n")
 
 
 @pytest.mark.slow
-def test_same_seed_same_replies_other_seed_others(project, stage_4):
-    write_rows(project, *(pair(text, text) for text in ["ciao", "che si dice?", "perché?", "?"]))
+def test_ctrl_c_amid_the_first_model_leaves_the_report_of_before(trained, run):
+    other_rows(trained)
+    (trained / RESULTS).mkdir()
+    (trained / RESULTS / "report.html").write_text("before")
+    code, rest = run_to(run, trained, "base loss")
+    assert code == 130
+    assert "Traceback" not in rest
+    assert contents(trained / RESULTS) == {"report.html": b"before"}
 
-    def replies(args):
-        usual = "--models base --replies 4 --max-tokens 6 "
-        assert stage_4(project, *(usual + args).split())[0] == 0
-        return (project / RESULTS / "generations.csv").read_bytes()
 
-    first = replies("")
-    assert replies("") == first != replies("--seed 1")
-    alone, together = (f"--temperature 0 --reply-batch {count}" for count in (1, 3))
-    assert replies(alone) == replies(together)
+@pytest.mark.slow
+@cases("calls, known", {"first": (1, ["base"]), "second": (2, ["base", "adapter"])})
+def test_ctrl_c_before_the_replies_of_a_model_leaves_a_report_of_what_is_done(
+    trained, script, stage_4, monkeypatch, calls, known
+):
+    write_replies, left = script.write_replies, iter(range(1, calls))
+
+    def interrupted(*args):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGINT)
+        write_replies(*args)
+
+    monkeypatch.setattr(script, "write_replies", interrupted)
+    code, _, err = stage_4(trained, "--replies 2 --max-tokens 2")
+    assert code == 130
+    assert list(metrics(trained)["loss"]) == known
+    assert "stopped with Ctrl-C" in page(trained)
+    assert "stopped with Ctrl-C" in err
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def figures_of(script, reference, replies, nats=None, ended=True):
-    """figures() for rows of two tokens each, and the replies of each model, None where missing."""
-    rows = [script.Row(line, "", real, [0], [0, 1, 2]) for line, real in enumerate(reference, 1)]
+def figures_of(script, real, made, nats=None, ended=True):
+    """Return figures() of rows of two tokens each.
+
+    real: the true replies; made: {model: its replies, None where one is missing}.
+    """
+    rows = [script.Row(line, "", text, [0], [0, 1, 2]) for line, text in enumerate(real, 1)]
+    nats = nats or {who: [2] * len(rows) for who in made}
+    nats = {who: np.array(sums, dtype=float) for who, sums in nats.items()}
     done = {
         who: {line: (text, ended) for line, text in enumerate(texts, 1) if text is not None}
-        for who, texts in replies.items()
+        for who, texts in made.items()
     }
-    nats = nats or {who: [2] * len(rows) for who in replies}
-    nats = {who: np.array(sums, dtype=float) for who, sums in nats.items()}
-    return script.figures(rows, rows, nats, done, argparse.Namespace(max_tokens=60))[0]
+    return script.figures(rows, rows, nats, done, Namespace(max_tokens=60))[0]
 
 
-def test_figures_of_style(script):
-    table = figures_of(script, ["ok"] * 4, {"base": ["ok", "Ok.", "why?\n:)", "ja"]})
-    found = {name: values["base"] for name, values in table.items() if "base" in values}
-    assert found == {"loss": 1.0, "loss error": 0.0, "length": 3.5, "replies": 4} | {
-        **dict.fromkeys(["question", "emoji", "capital first", "full stop last"], 0.25),
-        "several lines": 0.25,
-        "looping": 0.0,
-        "unfinished": 0.0,
-    }
+def test_gain_error_and_what_the_fused_model_keeps(script):
+    nats = {"base": [10, 6], "adapter": [4, 4], "fused": [6, 4]}
+    table = figures_of(script, ["x"] * 2, dict.fromkeys(nats, ["x"] * 2), nats)
+    assert table["loss"] == {"base": 4.0, "adapter": 2.0, "fused": 2.5}
+    assert table["gain"] == {"adapter": 2.0, "fused": 1.5}
+    assert table["gain error"]["adapter"] == pytest.approx(0.7071, abs=1e-4)
+    assert table["kept"]["fused"] == 0.75
 
 
-@pytest.mark.parametrize(
-    ("name", "yes", "no"),
-    [
-        ("looping", ["sa sa sa sa", "boh\nboh\nboh\nboh"], ["no no no", "hahahaha", "ok"]),
-        ("emoji", ["ok 🙏🏽", ":-)", "va bene ;D"], ["12:30", "a:b", "C:(x)", "=)x"]),
-        ("full stop last", ["Ok.", "好。"], ["ok...", "ok", "a.b"]),
-        ("question", ["perché?", "لماذا؟"], ["perché"]),
-        ("capital first", ["Ok", "È vero"], ["ok", "è", "🙏 Ok", ""]),
-    ],
-)
-def test_a_figure_of_style_finds(script, name, yes, no):
-    found = {text: bool(script.STYLE[name](text)) for text in yes + no}
-    assert found == dict.fromkeys(yes, True) | dict.fromkeys(no, False)
+STYLE = {
+    "looping": (["sa sa sa sa", "boh\nboh\nboh\nboh"], ["no no no", "hahahaha", "ok"]),
+    "emoji": (["ok 🙏🏽", ":-)", "va bene ;D"], ["12:30", "a:b", "C:(x)", "=)x"]),
+    "full stop last": (["Ok.", "好。"], ["ok...", "ok", "a.b"]),
+    "question": (["perché?", "لماذا؟"], ["perché"]),
+    "capital first": (["Ok", "È vero"], ["ok", "è", "🙏 Ok", ""]),
+    "several lines": (["a\nb"], ["a b"]),
+}
+
+
+@pytest.mark.parametrize("name", STYLE)
+def test_a_figure_of_style_is_the_share_of_replies_that_have_it(script, name):
+    with_it, without = STYLE[name]
+    for text in with_it:
+        assert figures_of(script, ["ok"], {"base": [text]})[name]["base"] == 1.0, text
+    for text in without:
+        assert figures_of(script, ["ok"], {"base": [text]})[name]["base"] == 0.0, text
+    both = figures_of(script, ["ok"] * 2, {"base": [with_it[0], without[0]]})
+    assert both[name] == {"reference": 0.0, "base": 0.5}
 
 
 def test_replies_that_never_ended_or_never_came(script):
     some = figures_of(script, ["ok"] * 2, {"base": ["a", None]}, ended=False)
     assert (some["replies"]["base"], some["unfinished"]["base"]) == (1, 1.0)
     none = figures_of(script, ["ok"] * 2, {"base": [None, None]})
-    assert "base" not in none["replies"] and none["loss"]["base"] == 1.0
-
-
-def test_gain_error_and_what_the_fused_model_keeps(script):
-    nats = {"base": [10, 6], "adapter": [4, 4], "fused": [6, 4]}
-    table = figures_of(script, ["x"] * 2, dict.fromkeys(nats, ["x"] * 2), nats)
-    assert table["gain"] == {"adapter": 2.0, "fused": 1.5}
-    assert table["gain error"]["adapter"] == pytest.approx(np.sqrt(2**2 + 2**2) / 4)
-    assert table["kept"]["fused"] == 0.75
+    assert "base" not in none["replies"]
+    assert none["loss"]["base"] == 1.0
 
 
 def test_the_classifier_tells_what_can_be_told_and_no_more(script):
-    rng = np.random.default_rng(0)
+    draw = np.random.default_rng(0)
     words = ["boh", "ciao", "dai", "ma", "no", "però", "sedia", "sì", "vai", "certo"]
-    real, same = ([" ".join(rng.choice(words, 4)) for _ in range(100)] for _ in range(2))
-    loud = [text.capitalize() + "!" for text in same]
+    real, alike = ([" ".join(draw.choice(words, 4)) for _ in range(100)] for _ in range(2))
+    loud = [text.capitalize() + "!" for text in alike]
     assert script.told_apart(real, real) == (0.5, pytest.approx(0.05, abs=0.001))
-    share, error = script.told_apart(real, same)
-    assert abs(share - 0.5) < 3 * error and error == pytest.approx(0.05, abs=0.001)
+    share, error = script.told_apart(real, alike)
+    assert abs(share - 0.5) < 3 * error
     share, error = script.told_apart(real, loud)
-    assert share == 1.0 and 0 < error < 0.02
-    assert script.told_apart([""] * 20, [""] * 20)[0] == 0.5
+    assert share == 1.0
+    assert 0 < error < 0.02
 
 
 def test_favourite_words_that_are_missing(script):
@@ -450,7 +486,7 @@ def test_favourite_words_that_are_missing(script):
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "value", "error", "replies"),
+    ("shown", "name", "value", "error", "replies"),
     [
         ("3.07", "loss", 3.0655, 0.05, 100),
         ("3.1", "loss", 3.0655, 0.4, 3),
@@ -459,90 +495,76 @@ def test_favourite_words_that_are_missing(script):
         ("71% ± 4%", "told apart", 0.7123, 0.041, 100),
         ("33%", "emoji", 0.3333, None, 30),
         ("2 of 7", "emoji", 2 / 7, None, 7),
-        ("7", "replies", 7, None, 7),
         ("nan", "loss", NAN, NAN, 7),
     ],
 )
 def test_a_figure_has_no_more_digits_than_its_error_allows(
-    script, text, name, value, error, replies
+    script, shown, name, value, error, replies
 ):
     table = {"replies": {"base": replies}, "gain error": {}, name: {"base": value}}
     if error is not None:
         table[f"{name} error"] = {"base": error}
-    assert script.shown(table, name, "base") == text
+    assert script.shown(table, name, "base") == shown
 
 
 # ---- the verdict ---------------------------------------------------------------------------------
-def table_of(loss, kept=None, **style):
-    """A table as figures() makes it, for these losses, every gain having an error of 0.04."""
-    table = defaultdict(dict, {"loss": loss})
-    if "base" in loss:
-        table["gain"] = {who: loss["base"] - loss[who] for who in loss if who != "base"}
-        table["gain error"] = dict.fromkeys(table["gain"], 0.04)
+USUAL = {"question": 0.1, "emoji": 0.2, "capital first": 0.3, "full stop last": 0.1}
+USUAL |= {"several lines": 0.0, "looping": 0.0, "unfinished": 0.0, "length": 30.0, "replies": 100}
+
+
+def table_of(style=None, kept=None, **loss):
+    """Return a table as of figures(): these losses, gains with an error of 0.04, these styles."""
+    gain = {who: loss["base"] - loss[who] for who in loss if who != "base"}
+    table = defaultdict(dict, loss=loss, gain=gain)
+    table["gain error"] = dict.fromkeys(gain, 0.04)
     if kept:
         table["kept"] = {"fused": kept}
     for who in ["reference", *loss]:
-        figures = {"question": 0.1, "emoji": 0.2, "capital first": 0.3, "full stop last": 0.1}
-        figures |= {"several lines": 0.0, "looping": 0.0, "unfinished": 0.0, "length": 30.0}
-        figures |= {"replies": 100} | style.get(who, {})
-        for name, value in figures.items():
+        for name, value in (USUAL | (style or {}).get(who, {})).items():
             table[name][who] = value
     return table
 
 
-TOLD, ALWAYS = ({"told apart": share, "told apart error": 0.04} for share in (0.7, 1.0))
-OTHER = {"full stop last": 0.8, "unfinished": 0.3, "missing words": "boh, lol"}
-LOSSES = {"base": 9.0, "adapter": 3.0}
-LOST = {"base": 9.0, "adapter": 3.0, "fused": 7.85}
-BETTER = "Better than the base: loss 3.00 instead of 9.00."
+def learned(**style):
+    return table_of(style, base=9.0, adapter=3.0)
+
+
+BETTER = "Better than the base: loss 3.00 instead of 9.00"
+LOST = table_of(base=9.0, adapter=3.0, fused=6.0, kept=0.5)
+KEPT = table_of(base=9.0, adapter=3.0, fused=3.0, kept=0.998)
+AGAIN = "The fused model keeps 50% of that. Fuse again: "
 NOT_YET = "It does not write like them yet: "
+TOLD, ALWAYS = ({"told apart": share, "told apart error": 0.04} for share in (0.7, 1.0))
+TELLS = "A classifier tells its replies from the real ones in 70% ± 4% of the pairs (the base's in"
+LOOPS = {"looping": 0.4}
+OTHER = {"full stop last": 0.8, "unfinished": 0.3, "missing words": "boh, lol"}
+DIFFERS = "unfinished 30% instead of 0%; full stop last 80% instead of 10%; it never says boh, lol."
+
+# {id: (figures, rows, bits of the fused model, how the sentences begin)}
+VERDICTS = {
+    "better": (learned(), 400, "", [BETTER + "."]),
+    "few rows": (learned(), 7, "", [BETTER + ", but too few rows to be sure: 7 (30 would do)."]),
+    "worse": (table_of(base=3.0, adapter=3.5), 400, "", ["Worse than the base: loss 3.50 inst"]),
+    "chance": (table_of(base=3.0, adapter=2.95), 400, "", ["No better than the base: loss 2.95"]),
+    "broken": (table_of(base=9.0, adapter=NAN), 400, "", ["Broken: a loss is not a number."]),
+    "base alone": (table_of(base=9.0), 400, "", ["Nothing to compare: "]),
+    "fused": (KEPT, 400, "8", [BETTER, "The fused model keeps 100% of that."]),
+    "fused at 4 bits": (LOST, 400, "base", [BETTER, AGAIN + "FUSED_BITS=8 ./fuse.sh."]),
+    "fused at 8 bits": (LOST, 400, "8", [BETTER, AGAIN + "FUSED_BITS=16 ./fuse.sh."]),
+    "fused at 16 bits": (LOST, 400, "16", [BETTER, AGAIN + "./fuse.sh."]),
+    "told apart": (learned(base=ALWAYS, adapter=TOLD), 400, "", [BETTER, TELLS]),
+    "other style": (learned(adapter=OTHER), 400, "", [BETTER, NOT_YET + DIFFERS]),
+    "loops": (learned(adapter=LOOPS), 400, "", [BETTER, NOT_YET + "looping 40%"]),
+    "the chat loops, too": (learned(reference=LOOPS, adapter=LOOPS), 400, "", [BETTER]),
+    "few replies": (learned(adapter={"replies": 5, "emoji": 0.6}), 400, "", [BETTER]),
+}
 
 
-@pytest.mark.parametrize(
-    ("table", "sentences"),
-    [
-        (table_of({"base": 9.0, "fused": 3.0}), [BETTER]),
-        (table_of(LOSSES | {"fused": 3.01}, 0.998),
-         [BETTER, "The fused model keeps 100% of that."]),
-        (table_of({"base": 3.0, "adapter": 3.5}),
-         ["Worse than the base: loss 3.50 instead of 3.00. "
-          "Train with a lower LEARNING_RATE, or on more data."]),
-        (table_of({"base": 3.0, "adapter": 2.95}),
-         ["No better than the base: loss 2.95 instead of 3.00, which may be chance. "
-          "Train longer, or on more data."]),
-        (table_of(LOSSES, adapter={"looping": 0.4}),
-         [BETTER, f"{NOT_YET}looping 40% instead of 0%."]),
-        # What the chat itself repeats is no fault.
-        (table_of(LOSSES, adapter={"looping": 0.4}, reference={"looping": 0.5}), [BETTER]),
-        (table_of(LOSSES, base=ALWAYS, adapter=TOLD),
-         [BETTER, "A classifier tells its replies from the real ones in 70% ± 4% of the pairs "
-          "(the base's in 100% ± 4%); 50% would be perfect."]),
-        (table_of(LOSSES, adapter=OTHER),
-         [BETTER, f"{NOT_YET}unfinished 30% instead of 0%; full stop last 80% instead of 10%; "
-          "it never says boh, lol."]),
-        # Few replies differ much by chance.
-        (table_of(LOSSES, adapter={"replies": 5, "emoji": 0.6}), [BETTER]),
-        (table_of({"base": 9.0, "adapter": NAN}),
-         ["Broken: a loss is not a number. Train again with a lower LEARNING_RATE."]),
-        (table_of({"base": 9.0}),
-         ["Nothing to compare: test the base model and the adapter together."]),
-    ],
-)  # fmt: skip
-def test_the_verdict(script, table, sentences):
-    assert script.verdict(table, 400, "8") == sentences
-
-
-def test_the_verdict_of_few_rows_says_how_little_they_are(script):
-    few = BETTER[:-1] + ", but too few rows to be sure: 7 (30 would do)."
-    assert script.verdict(table_of(LOSSES), 7, "8") == [few]
-
-
-@pytest.mark.parametrize(
-    ("bits", "setting"), [("base", "FUSED_BITS=8 "), ("8", "FUSED_BITS=16 "), ("16", "")]
-)
-def test_a_fuse_that_kept_too_little_is_advised_more_bits(script, bits, setting):
-    kept = f"The fused model keeps 50% of that. Fuse again: {setting}./fuse.sh."
-    assert script.verdict(table_of(LOST, 0.5), 400, bits) == [BETTER, kept]
+@cases("table, rows, bits, sentences", VERDICTS)
+def test_the_verdict(script, table, rows, bits, sentences):
+    said = script.verdict(table, rows, bits)
+    assert len(said) == len(sentences)
+    assert [text[: len(start)] for text, start in zip(said, sentences, strict=True)] == sentences
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -553,51 +575,52 @@ HOSTILE = [
     f'<iframe srcdoc="<script>parent.{OWNED}</script>"></iframe>',
     "<meta http-equiv=refresh content=0>",
     "{{ 7 * 191 }}{% raw %} ]]> --> &lt;b&gt; $x^2$ \\frac",
-    *('=HYPERLINK("http://127.0.0.1";"x")', "+1+cmd|' /C calc'!A0", "-1+1", "@SUM(1+1)"),
-    *("\t=1+1", "\r=1+1", "ciao; =1+1", "ciao\n=1+1"),
+    *['=HYPERLINK("http://127.0.0.1";"x")', "+1+cmd|' /C calc'!A0", "-1+1", "@SUM(1+1)"],
+    *["\t=1+1", "\r=1+1", "ciao; =1+1", "ciao\n=1+1"],
     "\x1b[31mred\x1b]0;owned\x07\x1b[2J\x9b1m",
     "\u202eright to left\u2066 and \u200f over",
     "nul \x00 backspace \x08\x08\x08 delete \x7f, lone \ud800 surrogate \udfff",
-    "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘!" * 5,
+    "Z" + "\u0351\u036b\u0353\u036a\u0302\u034f\u0334" * 50,
     "W" * 40_000,
     "",
 ]
 
 
-def write_made_up(script, folder, texts, **replies):
-    """Write the three files for chats and references that no tiny model would give.
+def write_made_up(script, folder, texts, **forms):
+    """Write the three files for rows whose context and true reply are these texts.
 
-    Replies are the references in a form for each model: fused="{}!".
+    A model replies in its form: fused="{}!" adds an exclamation mark to each true reply. Return
+    the page and the verdict.
     """
     rows = [
-        script.Row(line, f"{text}\n{text}\n\nGo on.", text, [0], [0, 1, 2])
+        script.Row(line, f"{text}\n{text}", text, [0], [0, 1, 2])
         for line, text in enumerate(texts, 1)
     ]
-    args = argparse.Namespace(version="v1", model="m", seed=0, max_tokens=60)
-    nats = {who: np.full(len(texts), 18.0 - 2 * i) for i, who in enumerate(replies)}
+    nats = {who: np.full(len(texts), 18.0 - 2 * i) for i, who in enumerate(forms)}
     done = {
         who: {row.line: (form.format(script.visible(row.reference)), True) for row in rows}
-        for who, form in replies.items()
+        for who, form in forms.items()
     }
+    args = Namespace(version="v1", model="m", seed=0, max_tokens=60)
     table, said = script.figures(rows, rows, nats, done, args)
-    sentences = script.verdict(table, len(rows), "8")
-    facts = {"sentences": sentences, "warnings": ["a warning"], "rows": len(rows)}
-    facts |= {"settings": vars(args), "versions": {"mlx": "0", "mlx_lm": "0"}}
+    facts = {"sentences": script.verdict(table, len(rows), "8"), "warnings": ["a warning"]}
+    facts |= {"rows": len(rows), "settings": vars(args), "versions": {"mlx": "0", "mlx_lm": "0"}}
     text = script.report(facts, table, rows, said, folder / "adapter", args)
     (folder / "data").mkdir()
     script.write(folder / "data/results", text, facts, rows, said)
-    return text, "\n".join(sentences)
+    return text, "\n".join(facts["sentences"])
 
 
 def is_readable(text):
-    """Whether a terminal or a browser only shows it: no control, format or surrogate characters."""
+    """Say whether it holds no control, format or surrogate characters, but those of emoji."""
     fine = "\n\t\u200c\u200d\ufeff"
     return not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in fine}
 
 
 def test_text_is_made_visible_and_no_formula_and_else_stays_as_it_is(script):
     harmless = "perché 🙏🏽 👩‍💻\n1 + 1 = 2, a-b"
-    assert script.visible(harmless) == script.defuse(harmless) == harmless
+    assert script.visible(harmless) == harmless
+    assert script.defuse(harmless) == harmless
     assert script.visible("a\x1b[1m\x00\u202e\ud800") == r"a\x1b[1m\x00\u202e\ud800"
     assert script.defuse("=1+1;@A\n -1\t") == "'=1+1;'@A\n '-1 "
 
@@ -605,46 +628,48 @@ def test_text_is_made_visible_and_no_formula_and_else_stays_as_it_is(script):
 def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(script, tmp_path):
     _, terminal = write_made_up(script, tmp_path, HOSTILE, base="{}", adapter="{}")
     assert is_readable(terminal)
-    text = (tmp_path / "data/results/generations.csv").read_text(encoding="utf-8-sig")
+    text = (tmp_path / "data/results/generations.csv").read_text("utf-8-sig")
     assert is_readable(text)
     for delimiter in ",;\t":  # as the spreadsheets of other countries cut the same file
-        table = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+        table = csv.reader(io.StringIO(text), delimiter=delimiter)
         cells = [cell for row in table for cell in row]
         assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)]
-        assert max(map(len, cells)) < 32_767 or delimiter != ","  # what a cell can hold
+    assert max(map(len, text.split('","'))) < 32_767  # what a cell can hold
 
 
 def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_path):
     texts = [f"ciao {n}" for n in range(25)]
     text, _ = write_made_up(script, tmp_path, texts, base="{}", adapter="{}!")
-    cards = text.split('<article class="panel">')[1:]
     answers = []
-    for card in cards:
+    for card in text.split('<article class="panel">')[1:]:
         shown, answer = card.split("<details>", 1)
+        assert "really said" not in shown
         replies = re.findall(r'<p class="said">(ciao \d+!?)</p></div>', shown)
         real = re.search(r"<strong>([AB])</strong> was really said", answer)[1]
         first, second = replies if real == "A" else replies[::-1]
-        assert second == first + "!" and "really said" not in shown
+        assert second == first + "!"
         answers.append(real)
-    assert len(answers) == 20 and 4 < answers.count("A") < 16
+    assert len(answers) == 20
+    assert 4 < answers.count("A") < 16
     assert "Of 20, half is guessing;\n15 or more right means that you can tell" in text
 
 
-@pytest.mark.parametrize(("fused", "blind"), [("{}", 0), ("{}?", 2)])
+@cases("fused, blind", {"as said": ("{}", 0), "another": ("{}?", 2)})
 def test_replies_that_are_no_test_are_left_out_and_equal_ones_stand_once(
     script, tmp_path, fused, blind
 ):
     forms = {"base": "{}!", "adapter": fused, "fused": fused}
     text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], **forms)
-    assert text.count("Which one is real?") == text.count('<b class="base">') == blind
+    assert text.count("Which one is real?") == blind
+    assert text.count('<b class="base">') == blind
     assert '<b class="adapter">' not in text
 
 
-def test_a_context_that_was_cut_says_so(script):
+@cases("context, shown", {"short": ("1\n2", "1\n2"), "long": ("x" * 301, "… " + "x" * 300)})
+def test_a_context_that_was_cut_says_so(script, context, shown):
+    row = script.Row(1, context, "real", [], [])
     said = {"reference": {1: "real"}, "base": {1: "made"}}
-    for context, shown in ("1\n2", "1\n2"), ("x" * 301, "… " + "x" * 300):
-        row = script.Row(1, context, "real", [], [])
-        assert script.blind_cards([row], said, "base", 0)[0]["chat"] == shown
+    assert script.blind_cards([row], said, "base", 0)[0]["chat"] == shown
 
 
 def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path):
@@ -656,22 +681,24 @@ def test_a_learning_curve_that_cannot_be_read_costs_nothing(script, tmp_path):
     assert script.learning_curve(path) == [(0, 5.0), (20, 4.0)]
 
 
-def test_all_text_of_the_page_has_contrast_in_light_and_dark(script):
-    def brightness(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (
-            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
-        )
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+def brightness(colour):
+    """Return the relative luminance of #rrggbb (WCAG 2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_all_text_of_the_page_has_contrast(script, mode):
     found = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", script.PAGE)
-    colours = {name: list(map(brightness, both)) for name, *both in found}
-    assert {"paper", "card", "ink", "soft", "base", "adapter", "fused", "far"} <= set(colours)
-    for name in colours.keys() - {"paper", "card", "line"}:
-        for ground in "paper", "card":
-            for mode in 0, 1:
-                dark, light = sorted([colours[name][mode], colours[ground][mode]])
-                assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground, mode)
+    colours = {name: brightness(both[mode]) for name, *both in found}
+    grounds = colours.pop("paper"), colours.pop("card")
+    del colours["line"]
+    assert {"ink", "soft", "base", "adapter", "fused", "far"} <= set(colours)
+    for name, colour in colours.items():
+        for ground in grounds:
+            dark, light = sorted([colour, ground])
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
 
 
 def chromium(tmp_path, page):
@@ -688,7 +715,9 @@ def chromium(tmp_path, page):
     return subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
 
 
-def test_nothing_runs_in_the_browser_nothing_is_fetched_and_it_fits_a_phone(script, tmp_path):
+@pytest.fixture
+def server(tmp_path):
+    """A web server of tmp_path: (its address, the paths that it was asked for)."""
     asked_for = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -696,51 +725,60 @@ def test_nothing_runs_in_the_browser_nothing_is_fetched_and_it_fits_a_phone(scri
             asked_for.append(self.path)
 
     handler = functools.partial(Handler, directory=tmp_path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = f"http://127.0.0.1:{server.server_port}"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked_for
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_nothing_runs_in_the_browser_nothing_is_fetched_and_it_fits_a_phone(
+    script, tmp_path, server
+):
+    here, asked_for = server
     fetch = f"<img src={here}/a><style>@import '{here}/c'</style>"
-    write_made_up(script, tmp_path, [fetch, *HOSTILE[:19]], base="{}", adapter="{}", fused="{}!")
+    write_made_up(script, tmp_path, [fetch, *HOSTILE], base="{}", adapter="{}", fused="{}!")
+
     # The same texts in a page that does not take care do run and do fetch, so this test can fail.
-    careless = "<title>v1</title>" + HOSTILE[0] + fetch
-    (tmp_path / "careless.html").write_text(careless, encoding="utf-8")
-    careless = chromium(tmp_path, f"{here}/careless.html")
-    assert "<title>owned</title>" in careless and "/a" in asked_for
+    (tmp_path / "careless.html").write_text("<title>v1</title>" + HOSTILE[0] + fetch)
+    assert "<title>owned</title>" in chromium(tmp_path, f"{here}/careless.html")
+    assert "/a" in asked_for
+
     asked_for.clear()
     dom = chromium(tmp_path, f"{here}/data/results/report.html")
-    assert asked_for[0] == "/data/results/report.html" and set(asked_for[1:]) <= {"/favicon.ico"}
+    assert {*asked_for} - {"/favicon.ico"} == {"/data/results/report.html"}
     assert "<title>v1 · m</title>" in dom
     tags = re.sub(r">[^<]*<", "><", dom)
     active = r"<(?:script|img|iframe|link|object|embed|base|form|a)\b|\son\w+="
     assert re.findall(active, tags) == []
-    assert dom.count("<article") == 20 and dom.count("<svg ") == 0
-    assert "1337" not in dom and "{{ 7 * 191 }}" in dom  # no template in a text is filled in
+    assert dom.count("<article") == 20
+    assert "{{ 7 * 191 }}" in dom  # no template in a text is filled in
     assert is_readable(dom)
+
     size = "document.title = 'wide ' + this.contentDocument.documentElement.scrollWidth"
     frame = f'<iframe src="data/results/report.html" width=390 height=800 onload="{size}"></iframe>'
     (tmp_path / "phone.html").write_text(frame)
     phone = chromium(tmp_path, f"{here}/phone.html")
-    server.shutdown()
     assert int(re.search(r"<title>wide (\d+)</title>", phone)[1]) <= 390
 
 
 # ---- written whole or not at all -----------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("folders", "left"),
-    [
-        ({".r.old": "older", ".r.partial": "newer"}, "older"),  # killed between the two renames
-        ({"r": "newer", ".r.old": "older"}, "newer"),  # killed before the old one was gone
-        ({"r": "older", ".r.partial": "half"}, "older"),  # killed while writing
-        ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),  # names that users have
-    ],
+@cases(
+    "folders, left",
+    {
+        "killed between the renames": ({".r.old": "older", ".r.partial": "newer"}, "older"),
+        "killed before the old one was gone": ({"r": "newer", ".r.old": "older"}, "newer"),
+        "killed while writing": ({"r": "older", ".r.partial": "half"}, "older"),
+        "names that users have": ({"r": "mine", "r.old": "mine", "r.partial": "mine"}, "mine"),
+    },
 )
 def test_a_swap_that_was_cut_short_is_undone_or_finished(script, tmp_path, folders, left):
     for name, text in folders.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.html").write_text(text)
     script.hold(tmp_path / "r").close()
-    kept = {name for name in folders if name[0] != "."} | {"r"}
-    assert {p.name for p in tmp_path.iterdir()} == kept | {".r.lock"}
+    kept = {name for name in folders if name[0] != "."}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"r", ".r.lock"}
     assert (tmp_path / "r/report.html").read_text() == left
 
 
@@ -752,83 +790,24 @@ def test_a_second_run_is_refused_until_the_first_ends(script, tmp_path, capsys):
     script.hold(tmp_path / "r").close()
 
 
-# ---- cut short -----------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "count", "known"),
-    [
-        ("row_losses", 1, None),  # amid the losses of the base: nothing yet
-        ("visible", 2, None),  # after its first reply: nothing to compare
-        ("write_replies", 2, ["base", "adapter"]),  # before the first one of the adapter
-    ],
-)
-def test_ctrl_c_leaves_a_report_of_what_is_done_or_the_one_of_before(
-    project, stage_4, place, count, known
-):
-    def interrupt(module):
-        original, calls = getattr(module, place), iter(range(1, 99))
-
-        def call(*args):
-            if next(calls) == count:
-                raise KeyboardInterrupt
-            return original(*args)
-
-        setattr(module, place, call)
-
-    (project / RESULTS).mkdir()
-    (project / RESULTS / "report.html").write_text("previous")
-    args = ["--replies", "2", "--max-tokens", "2"]
-    code, _, err = stage_4(project, *args, patch=interrupt)
-    assert code == 130
-    if known is None:
-        assert contents(project / RESULTS) == {"report.html": b"previous"}
-    else:
-        assert list(metrics(project)["loss"]) == known
-        assert "stopped with Ctrl-C" in page(project) and "stopped with Ctrl-C" in err
-
-
-@pytest.mark.slow
-def test_ctrl_c_from_outside_is_quiet_while_it_starts_and_reports_later(project, run):
-    (project / VALID).write_bytes((project / VALID).read_bytes() * 8)  # it comes in the middle
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    args = ["--replies", "2", "--max-tokens", "4"]
-    process = run(project, "test_on_validation.py", start=subprocess.Popen, **out)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=60)[0], process.returncode) == ("\n", 130)
-    process = run(project, "test_on_validation.py", *args, start=subprocess.Popen, **out)
-    assert any(line.startswith("adapter loss") for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in rest) == (130, False)
-    assert list(metrics(project)["loss"]) == ["base"] and "Nothing to compare" in rest
-    left = {path.name for path in (project / "data/results").iterdir()}
-    assert left <= {NAME, f".{NAME}.lock", ".gitkeep"}
-
-
-# ---- elsewhere -----------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(project, run, tmp_path):
+def test_it_works_in_an_odd_environment_and_for_a_pipe_that_closes(trained, run, tmp_path):
+    """Through a link, beside a json.py, with ASCII alone, no input, and | head -1."""
     link = tmp_path / "bin/test_on_validation.py"
     link.parent.mkdir()
-    link.symlink_to(project / "test_on_validation.py")
-    for folder in project, tmp_path:
+    link.symlink_to(trained / "test_on_validation.py")
+    for folder in trained, tmp_path:
         (folder / "json.py").write_text("raise SystemExit('json.py ran')")
     odd = {"PYTHONUTF8": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
     odd |= {"MLXLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0", "HTTPS_PROXY": "http://x:1"}
-    pipe = {"stdin": subprocess.DEVNULL} | dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    options = {"env": odd, "cwd": tmp_path, "start": subprocess.Popen} | pipe
-    args = ["--models", "base", "--replies", "1", "--max-tokens", "2"]
-    process = run(tmp_path / "bin", link.name, *args, **options)
+    options = {"env": odd, "cwd": tmp_path, "start": subprocess.Popen, "stdin": subprocess.DEVNULL}
+    options |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = run(link.parent, link.name, *BASE_ALONE.split(), **options)
     assert f"testing base on 10 rows of {VALID}\n".encode() in iter(process.stdout.readline, b"")
-    process.stdout.close()  # as `| head -1` does
+    process.stdout.close()
     err = process.stderr.read()
-    assert (process.wait(60), b"Traceback" in err, b"Broken" in err) == (0, False, False), err
-    assert metrics(project)["replies"]["base"] == 1
-
-
-def test_a_python_that_is_too_old_can_still_read_the_script_and_say_so():
-    text = (REPOSITORY / "test_on_validation.py").read_text(encoding="utf-8")
-    tree = ast.parse(text, feature_version=(3, 9))
-    kinds = [type(node).__name__ for node in tree.body[:5]]
-    assert kinds == ["Expr", "Import", "Import", "Import", "If"]  # docstring, …, the check
+    assert process.wait(60) == 0, err
+    assert b"Traceback" not in err
+    assert b"Broken" not in err
+    assert metrics(trained)["replies"]["base"] == 2

@@ -1,4 +1,8 @@
-"""models/chat.py: a talk in the shape that was trained, with keys that do what people expect."""
+"""models/chat.py: a talk in the shape that was trained, with keys that do what people expect.
+
+The sections are those of the script, in its order. A table of cases is {id: what to do, what must
+come of it}; `pytest -k "id"` runs one of them.
+"""
 
 import fcntl
 import hashlib
@@ -28,6 +32,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 SCRIPT = "models/chat.py"
+BASE = Path("models/base/tiny-gemma-3")
+ADAPTER = Path("models/adapters/adapter-sample_tiny-gemma-3")
+FUSED = Path("models/fused/fused-sample_tiny-gemma-3")
+DATA = Path("data/for_train/sample")
 SETTINGS = {
     "shape": "prompt",
     "names": True,
@@ -38,14 +46,16 @@ SETTINGS = {
     "max_seq_length": 1024,
 }
 TURNS = SETTINGS | {"shape": "turns", "names": False, "authors": ["ann"]}
-BASE = "models/base/tiny-gemma-3"
-ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
-FUSED = "models/fused/fused-sample_tiny-gemma-3"
-KNOWN = "data/for_train/sample/settings.json"
+GREEDY = ["--temperature", "0", "--max-tokens", "8"]
 
 spec = importlib.util.spec_from_file_location("chat", REPOSITORY / SCRIPT)
 chat = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chat)
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+def cases(names, table):
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
 
 
 def write_json(path, value):
@@ -54,10 +64,11 @@ def write_json(path, value):
 
 
 @pytest.fixture
-def project(project):
+def project(project, monkeypatch):
     """A project whose fused model is the tiny base, and which knows ann and bob."""
-    write_json(project / KNOWN, SETTINGS)
+    write_json(project / DATA / "settings.json", SETTINGS)
     shutil.copytree(project / BASE, project / FUSED)
+    monkeypatch.chdir(project)
     return project
 
 
@@ -67,97 +78,146 @@ def no_handler_stays():
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-# ---- what is missing or wrong, before a model is loaded ------------------------------------------
-BUILD = "python build_train.py"
-DOWNLOAD = "hf download mlx-community/zephyr --local-dir models/base/zephyr"
+@pytest.fixture(scope="module")
+def tiny(template):
+    """Return (model, tokenizer) of the tiny base."""
+    return mlx_lm.load(str(template / BASE))
 
 
-def remove(*folders):
-    return lambda project: [shutil.rmtree(project / folder) for folder in folders]
+def likeliest(tiny, log):
+    """Return ann's reply to a log, of which the likeliest token is taken each time."""
+    model, tokenizer = tiny
+    prompt = chat.make_prompt(log, "ann", SETTINGS, tokenizer)
+    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=8).strip()
 
 
-def settings(text):
-    return lambda project: (project / KNOWN).write_text(text)
-
-
-@pytest.mark.parametrize(
-    ("change", "env", "arguments", "fix"),
-    [
-        (remove("data/for_train/sample"), {}, "", f"VERSION=sample {BUILD}"),
-        (None, {"VERSION": None}, "", f"VERSION=v1 {BUILD}; for the sample: export VERSION=sample"),
-        (None, {"VERSION": "v1"}, "", f"VERSION=v1 {BUILD}"),
-        (None, {"VERSION": "my chat"}, "", "export VERSION=my_chat"),
-        (remove(FUSED), {}, "", "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
-        (remove(FUSED), {"MODEL": "zephyr"}, "", DOWNLOAD),
-        (remove(FUSED, BASE + "-4bit"), {"MODEL": None}, "", "export MODEL=tiny-gemma-3"),
-        (lambda p: (p / KNOWN).unlink(), {}, "", f"VERSION=sample {BUILD}"),
-        (settings("[1]"), {}, "", f"VERSION=sample {BUILD}"),
-        (settings('{"shape": "turns"}'), {}, "", f"VERSION=sample {BUILD}"),
-        (settings(json.dumps(TURNS)), {}, "--as zoe\x1b", "leave --as out"),
-        (settings(json.dumps(SETTINGS | {"names": False})), {}, "--as bob", "leave --as out"),
-    ],
-)
-def test_error_names_the_fix(project, run, change, env, arguments, fix):
-    if change:
-        change(project)
-    result = run(project, SCRIPT, *arguments.split(), env=env, input="hi\n")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(f"error: .+[.] FIX: {re.escape(fix)}", last_error(result))
-
-
+# ---- settings ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flag", ["--temperature=3", "--temperature=nan", "--max-tokens=0"])
-def test_wrong_usage(template, run, flag):
+def test_a_wrong_flag_is_wrong_usage(template, run, flag):
     result = run(template, SCRIPT, flag)
     assert result.returncode == 2
     assert flag.partition("=")[0] in last_error(result)
 
 
-# ---- the prompt is that of the training rows -----------------------------------------------------
-ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻", "[INST]"]
+# ---- what is there -------------------------------------------------------------------------------
+BUILD = "VERSION=sample python build_train.py"
 
 
-def invented_log(people, several_lines):
-    """Return [(author, text)], no text twice; those of whom `several_lines` holds write two."""
-    draw, log, author = random.Random(0), [], ""
+def remove(*folders):
+    return lambda: [shutil.rmtree(folder) for folder in folders]
+
+
+def settings(value):
+    return lambda: write_json(DATA / "settings.json", value)
+
+
+# {id: (what is done to the project, VERSION and MODEL, flags, the fix)}
+WRONG = {
+    "no data": (remove(DATA), {}, "", BUILD),
+    "VERSION forgotten": (
+        None, {"VERSION": None}, "",
+        "VERSION=v1 python build_train.py; for the sample: export VERSION=sample"),
+    "other version": (None, {"VERSION": "v1"}, "", "VERSION=v1 python build_train.py"),
+    "no name": (None, {"VERSION": "my chat"}, "", "export VERSION=my_chat"),
+    "not trained": (remove(FUSED), {}, "", "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
+    "no base": (
+        remove(FUSED), {"MODEL": "zephyr"}, "",
+        "hf download mlx-community/zephyr --local-dir models/base/zephyr"),
+    "MODEL forgotten": (
+        remove(FUSED, f"{BASE}-4bit"), {"MODEL": None}, "", "export MODEL=tiny-gemma-3"),
+    "no settings": ((DATA / "settings.json").unlink, {}, "", BUILD),
+    "settings a list": (settings([1]), {}, "", BUILD),
+    "settings cut": (settings({"shape": "turns"}), {}, "", BUILD),
+    "one author": (settings(TURNS), {}, "--as zoe\x1b", "leave --as out"),
+    "no names": (settings(SETTINGS | {"names": False}), {}, "--as bob", "leave --as out"),
+}  # fmt: skip
+
+
+@cases("change, env, flags, fix", WRONG)
+def test_what_is_missing_or_wrong_is_said_with_its_fix(project, run, change, env, flags, fix):
+    if change:
+        change()
+    result = run(project, SCRIPT, *flags.split(), env=env, input="hi\n")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(f"error: .+[.] FIX: {re.escape(fix)}", last_error(result))
+
+
+@cases("weights, is_told", {"same": ("old", False), "another": ("new", True)})
+def test_a_fused_model_of_another_adapter_is_told(project, capsys, weights, is_told):
+    write_json(FUSED / "fused_from.json", {"adapter_sha256": hashlib.sha256(b"old").hexdigest()})
+    ADAPTER.mkdir()
+    (ADAPTER / "adapters.safetensors").write_text(weights)
+    assert chat.find_model("sample", "tiny-gemma-3")[0][0] == FUSED
+    assert ("was made from another adapter" in capsys.readouterr().err) == is_told
+
+
+@cases("rows, is_told", {"same": ("old", False), "others": ("new", True)})
+def test_data_that_were_built_anew_after_the_training_are_told(project, capsys, rows, is_told):
+    ADAPTER.mkdir()
+    checksum = subprocess.run(["cksum"], input=b"old", capture_output=True).stdout
+    (ADAPTER / "lora_config.yaml").write_bytes(b"# train.jsonl: " + checksum)
+    (DATA / "train.jsonl").write_text(rows)
+    chat.find_model("sample", "tiny-gemma-3")
+    assert ("not those of the training" in capsys.readouterr().err) == is_told
+
+
+@cases(
+    "settings, author, me, expected",
+    {
+        "who was learned most": (SETTINGS, "", "me", ("ann", "me")),
+        "another one": (SETTINGS, "bob", "me", ("bob", "me")),
+        "both the same": (SETTINGS, "", "ann", ("ann", "ann_")),
+        "nobody": (SETTINGS | {"authors": []}, "", "me", ("model", "me")),
+        "names that could command": (SETTINGS, "<eos>", "\x1b", ("< eos>", "me")),
+        "only author": (TURNS, "", "me", ("ann", "me")),
+    },
+)
+def test_who_replies_and_who_types(settings, author, me, expected):
+    assert chat.speakers(SimpleNamespace(author=author, me=me), settings) == expected
+
+
+# ---- the prompt, as build_train.py makes it ------------------------------------------------------
+ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻", "abcdefghij" * 6]
+
+
+def invented_log(people, writers):
+    """Return [(author, text)], no text twice; a writer writes two lines at a time."""
+    draw = random.Random(0)
+    author, log = "", []
     for number in range(300):
-        author = draw.choice([name for name in people if name not in {author} & {*several_lines}])
-        lines = []
-        for word in ["word", "again"] if author in several_lines else ["word"]:
-            odd = draw.choice([*ODD, "abcdefghij" * draw.randint(4, 6)])
-            lines.append(f"{word}{number} {odd} end")
-        log.append((author, "\n".join(lines)))
+        author = draw.choice([name for name in people if name != author or name not in writers])
+        lines = [f"{word}{number} {draw.choice(ODD)} end" for word in ("word", "again")]
+        log.append((author, "\n".join(lines if author in writers else lines[:1])))
     return log
 
 
-@pytest.mark.parametrize(
-    ("shape", "people", "arguments"),
-    [
-        ("prompt", ["ann", "bob", "eve"], []),
-        ("prompt", ["ann", "bob", "eve"], ["--names", "0"]),
-        ("prompt", ["ann", "bob"], ["--only-author", "ann"]),
-        ("prompt", ["ann", "bob"], ["--burst", "3"]),
-        ("turns", ["ann", "bob"], ["--only-author", "ann"]),
-        ("turns", ["ann", "bob", "eve"], ["--only-author", "ann"]),
-    ],
-    ids=["names", "no names", "one author", "several lines", "turns of two", "turns of several"],
+@cases(
+    "people, writers, flags",
+    {
+        "names": (["ann", "bob", "eve"], [], "--shape prompt"),
+        "no names": (["ann", "bob", "eve"], [], "--shape prompt --names 0"),
+        "one author": (["ann", "bob"], [], "--shape prompt --only-author ann"),
+        "bursts": (["ann", "bob"], ["ann", "bob"], "--shape prompt --burst 3"),
+        "turns of two": (["ann", "bob"], ["ann"], "--only-author ann"),
+        "turns of several": (["ann", "bob", "eve"], ["ann"], "--only-author ann"),
+    },
 )
-def test_prompt_is_that_of_the_training_rows(project, run, shape, people, arguments):
-    several = people if "--burst" in arguments else ["ann"] if shape == "turns" else []
-    log = invented_log(people, several)
+def test_the_prompt_is_that_of_the_training_rows(project, run, people, writers, flags):
+    log = invented_log(people, writers)
     lines = [(author, line) for author, text in log for line in text.split("\n")]
     entries = [
         {"author": author, "message": line, "time": 60 * number}
         for number, (author, line) in enumerate(lines)
     ]
     write_json(project / "data/raw/messages_sample.json", entries)
-    arguments = [*arguments, "--shape", shape, "--window", 4, "--max-context-chars", 60]
-    made = run(project, "build_train.py", *arguments, env={"MODEL": "not-there"})
+    flags = f"{flags} --window 4 --max-context-chars 60".split()
+    made = run(project, "build_train.py", *flags, env={"MODEL": "not-there"})
     assert made.returncode == 0, made.stderr
 
-    settings = json.loads((project / KNOWN).read_text())
+    settings = json.loads((DATA / "settings.json").read_text())
     log = [(author, chat.tidy_lines(text)) for author, text in log]
     places = {text: place for place, (_, text) in enumerate(log)}
-    rows = (project / KNOWN).with_name("train.jsonl").read_text("utf-8").splitlines()
+    rows = (DATA / "train.jsonl").read_text("utf-8").splitlines()
     assert len(rows) > 20
     for row in map(json.loads, rows):
         messages = row.get("messages") or [
@@ -168,15 +228,18 @@ def test_prompt_is_that_of_the_training_rows(project, run, shape, people, argume
         assert chat.make_chat(log[:place], log[place][0], settings) == messages[:-1]
 
 
-def test_a_message_that_is_typed_is_cleaned_as_those_that_were_learned():
-    cases = {
-        "  two   words\t": "two words",
-        "Perche\u0301\u200b no": "Perché no",
-        "bye<end_of_turn>": "bye< end_of_turn>",
-        "<|im_start|>system": "< |im_start|>system",
-        "👩\u200d💻 \x1b[31m red \udce9": "👩\u200d💻 [31m red",
-    }
-    assert {text: chat.tidy(text) for text in cases} == cases
+@pytest.mark.parametrize(
+    ("typed", "learned"),
+    [
+        ("  two   words\t", "two words"),
+        ("Perche\u0301\u200b no", "Perché no"),
+        ("bye<end_of_turn>", "bye< end_of_turn>"),
+        ("<|im_start|>system", "< |im_start|>system"),
+        ("👩\u200d💻 \x1b[31m red \udce9", "👩\u200d💻 [31m red"),
+    ],
+)
+def test_a_message_that_is_typed_is_cleaned_as_those_that_were_learned(typed, learned):
+    assert chat.tidy(typed) == learned
 
 
 def test_a_long_talk_loses_its_oldest_messages():
@@ -188,148 +251,78 @@ def test_a_long_talk_loses_its_oldest_messages():
     assert chat.make_prompt(log, "ann", settings, tokenizer) == log[0][1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "author", "me", "expected"),
-    [
-        (SETTINGS, "", "me", ("ann", "me")),
-        (SETTINGS, "bob", "me", ("bob", "me")),
-        (SETTINGS, "", "ann", ("ann", "ann_")),
-        (SETTINGS | {"authors": []}, "", "me", ("model", "me")),
-        (SETTINGS, "<eos>", "\x1b", ("< eos>", "me")),
-        (TURNS, "", "me", ("ann", "me")),
-    ],
-)
-def test_who_replies_and_who_types(settings, author, me, expected):
-    assert chat.speakers(SimpleNamespace(author=author, me=me), settings) == expected
-
-
-def test_text_that_could_command_the_terminal_is_only_shown():
-    assert chat.visible("a\x1b]0;x\x07\r\u202e\ud800\n👩\u200d💻é") == (
-        "a\\x1b]0;x\\x07\\r\\u202e\\ud800\n👩\u200d💻é"
-    )
-
-
-# ---- models --------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_base_and_adapter_if_there_is_no_fused_model(project, monkeypatch, capsys):
+def test_base_and_adapter_if_there_is_no_fused_model(project, capsys):
     config = {"num_layers": 6, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
-    model, _ = mlx_lm.load(str(project / BASE))
+    model, _ = mlx_lm.load(str(BASE))
     model.freeze()
     linear_to_lora_layers(model, *config.values())
     weights = dict(tree_flatten(model.trainable_parameters()))
-    write_json(project / ADAPTER / "adapter_config.json", config)
-    mx.save_safetensors(str(project / ADAPTER / "adapters.safetensors"), weights)
-    shutil.rmtree(project / FUSED)
-    monkeypatch.chdir(project)
+    write_json(ADAPTER / "adapter_config.json", config)
+    mx.save_safetensors(str(ADAPTER / "adapters.safetensors"), weights)
+    shutil.rmtree(FUSED)
     model, _ = chat.load(chat.find_model("sample", "tiny-gemma-3"))
     assert capsys.readouterr().err == f"loading {BASE} with {ADAPTER}\n"
     assert {*weights} < {*dict(tree_flatten(model.parameters()))}
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_fused_model_of_another_adapter(project, monkeypatch, capsys, changed):
-    monkeypatch.chdir(project)
-    Path(ADAPTER).mkdir()
-    Path(ADAPTER, "adapters.safetensors").write_text("new" if changed else "old")
-    origin = {"adapter_sha256": hashlib.sha256(b"old").hexdigest()}
-    Path(FUSED, "fused_from.json").write_text(json.dumps(origin))
-    assert chat.find_model("sample", "tiny-gemma-3")[0][0] == Path(FUSED)
-    assert ("was made from another adapter" in capsys.readouterr().err) == changed
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_data_that_were_built_anew_after_the_training(project, monkeypatch, capsys, changed):
-    monkeypatch.chdir(project)
-    data = Path("data/for_train/sample/train.jsonl")
-    data.write_text('{"prompt": "hi", "completion": "ho"}\n')
-    checksum = subprocess.run(["cksum"], input=data.read_bytes(), capture_output=True).stdout
-    Path(ADAPTER).mkdir()
-    Path(ADAPTER, "lora_config.yaml").write_bytes(b"# train.jsonl: " + checksum)
-    if changed:
-        data.write_text("{}\n")
-    chat.find_model("sample", "tiny-gemma-3")
-    assert ("not those of the training" in capsys.readouterr().err) == changed
-
-
-@pytest.mark.parametrize(
-    ("says", "temperature", "always_the_likeliest"),
-    [
-        ({}, None, False),
-        ({"temperature": 0}, None, True),
-        ({"top_k": 1}, None, True),
-        ({"top_p": 1e-9}, None, True),
-        ({}, 0.0, True),
-        ({"temperature": 0}, 1.0, False),
-        ({"temperature": None, "top_k": None}, None, False),
-    ],
-)
-def test_sampling_is_as_the_flag_or_the_base_says(
-    tmp_path, says, temperature, always_the_likeliest
-):
-    write_json(tmp_path / "generation_config.json", says)
-    draw = chat.make_sampler(SimpleNamespace(temperature=temperature), tmp_path)
-    loglikelihoods = mx.log(mx.array([[0.03] + [0.97 / 49] * 49]))
-    mx.random.seed(1)
-    drawn = {draw(loglikelihoods).item() for _ in range(60)}
-    assert (drawn == {0}) == always_the_likeliest
-
-
 def edit(file, **changes):
-    def change(base):
-        write_json(base / file, json.loads((base / file).read_text()) | changes)
-
-    return change
+    return lambda: write_json(BASE / file, json.loads((BASE / file).read_text()) | changes)
 
 
-def own_code(base):
-    """Code in the model's folder, under each name by which it can be asked for."""
-    (base / "own.py").write_text(f"open({str(base / 'ran')!r}, 'w')")
+def own_code():
+    """Put code into the model's folder, under each name by which it can be asked for."""
+    (BASE / "own.py").write_text("open('ran', 'w')")
     auto_map = {name: "own.Own" for name in ["AutoConfig", "AutoModelForCausalLM"]}
-    edit("config.json", auto_map=auto_map, model_type="own", model_file="own.py")(base)
+    edit("config.json", auto_map=auto_map, model_type="own", model_file="own.py")()
     tokenizer = {"AutoTokenizer": ["own.Own", None]}
-    edit("tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Own")(base)
+    edit("tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Own")()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        (lambda base: cut_off(base / "model.safetensors"), "does not load: "),
-        (edit("config.json", model_type="\x1b[31m"), "\\x1b[31m"),
-        (edit("config.json", num_hidden_layers=10**9), "so many layers"),
-        (edit("tokenizer_config.json", chat_template=None), "chat_template is not set"),
-        (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "division by zero"),
-        (own_code, "does not load: "),
-    ],
+@cases(
+    "change, what",
+    {
+        "cut": (lambda: cut_off(BASE / "model.safetensors"), "does not load: "),
+        "of no type": (edit("config.json", model_type="\x1b[31m"), "\\x1b[31m"),
+        "too deep": (edit("config.json", num_hidden_layers=10**9), "so many layers"),
+        "no template": (edit("tokenizer_config.json", chat_template=None), "is not set"),
+        "template": (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "by zero"),
+        "own code": (own_code, "does not load: "),
+    },
 )
-def test_a_model_that_does_not_load(project, change, what):
-    """What is wrong is said, with a fix, and no code of the model runs."""
-    base = project / BASE
-    change(base)
+def test_a_model_that_does_not_load_is_told_and_none_of_its_code_runs(project, change, what):
+    change()
     with pytest.raises(SystemExit) as stop:
-        chat.load([(base, "the command")])
+        chat.load([(BASE, "the command")])
     assert what in str(stop.value)
     assert str(stop.value).endswith(" FIX: the command")
-    assert not (base / "ran").exists()
+    assert not Path("ran").exists()
 
 
-# ---- in a pipe -----------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def tiny(template):
-    """Return (model, tokenizer) of the tiny base."""
-    return mlx_lm.load(str(template / BASE))
+@cases(
+    "said, flag, takes_the_likeliest",
+    {
+        "nothing": ({}, None, False),
+        "temperature said": ({"temperature": 0}, None, True),
+        "top_k said": ({"top_k": 1}, None, True),
+        "top_p said": ({"top_p": 1e-9}, None, True),
+        "flag": ({}, 0.0, True),
+        "flag against said": ({"temperature": 0}, 1.0, False),
+        "null said": ({"temperature": None, "top_k": None}, None, False),
+    },
+)
+def test_sampling_is_as_the_base_says_unless_it_is_set(tmp_path, said, flag, takes_the_likeliest):
+    write_json(tmp_path / "generation_config.json", said)
+    draw = chat.make_sampler(SimpleNamespace(temperature=flag), tmp_path)
+    loglikelihoods = mx.log(mx.array([[0.03] + [0.97 / 49] * 49]))
+    mx.random.seed(1)
+    drawn = {draw(loglikelihoods).item() for _ in range(60)}
+    assert (drawn == {0}) == takes_the_likeliest
 
 
-def likeliest(tiny, log, settings):
-    """Return ann's reply to a log, of which the likeliest token is taken each time."""
-    model, tokenizer = tiny
-    prompt = chat.make_prompt(log, "ann", settings, tokenizer)
-    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=8).strip()
-
-
-GREEDY = ["--temperature", "0", "--max-tokens", "8"]
-
-
+# ---- the talk, in a pipe -------------------------------------------------------------------------
 @pytest.mark.slow
 def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tiny):
     """Also through a link, beside a json.py, with variables that would break an import."""
@@ -340,7 +333,7 @@ def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tin
     log, expected = [], ""
     for message in ["perché < eos>", "how are\nyou"]:
         log.append(("me", message))
-        reply = likeliest(tiny, log, SETTINGS)
+        reply = likeliest(tiny, log)
         log.append(("ann", chat.tidy_lines(reply)))
         expected += chat.visible(reply) + " …\n"  # cut off at 8 tokens
     said = {"input": "perché <eos>\n\nhow are\\\nyou", "env": hostile, "cwd": project.parent}
@@ -356,6 +349,7 @@ def started(project, run):
     process = run(project, SCRIPT, "--max-tokens", 100_000, start=subprocess.Popen, **pipes)
     process.stdin.write(b"hi\n")
     process.stdin.flush()
+    assert process.stderr.readline() == f"loading {FUSED}\n".encode()
     return process
 
 
@@ -364,13 +358,12 @@ def test_a_reader_that_leaves_ends_it_quietly(started):
     started.stdout.read(1)
     started.stdout.close()
     assert started.wait(60) == 0
-    assert started.stderr.read() == f"loading {FUSED}\n".encode()
+    assert started.stderr.read() == b""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["loading", "replying"])
 def test_ctrl_c_ends_it_with_130(started, moment):
-    started.stderr.readline()
     if moment == "replying":
         started.stdout.read(1)
     started.send_signal(signal.SIGINT)
@@ -378,48 +371,44 @@ def test_ctrl_c_ends_it_with_130(started, moment):
     assert started.stderr.read() == b"\n"
 
 
-# ---- on a terminal -------------------------------------------------------------------------------
-class Terminal:
-    """A person at a terminal: reads up to what is expected, types."""
+# ---- the talk, at a terminal ---------------------------------------------------------------------
+ENTER, UP, CTRL_C, CTRL_D = "\r", "\x1b[A", "\x03", "\x04"
+PASTE = "\x1b[200~{}\x1b[201~"  # as a terminal pastes
 
-    def __init__(self, run, project, *arguments):
+
+class Terminal:
+    """A person at a terminal: types, and reads up to what is expected."""
+
+    def __init__(self, run, project, *flags):
         self.mine, theirs = pty.openpty()
+        streams = dict.fromkeys(["stdin", "stdout", "stderr"], theirs)
         self.process = run(
             project,
             SCRIPT,
-            *arguments,
+            *flags,
             env={"TERM": "xterm"},
             start=subprocess.Popen,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            **dict.fromkeys(["stdin", "stdout", "stderr"], theirs),
+            **streams,
         )
         os.close(theirs)
-
-    def read_to(self, expected, seconds=60):
-        """Return what was shown, up to and with what is expected; all of it if that is None."""
-        seen, end = b"", time.monotonic() + seconds
-        wanted = expected and expected.replace("\n", "\r\n").encode()
-        while wanted is None or wanted not in seen:
-            assert select.select([self.mine], [], [], end - time.monotonic())[0], seen
-            try:
-                seen += os.read(self.mine, 1)
-            except OSError:  # the other end is closed
-                assert wanted is None, seen
-                break
-        return re.sub(r"\x1b\[\?2004.", "", seen.decode()).replace("\r\n", "\n").replace("\r", "")
 
     def type(self, text):
         os.write(self.mine, text.encode())
 
+    def read_to(self, expected, seconds=60):
+        """Return what was shown, up to and with what is expected."""
+        seen, end = b"", time.monotonic() + seconds
+        while not seen.endswith(expected.replace("\n", "\r\n").encode()):
+            assert select.select([self.mine], [], [], end - time.monotonic())[0], seen
+            seen += os.read(self.mine, 1)
+        return re.sub(r"\x1b\[\?2004.", "", seen.decode()).replace("\r\n", "\n").replace("\r", "")
+
     def end(self):
         """Return the exit code after Ctrl-D."""
-        self.type("\x04")
-        self.read_to(None)
+        self.type(CTRL_D)
         return self.process.wait(10)
-
-
-ENTER, UP, CTRL_C = "\r", "\x1b[A", "\x03"
 
 
 @pytest.mark.slow
@@ -429,21 +418,20 @@ def test_a_talk_at_a_terminal(project, run, tiny):
     terminal.read_to(f"loading {FUSED}\n(Ctrl-D ends the talk)\neve: ")
 
     log = [("eve", "one\ntwo")]
-    reply = likeliest(tiny, log, SETTINGS)
-    shown = chat.visible(reply).replace("\n", "\n     ") + " …\neve: "
-    terminal.type("\x1b[200~one\ntwo\x1b[201~" + ENTER)  # as a terminal pastes
-    assert terminal.read_to("eve: ") == f"one\ntwo\nann: {shown}"
+    first = likeliest(tiny, log)
+    terminal.type(PASTE.format("one\ntwo") + ENTER)
+    shown = chat.visible(first).replace("\n", "\n     ")
+    assert terminal.read_to("eve: ") == f"one\ntwo\nann: {shown} …\neve: "
 
     terminal.type("not this")
     time.sleep(0.3)  # Python loses a Ctrl-C that comes in the moment before it waits for a key
     terminal.type(CTRL_C)
     assert "(Ctrl-D ends the talk)" in terminal.read_to("eve: ")
 
-    log += [("ann", chat.tidy_lines(reply)), ("eve", "three\nfour")]
-    reply = likeliest(tiny, log, SETTINGS)
-    shown = chat.visible(reply).replace("\n", "\n     ") + " …\neve: "
+    log += [("ann", chat.tidy_lines(first)), ("eve", "three\nfour")]
+    shown = chat.visible(likeliest(tiny, log)).replace("\n", "\n     ")
     terminal.type("three" + ENTER + "four" + ENTER)  # faster than anybody types
-    assert terminal.read_to("eve: ").endswith(f"ann: {shown}")
+    assert terminal.read_to("eve: ").endswith(f"ann: {shown} …\neve: ")
 
     terminal.type(UP + ENTER)
     assert terminal.read_to("ann: ").endswith("four\nann: ")
@@ -464,6 +452,11 @@ def test_ctrl_c_stops_a_reply_and_not_the_talk(project, run):
     assert terminal.end() == 0
 
 
+def test_text_that_could_command_the_terminal_is_only_shown():
+    text = "a\x1b]0;x\x07\r\u202e\ud800\n👩\u200d💻é"
+    assert chat.visible(text) == "a\\x1b]0;x\\x07\\r\\u202e\\ud800\n👩\u200d💻é"
+
+
 # ---- other programs ------------------------------------------------------------------------------
 ROW = [
     {"role": "user", "content": "hi\nare you there?"},
@@ -474,33 +467,29 @@ ROW = [
 
 @pytest.mark.slow
 def test_mlx_lm_server_gives_the_model_the_prompt_of_the_training_rows(project, tiny):
-    """The first likelihoods that it reports are those after the tokens of the row."""
+    """It counts as many tokens, and replies as the model does to those of the row."""
     model, tokenizer = tiny
+    tokens = tokenizer.apply_chat_template(ROW, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*ROW, {"role": "assistant", "content": "yes"}])
+    assert whole[: len(tokens)] == tokens
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("mlx_lm.server"), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--model", str(project / BASE)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    body = {"messages": ROW, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as server:
+    server = Path(sys.executable).with_name("mlx_lm.server")
+    command = [server, "--host", "127.0.0.1", "--port", str(port), "--model", BASE]
+    body = json.dumps({"messages": ROW, "max_tokens": 8, "temperature": 0}).encode()
+    address = f"http://127.0.0.1:{port}/v1/chat/completions"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as server:
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert server.poll() is None
             time.sleep(0.1)
         reply = json.load(urllib.request.urlopen(request, timeout=60))
         server.kill()
-    tokens = tokenizer.apply_chat_template(ROW, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*ROW, {"role": "assistant", "content": "yes"}])
-    assert whole[: len(tokens)] == tokens
     assert reply["usage"]["prompt_tokens"] == len(tokens)
-    logits = model(mx.array([tokens]))[0, -1]
-    likelihoods = logits - mx.logsumexp(logits)
-    for token in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-        assert token["logprob"] == pytest.approx(likelihoods[token["id"]].item(), abs=1e-3)
+    expected = mlx_lm.generate(model, tokenizer, tokens, max_tokens=8)
+    assert reply["choices"][0]["message"]["content"] == expected
 
 
 @pytest.mark.slow
@@ -516,8 +505,7 @@ def test_mlx_lm_chat_gives_that_prompt_for_the_first_line_alone(project, tiny, m
         return generate(model, tokenizer, prompt, **options)
 
     lines = iter(["hi\nare you there?", "ready?", "q"])
-    command = ["mlx_lm.chat", "--model", str(project / BASE), "--max-tokens", "3"]
-    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("sys.argv", ["mlx_lm.chat", "--model", str(BASE), "--max-tokens", "3"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(mlx_lm.chat, "stream_generate", record)
     mlx_lm.chat.main()

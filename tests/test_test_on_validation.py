@@ -191,9 +191,7 @@ WRONG = {
 
 @pytest.mark.slow
 @cases("damage, flags, where, fix", WRONG)
-def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
-    project, stage_4, damage, flags, where, fix
-):
+def test_what_is_wrong_is_said_first_with_its_fix(project, stage_4, damage, flags, where, fix):
     """And no code of a base runs, and nobody is asked."""
     write_rows(project, pair("ciao", "ehi"))
     if damage:
@@ -209,9 +207,7 @@ def test_what_is_missing_or_wrong_is_said_first_with_the_way_out(
     assert sys.stdin.read() == "y\n" * 9
 
 
-def test_whoever_forgot_model_and_version_is_told_the_only_ones_there_are(
-    project, stage_4, monkeypatch
-):
+def test_whoever_forgot_a_name_is_told_the_only_one_there_is(project, stage_4, monkeypatch):
     monkeypatch.delenv("VERSION")
     monkeypatch.delenv("MODEL")
     write_rows(project, pair("ciao", "ehi"))
@@ -240,6 +236,7 @@ def other_rows(project):
 
 
 # {id: (what is changed after the training, the models asked for, those that are tested, a warning)}
+# What is not asked for, nor the fused model by default, need not be there.
 CHANGED = {
     "not fused": (remove(FUSED), "base,adapter,fused", ["base", "adapter"], ""),
     "no adapter": (remove(ADAPTER), "base,fused", ["base", "fused"], ""),
@@ -252,9 +249,7 @@ CHANGED = {
 
 @pytest.mark.slow
 @cases("change, models, tested, warning", CHANGED)
-def test_only_what_is_asked_for_is_needed_and_what_does_not_belong_to_it_is_told(
-    trained, stage_4, change, models, tested, warning
-):
+def test_what_is_asked_for_must_belong_together(trained, stage_4, change, models, tested, warning):
     change(trained)
     code, _, err = stage_4(trained, f"--models {models} --replies 0")
     found = metrics(trained)
@@ -276,9 +271,7 @@ def test_only_what_is_asked_for_is_needed_and_what_does_not_belong_to_it_is_told
         "set to nought": ([{"top_k": 3}], "--top-k 0", (0.8, 0.95, 0)),
     },
 )
-def test_sampling_is_as_the_base_says_unless_it_is_set(
-    script, tmp_path, monkeypatch, said, flags, used
-):
+def test_sampling_is_as_the_base_says_unless_set(script, tmp_path, monkeypatch, said, flags, used):
     monkeypatch.setattr(sys, "argv", ["test_on_validation.py", *flags.split()])
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     args = script.settings()
@@ -392,13 +385,15 @@ def test_ctrl_c_amid_the_first_model_leaves_the_report_of_before(trained, run):
 
 @pytest.mark.slow
 @cases("calls, known", {"first": (1, ["base"]), "second": (2, ["base", "adapter"])})
-def test_ctrl_c_before_the_replies_of_a_model_leaves_a_report_of_what_is_done(
+def test_ctrl_c_leaves_a_report_of_what_is_done(
     trained, script, stage_4, monkeypatch, calls, known
 ):
-    write_replies, left = script.write_replies, iter(range(1, calls))
+    write_replies = script.write_replies
+    made = []
 
     def interrupted(*args):
-        if next(left, None) is None:
+        made.append(args)
+        if len(made) == calls:
             os.kill(os.getpid(), signal.SIGINT)
         write_replies(*args)
 
@@ -498,9 +493,7 @@ def test_favourite_words_that_are_missing(script):
         ("nan", "loss", NAN, NAN, 7),
     ],
 )
-def test_a_figure_has_no_more_digits_than_its_error_allows(
-    script, shown, name, value, error, replies
-):
+def test_a_figure_has_the_digits_its_error_allows(script, shown, name, value, error, replies):
     table = {"replies": {"base": replies}, "gain error": {}, name: {"base": value}}
     if error is not None:
         table[f"{name} error"] = {"base": error}
@@ -655,9 +648,7 @@ def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_pa
 
 
 @cases("fused, blind", {"as said": ("{}", 0), "another": ("{}?", 2)})
-def test_replies_that_are_no_test_are_left_out_and_equal_ones_stand_once(
-    script, tmp_path, fused, blind
-):
+def test_equal_replies_are_no_blind_test_and_stand_once(script, tmp_path, fused, blind):
     forms = {"base": "{}!", "adapter": fused, "fused": fused}
     text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], **forms)
     assert text.count("Which one is real?") == blind
@@ -732,9 +723,7 @@ def server(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_runs_in_the_browser_nothing_is_fetched_and_it_fits_a_phone(
-    script, tmp_path, server
-):
+def test_nothing_of_the_page_runs_or_is_fetched_and_it_fits_a_phone(script, tmp_path, server):
     here, asked_for = server
     fetch = f"<img src={here}/a><style>@import '{here}/c'</style>"
     write_made_up(script, tmp_path, [fetch, *HOSTILE], base="{}", adapter="{}", fused="{}!")

@@ -8,7 +8,14 @@ Runs in turn, with the same settings and rows:
     bare        mlx_lm.lora with as many evaluations of all of valid.jsonl as there are checkpoints
     no eval     mlx_lm.lora without any
     ours        fine_tune.sh; `scoring` is the part of it in which the checkpoints are scored
-and prints the medians. The target is ours at most 1.02 times bare.
+and prints the medians:
+
+    bare 43.64 s  no eval 7.70 s  ours 49.17 s  scoring 38.12 s
+    ours / bare: 1.127
+    evaluations: 35.94 s by mlx_lm.lora, 38.12 s by ours
+
+The target is ours at most 1.02 times bare. `--iters 4 --every 2 --repeat 1` took two minutes, and
+printed this on a machine that did something else besides.
 """
 
 import argparse
@@ -31,7 +38,7 @@ def seconds(command, env):
         for line in process.stdout:
             marks[line.split(" ")[0]] = time.perf_counter()
     if process.returncode:
-        raise SystemExit(f"{command} failed")
+        raise SystemExit(process.returncode)  # it has said why
     scoring = marks.get("kept", 0) - marks.get("scoring", 0)
     return time.perf_counter() - start, scoring
 

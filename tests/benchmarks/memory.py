@@ -7,8 +7,13 @@
 The models have the shapes of Gemma 3 and random 4-bit weights, drawn and quantised matrix by
 matrix, so that 27B needs no more than its 4 bits. Training goes through mlx-lm's own
 linear_to_lora_layers and train, on rows of random tokens that are all as long as said. Fusing runs
-the commands of fuse.sh with the tokenizer of MODEL. A line (tab-separated) goes to --out after each
-measurement. Set MLX_CUDA_USE_CUDNN_SDPA=0 on an NVIDIA GPU: attention is then computed in the same
+the commands of fuse.sh with the tokenizer of MODEL. A line (tab-separated) is printed, and goes to
+--out, after each measurement:
+
+    shape  what   batch  tokens  layers  checkpointing  rank  embeddings  peak_gb  reckoned_gb  …
+    1B     train  2      512     -1      0              32    1           7.8      8.71         …
+
+Set MLX_CUDA_USE_CUDNN_SDPA=0 on an NVIDIA GPU: attention is then computed in the same
 way as in training on a Mac, which has no fused one for gradients.
 """
 
@@ -238,6 +243,8 @@ def main():
     add("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="their numbers")
     add("--out", type=Path, default=Path("memory.tsv"))
     s = parser.parse_args()
+    if s.fuse and not (s.fuse / "config.json").is_file():
+        sys.exit(f"error: there is no {s.fuse}/config.json. FIX: python tests/tiny_base.py")
     print(mx.device_info(), flush=True)
     for shape in s.shapes:
         if s.fuse:

@@ -6,12 +6,19 @@
 
 1. Loss of 400 rows under base, adapter and fused model, against the bare forward passes of the
    same batches: at most 1.1 times as long.
-2. Replies to 100 rows, with the default of --reply-batch (1 on a CPU, else 8), against one
+2. Replies to 100 rows, with the default of --reply-batch, against one
    generate() after the other: at most 1.1 times as long. Other batch sizes stand beside it.
    Temperature 0, so that both sides write the same tokens.
 
 Adapter and fused model are made of --base in a temporary folder. Medians of --repeats after a
-warm-up, in which a GPU compiles. Exit code 1 if a limit is not met.
+warm-up, in which a GPU compiles. Exit code 1 if a limit is not met. It prints
+
+    loss, base     bare passes    0.76 s, script    0.69 s
+    loss of 8 rows, all models: 0.934 times the bare passes
+    8 replies, script, 8 at a time               0.68 s,  2.86 times as fast
+    limits met
+
+`--rows 8 --replies 8 --sizes 8 --max-tokens 8 --repeats 1` takes half a minute.
 """
 
 import argparse
@@ -169,6 +176,10 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 8, 32])
     args = parser.parse_args()
+    if args.base and not args.base.is_dir():
+        sys.exit(f"error: there is no {args.base}. FIX: python tests/tiny_base.py")
+    if args.data and not args.data.is_file():
+        sys.exit(f"error: there is no {args.data}. FIX: python build_train.py")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         base = args.base or make_base(folder)

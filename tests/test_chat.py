@@ -142,23 +142,25 @@ def test_what_is_missing_or_wrong_is_said_with_its_fix(project, run, change, env
     assert re.fullmatch(f"error: .+[.] FIX: {re.escape(fix)}", last_error(result))
 
 
-@cases("weights, is_told", {"same": ("old", False), "another": ("new", True)})
-def test_a_fused_model_of_another_adapter_is_told(project, capsys, weights, is_told):
+@cases(
+    "weights, rows, warning",
+    {
+        "all of one training": ("old", "old", ""),
+        "another adapter": ("new", "old", "was made from another adapter"),
+        "data built anew": ("old", "new", "not those of the training"),
+    },
+)
+def test_what_does_not_belong_together_is_told(project, capsys, weights, rows, warning):
     write_json(FUSED / "fused_from.json", {"adapter_sha256": hashlib.sha256(b"old").hexdigest()})
     ADAPTER.mkdir()
     (ADAPTER / "adapters.safetensors").write_text(weights)
-    assert chat.find_model("sample", "tiny-gemma-3")[0][0] == FUSED
-    assert ("was made from another adapter" in capsys.readouterr().err) == is_told
-
-
-@cases("rows, is_told", {"same": ("old", False), "others": ("new", True)})
-def test_data_that_were_built_anew_after_the_training_are_told(project, capsys, rows, is_told):
-    ADAPTER.mkdir()
     checksum = subprocess.run(["cksum"], input=b"old", capture_output=True).stdout
     (ADAPTER / "lora_config.yaml").write_bytes(b"# train.jsonl: " + checksum)
     (DATA / "train.jsonl").write_text(rows)
-    chat.find_model("sample", "tiny-gemma-3")
-    assert ("not those of the training" in capsys.readouterr().err) == is_told
+    assert chat.find_model("sample", "tiny-gemma-3")[0][0] == FUSED
+    told = capsys.readouterr().err
+    assert warning in told
+    assert told.count("warning") == bool(warning)
 
 
 @cases(
@@ -177,7 +179,8 @@ def test_who_replies_and_who_types(settings, author, me, expected):
 
 
 # ---- the prompt, as build_train.py makes it ------------------------------------------------------
-ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻", "abcdefghij" * 6]
+ODD = ["Perche\u0301", "<end_of_turn>", "<|im_end|>", "a\u200bb", "👩\u200d💻"]
+ODD += ["x" * 52, "x" * 60]  # cut at 60 characters, of which the last may be a space
 
 
 def invented_log(people, writers):

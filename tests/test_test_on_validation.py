@@ -35,7 +35,7 @@ FUSED = "models/fused/fused-sample_tiny-gemma-3"
 VALID = "data/for_train/sample/valid.jsonl"
 RESULTS = "data/results/sample_tiny-gemma-3"
 NAN = float("nan")
-THREE = ["base", "adapter", "fused"]
+ALL = "base,adapter,fused"
 BASE_ALONE = "--models base --replies 2 --max-tokens 4"
 
 
@@ -240,11 +240,11 @@ def other_rows(project):
 # {id: (what is changed after the training, the models asked for, those that are tested, a warning)}
 # What is not asked for, nor the fused model by default, need not be there.
 CHANGED = {
-    "not fused": (remove(FUSED), "base,adapter,fused", ["base", "adapter"], ""),
+    "not fused": (remove(FUSED), ALL, ["base", "adapter"], ""),
     "no adapter": (remove(ADAPTER), "base,fused", ["base", "fused"], ""),
     "other rows": (other_rows, "adapter", ["adapter"], "not the one of the training"),
     "other rows, base": (other_rows, "base", ["base"], ""),
-    "other adapter": (other_adapter, "base,adapter,fused", THREE, "from another adapter"),
+    "other adapter": (other_adapter, ALL, ALL.split(","), "from another adapter"),
     "other adapter, base": (other_adapter, "base", ["base"], ""),
 }
 
@@ -597,7 +597,7 @@ def write_made_up(script, folder, texts, **forms):
     """Write the three files for rows whose context and true reply are these texts.
 
     A model replies in its form: fused="{}!" adds an exclamation mark to each true reply. Return
-    the page and the verdict.
+    the page.
     """
     rows = [
         script.Row(line, f"{text}\n{text}", text, [0], [0, 1, 2])
@@ -615,7 +615,7 @@ def write_made_up(script, folder, texts, **forms):
     text = script.report(facts, table, rows, said, folder / "adapter", args)
     (folder / "data").mkdir()
     script.write(folder / "data/results", text, facts, rows, said)
-    return text, "\n".join(facts["sentences"])
+    return text
 
 
 def is_readable(text):
@@ -632,9 +632,8 @@ def test_text_is_made_visible_and_no_formula_and_else_stays_as_it_is(script):
     assert script.defuse("=1+1;@A\n -1\t") == "'=1+1;'@A\n '-1 "
 
 
-def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(script, tmp_path):
-    _, terminal = write_made_up(script, tmp_path, HOSTILE, base="{}", adapter="{}")
-    assert is_readable(terminal)
+def test_hostile_text_is_inert_in_the_spreadsheet_file(script, tmp_path):
+    write_made_up(script, tmp_path, HOSTILE, base="{}", adapter="{}")
     text = (tmp_path / "data/results/generations.csv").read_text("utf-8-sig")
     assert is_readable(text)
     for delimiter in ",;\t":  # as the spreadsheets of other countries cut the same file
@@ -646,7 +645,7 @@ def test_hostile_text_is_inert_in_the_spreadsheet_file_and_on_the_terminal(scrip
 
 def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_path):
     texts = [f"ciao {n}" for n in range(25)]
-    text, _ = write_made_up(script, tmp_path, texts, base="{}", adapter="{}!")
+    text = write_made_up(script, tmp_path, texts, base="{}", adapter="{}!")
     answers = []
     for card in text.split('<article class="panel">')[1:]:
         shown, answer = card.split("<details>", 1)
@@ -664,7 +663,7 @@ def test_the_blind_test_shows_two_replies_and_hides_which_is_real(script, tmp_pa
 @cases("fused, blind", {"as said": ("{}", 0), "another": ("{}?", 2)})
 def test_equal_replies_are_no_blind_test_and_stand_once(script, tmp_path, fused, blind):
     forms = {"base": "{}!", "adapter": fused, "fused": fused}
-    text, _ = write_made_up(script, tmp_path, ["ciao", "boh"], **forms)
+    text = write_made_up(script, tmp_path, ["ciao", "boh"], **forms)
     assert text.count("Which one is real?") == blind
     assert text.count('<b class="base">') == blind
     assert '<b class="adapter">' not in text

@@ -274,13 +274,17 @@ def edit(file, **changes):
     return lambda: write_json(BASE / file, json.loads((BASE / file).read_text()) | changes)
 
 
-def own_code():
-    """Put code into the model's folder, under each name by which it can be asked for."""
+def own_model():
     (BASE / "own.py").write_text("open('ran', 'w')")
     auto_map = {name: "own.Own" for name in ["AutoConfig", "AutoModelForCausalLM"]}
     edit("config.json", auto_map=auto_map, model_type="own", model_file="own.py")()
-    tokenizer = {"AutoTokenizer": ["own.Own", None]}
-    edit("tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Own")()
+
+
+def own_tokenizer():
+    (BASE / "own.py").write_text("open('ran', 'w')")
+    auto_map = {"AutoTokenizer": ["own.Own", None]}
+    own = {"auto_map": auto_map, "tokenizer_class": "Own", "chat_template": None}
+    edit("tokenizer_config.json", **own)()
 
 
 @pytest.mark.slow
@@ -292,7 +296,8 @@ def own_code():
         "too deep": (edit("config.json", num_hidden_layers=10**9), "so many layers"),
         "no template": (edit("tokenizer_config.json", chat_template=None), "is not set"),
         "template": (edit("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "by zero"),
-        "own code": (own_code, "does not load: "),
+        "own model": (own_model, "does not load: "),
+        "own tokenizer": (own_tokenizer, "is not set"),  # it is passed over, and then this told
     },
 )
 def test_a_model_that_does_not_load_is_told_and_none_of_its_code_runs(project, change, what):

@@ -175,7 +175,8 @@ WRONG = {
     "no base": (lambda p: shutil.rmtree(p / BASE), "", f"{BASE} (there: tiny-gemma-3-4bit)", TINY),
     "base cut": (lambda p: cut_off(p / BASE / "model.safetensors"), "", BASE, TINY),
     "base too deep": (
-        lambda p: edit(p / BASE / "config.json", num_hidden_layers=10**9), "", "0 layers", TINY),
+        lambda p: edit(p / BASE / "config.json", num_hidden_layers=10**9), "",
+        "1000000000 layers", TINY),
     "own code": (own_code, "", ADAPTER, TRAIN),  # it is passed over, and the next thing is missing
     "no adapter": (None, "", ADAPTER, TRAIN),
     "empty adapter": (lambda p: (p / ADAPTER).mkdir(), "", ADAPTER, TRAIN),

@@ -190,9 +190,8 @@ def gigabytes(value):
     return f"{value / 1e9:.2f}" if isinstance(value, int) else value
 
 
-def measure_fusing(shape, tokenizer, folder, out):
-    """Save a base and an adapter of this shape; fuse at the base's bits, at 16, and then to 8."""
-    base, adapter = folder / f"{shape}-base", folder / f"{shape}-adapter"
+def save_base_and_adapter(shape, tokenizer, base, adapter):
+    """Save a base of this shape, with another tokenizer, and an adapter that is untrained."""
     for path in base, adapter:
         path.mkdir(parents=True)
     for file in tokenizer.iterdir():
@@ -204,15 +203,21 @@ def measure_fusing(shape, tokenizer, folder, out):
     model = build(shape)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
+
     settings = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1}
     settings["lora_parameters"] = lora(32, True)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
     linear_to_lora_layers(model, -1, settings["lora_parameters"])
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
     weights = dict(tree_flatten(model.trainable_parameters()))
     mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
-    del model, weights
+
+
+def measure_fusing(shape, tokenizer, folder, out):
+    """Fuse a base and an adapter of this shape at the base's bits, at 16, and then to 8."""
+    base, adapter = folder / f"{shape}-base", folder / f"{shape}-adapter"
+    save_base_and_adapter(shape, tokenizer, base, adapter)
     mx.clear_cache()
     made = ["--model", base, "--adapter-path", adapter, "--save-path"]
     plain, exact, eight = (folder / f"{shape}-{name}" for name in ("plain", "16", "8"))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from itertools import pairwise
@@ -442,6 +443,20 @@ def test_bad_input_is_answered_with_its_fix_and_leaves_the_output_as_it_was(buil
     error = built.build()
     assert ERROR.fullmatch(error) and re.search(message, error), error
     assert built.content() == before and built.folders() == [".v1.lock", "v1"]
+
+
+LONG = [  # what patterns may choke on
+    *("1", "12 34-", "+4", "a.b@", "e\u0301\u0323", "x\n", " ", "[", "<|", "a", "ha ", "👩\u200d"),
+    *("AT61 ", "http://", "\\"),
+]
+
+
+@table("text", LONG, ids=ascii)
+def test_no_text_takes_long(text):
+    long = "x" + text * (50_000 // len(text)) + "y"
+    start = time.process_time()
+    made(["hi", long, long, "so"])
+    assert time.process_time() - start < 2
 
 
 JSON = st.recursive(

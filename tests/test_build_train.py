@@ -702,10 +702,6 @@ def test_a_row_that_stays_too_long_is_dropped():
     assert dropped == [(row, "over --max-seq-length")]
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 THINKING = (  # takes thoughts away, and shouts: no template that is filled in once can do that
     "{% for m in messages %}"
     "[{{ m.role }}] {{ m.content.split('</think>')[-1] | upper }}\n{% endfor %}"
@@ -727,7 +723,7 @@ def change(path, **values):
 
 
 @pytest.mark.slow
-@table("jinja", [None, CHATML, THINKING], ids=["Gemma", "ChatML", "thinking"])
+@table("jinja", [None, THINKING], ids=["Gemma", "thinking"])
 def test_tokens_are_those_of_the_trainer(jinja, base):
     from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
 
@@ -852,17 +848,19 @@ def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, 
     assert error.endswith(f"{name}. FIX: python data/raw/from_export.py {path} --version v1")
 
 
-AUTHORS = [("An", "Ann"), ("zzz", "Bob"), ("Eve Li", "'Eve Lin'")]
+THREE = by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60))
+STRANGERS = [
+    (THREE, "An", "python build_train.py --only-author Ann"),
+    (THREE, "zzz", "python build_train.py --only-author Bob"),
+    (THREE, "Eve Li", "python build_train.py --only-author 'Eve Lin'"),
+    (talk(60), "An", "leave --only-author out"),
+]
 
 
-@table(("name", "fix"), AUTHORS)
-def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
-    chat.raw(by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60)))
-    assert chat.build("--only-author", name).endswith(
-        f". FIX: python build_train.py --only-author {fix}"
-    )
-    chat.raw(talk(60))
-    assert chat.build("--only-author", name).endswith(". FIX: leave --only-author out")
+@table(("log", "name", "fix"), STRANGERS)
+def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, log, name, fix):
+    chat.raw(log)
+    assert chat.build("--only-author", name).endswith(f". FIX: {fix}")
 
 
 # ---- what is printed -----------------------------------------------------------------------------

@@ -179,29 +179,30 @@ def test_a_conversation_is_named_by_its_file_or_folder():
 DEEP = '{"messages": [{"creator": {}, "text": %s}]}' % ("[" * 700 + "]" * 700)
 ZIP = packed({"chat.txt": CHAT})
 PASSWORD = ZIP.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
-UNREADABLE = [
-    ("elsewhere.zip", None, "elsewhere.zip is not there, or no file. FIX: name a file"),
-    ("a.zip", ZIP.replace(b"Ann Lee", b"Ann Lea"), "unpacked: Bad CRC-32 for file 'chat.txt'. FIX"),
-    ("a.zip", PASSWORD, "is encrypted, password required for extraction. FIX: unzip it yourself"),
-    ("a.zip", packed({}), "holds no such file"),
-    ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'"),
-    ("a.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
-    ("a.json", '{"messages": [{"type": "mess', "a text that begins with '{\"messages"),
-    ("a.json", "[" * 100000, "not as its app writes it"),
-    ("a.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
-    ("a.json", "[1, null]", "JSON with the keys (none)"),
-    ("a.json", '[{"previous_messages": ["a"], "message": "b"}]', "copy it into data/raw"),
-    ("a.json", '{"chats": {"list": 7}}', "not as its app writes it"),
-    ("a.json", DEEP, "not as its app writes it"),
-    ("a.txt", "1/2/26, 9:44 - Ann: hi", "nothing is left that people said to each other. FIX: --k"),
-    ("a.txt", "", "a.txt is empty; known are Telegram, Discord"),
-    ("a.txt", "\0\1\2", "a.txt is no text"),
-    ("a.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
-]
+UNREADABLE = {
+    "missing": ("x.zip", None, "x.zip is not there, or no file. FIX: name a file"),
+    "damaged": ("x.zip", ZIP.replace(b"Ann Lee", b"Ann Lea"), "unpacked: Bad CRC-32 for file"),
+    "locked": ("x.zip", PASSWORD, "password required for extraction. FIX: unzip it yourself"),
+    "empty zip": ("x.zip", packed({}), "holds no such file; known are Telegram, Discord"),
+    "diary": ("x.txt", "Dear diary\n", "x.txt is a text that begins with 'Dear diary'"),
+    "web page": ("x.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
+    "cut off": ("x.json", '{"messages": [{"type": "mess', "a text that begins with '{\"messages"),
+    "brackets": ("x.json", "[" * 100000, "not as its app writes it"),
+    "deep text": ("x.json", DEEP, "not as its app writes it"),
+    "no chats": ("x.json", '{"chats": {"list": 7}}', "not as its app writes it"),
+    "other keys": ("x.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
+    "no keys": ("x.json", "[1, null]", "JSON with the keys (none)"),
+    "windows": ("x.json", '[{"previous_messages": [], "message": "b"}]', "copy it into data/raw"),
+    "empty": ("x.txt", "", "x.txt is empty"),
+    "binary": ("x.txt", "\0\1\2", "x.txt is no text"),
+    "escapes": ("x.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
+    "alone": ("x.txt", "1/2/26, 9:44 - Ann: hi", "nothing is left that people said to each other"),
+}
 
 
-@table(("name", "content", "what"), UNREADABLE, ids=range(len(UNREADABLE)))
-def test_what_cannot_be_read_gets_an_error_that_says_what_it_is(home, main, name, content, what):
+@table("case", UNREADABLE)
+def test_what_cannot_be_read_gets_an_error_that_says_what_it_is(home, main, case):
+    name, content, what = UNREADABLE[case]
     if content is not None:
         (home / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = main(name)
@@ -423,7 +424,7 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"prompt": "a", "completion": "b"}, [("a", "b")]),
         ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
         ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
-        ({"question": "a", "answer": "b", "id": 7}, [("a", "b")]),
+        ({"question": "a", "answer": "b", "id": 7, "input": "c"}, [("a", "b")]),
         ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
         ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
         ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
@@ -586,12 +587,17 @@ def test_logs_of_irc_and_twitch(check, program):
     assert each("time", entries) == ["2026-11-24T10:44:25", "2026-11-24T10:45:00"]
 
 
-def test_a_log_goes_on_after_midnight_and_may_have_its_day_in_its_name(check):
-    late = "[23:59:50] a: late\n[00:00:10] b: early\n[00:00:05] a: a clock goes wrong"
-    files = {"#home/2026-11-24.log": late, "#home/2026-11-26.log": "[10:44] <b> hi"}
-    entries = check(files, "a: late|a: a clock goes wrong|b: early|b: hi")
-    times = ["24T23:59:50", "25T00:00:05", "25T00:00:10", "26T10:44:00"]
-    assert [when[8:] for when in each("time", entries)] == times
+def test_a_log_goes_on_after_midnight(check):
+    log = "[23:59:50] a: late\n[00:00:10] b: early\n[00:00:05] a: a clock goes wrong"
+    entries = check({"a.log": log}, "a: late|a: a clock goes wrong|b: early")
+    times = ["1970-01-01T23:59:50", "1970-01-02T00:00:05", "1970-01-02T00:00:10"]
+    assert each("time", entries) == times
+
+
+def test_a_log_may_have_its_day_in_its_name(check):
+    files = {f"#home/2026-11-{day}.log": "[10:44] <a> hi\n[10:44] <b> ok" for day in (24, 26)}
+    entries = check(files, "a: hi|b: ok|a: hi|b: ok")
+    assert each("time", entries) == ["2026-11-24T10:44:00", "2026-11-26T10:44:00"]
     assert each("conversation", entries) == ["#home"]
 
 

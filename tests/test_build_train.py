@@ -126,6 +126,10 @@ def talk(count, seed=0, stock=0.0):
     ]
 
 
+def reply_to(context, reply):
+    return {"previous_messages": context.split("|"), "message": reply}
+
+
 def by(names, texts):
     """Return a log in which these authors speak by turns."""
     return [{"author": names[i % len(names)], "message": text} for i, text in enumerate(texts)]
@@ -202,7 +206,7 @@ BAD_REPLIES = [
 
 @table(("reply", "rule"), BAD_REPLIES)
 def test_a_bad_reply_is_dropped_by_its_rule_unless_that_is_off(reply, rule):
-    entries = [{"previous_messages": ["hi all", "hi!"], "message": reply}]
+    entries = [reply_to("hi all|hi!", reply)]
     assert made(entries)[1] == {0: rule}
     assert made(entries, "--off", rule)[1].get(0) != rule
 
@@ -217,21 +221,31 @@ uso std::vector<int>, </h1>
 
 
 def test_a_good_reply_is_kept_as_it_is():
-    entries = [{"previous_messages": ["how"], "message": reply} for reply in cells(GOOD)]
+    entries = [reply_to("how", reply) for reply in cells(GOOD)]
     data = made(entries, "--off", "too short")[0]
     assert [data[i]["completion"] for i in range(len(entries))] == cells(GOOD)
 
 
-@table(("context", "rule"), [("1 2,5 -3 4 ok", "numbers"), ("1 2 3 vai ok", None)])
-def test_a_context_of_numbers_is_rejected_from_four_fifths_on(context, rule):
-    assert made([{"previous_messages": context.split(), "message": "vince"}])[1].get(0) == rule
+LOG = ["hi all", "hi!", "we are ready", "so?"]
+ALIKE = [
+    reply_to("ciao, come va?|Bene!", "Anche io!"),
+    reply_to("CIAO come va| bene", "anche io..."),
+    reply_to("ciao, come va?|male", "Anche io"),
+]
+DROPPED = {  # case: (entries, flags, {entry: rule})
+    "nothing before it": (LOG, [], {0: "no context"}),
+    "by a bot": (by(["ann", "NightBot"], LOG), [], {0: "no context", 1: "bot", 3: "bot"}),
+    "by others": (by("ab", LOG[1:]), ["--only-author", "b"], {0: "no context", 2: "other author"}),
+    "after numbers": ([reply_to("1|2,5|-3|4|ok", "vince")], [], {0: "numbers"}),
+    "after some numbers": ([reply_to("1|2|3|vai|ok", "vince")], [], {}),
+    "again to the same context": (ALIKE, [], {1: "duplicate"}),
+}
 
 
-def test_the_same_reply_to_the_same_context_is_kept_once():
-    contexts = ["ciao, come va?", "Bene!"], ["CIAO come va", " bene"], ["ciao, come va?", "male"]
-    replies = "Anche io!", "anche io...", "Anche io"
-    pairs = zip(contexts, replies, strict=True)
-    assert made([{"previous_messages": a, "message": b} for a, b in pairs])[1] == {1: "duplicate"}
+@table("case", DROPPED)
+def test_a_reply_is_dropped_for_what_stands_before_it_and_for_its_author(case):
+    entries, flags, rules = DROPPED[case]
+    assert made(entries, *flags)[1] == rules
 
 
 def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share():
@@ -246,12 +260,6 @@ def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share():
     kept = [i for i in laughs if i in data]
     assert 10 < len(kept) <= 0.02 * len(data)
     assert kept[0] < 50 and kept[-1] > 900  # spread over time
-
-
-def test_only_one_author_gives_replies_and_bots_give_none():
-    log = by(["ann", "NightBot", "bob"], talk(90))
-    assert [*made(log, "--only-author", "bob")[0]] == [*range(2, 90, 3)]
-    assert {made(log)[1].get(i) for i in range(1, 90, 3)} == {"bot"}
 
 
 @table("stride", [1, 10])
@@ -365,7 +373,6 @@ def test_cleaned_text_is_one_line_of_normal_visible_utf_8(text):
 
 
 # ---- read ----------------------------------------------------------------------------------------
-LOG = ["hi all", "hi!", "we are ready", "so?"]
 TASK = "Write the next message of this chat"
 LOGS = [LOG, [{"text": text, "mood": 7} for text in LOG], windows(LOG)]
 

@@ -538,6 +538,28 @@ def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, con
 
 
 # ---- split ---------------------------------------------------------------------------------------
+APART = {
+    "a log": list,
+    "windows": windows,
+    "windows without overlap": lambda log: windows(log, 2)[1::3],
+}
+
+
+@table("shape", APART)
+def test_a_conversation_is_on_one_side_and_never_mixed_with_another(chat, shape):
+    entries = []
+    for number in range(20):
+        log = [f"{text} of {number}." for text in talk(30, seed=number)]
+        log = [entry if isinstance(entry, dict) else {"text": entry} for entry in APART[shape](log)]
+        entries += [entry | {"conversation": number} for entry in log]
+    chat.raw(entries)
+    assert chat.build("--stride", 1) is None
+    sides = [[set(re.findall(r" of (\d+)\.", str(row))) for row in side] for side in chat.sides()]
+    assert {len(numbers) for side in sides for numbers in side} == {1}
+    train, valid = (set().union(*side) for side in sides)
+    assert len(train) + len(valid) == 20 and not train & valid and valid
+
+
 AS_TEXT = ["--prompt", "{context}", "--question-prompt", "{context}"]
 UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
 
@@ -703,11 +725,14 @@ def test_a_row_that_is_too_long_loses_as_few_of_its_oldest_messages_as_possible(
     assert row.window == window[-count - 1 :] and row.tokens <= 40
 
 
-def test_a_row_that_stays_too_long_is_dropped():
-    s, dropped = build_train.settings(["--max-seq-length", "40"]), []
-    row = build_train.Row([build_train.Message("hi"), build_train.Message("x" * 300)])
-    assert build_train.fit([row], s, None, dropped) == []
-    assert dropped == [(row, "over --max-seq-length")]
+@table(("shape", "kept"), [("prompt", ["reply"]), ("turns", [])])
+def test_a_prompt_may_lose_its_whole_context_but_turns_need_a_user(shape, kept):
+    flags = ["--max-seq-length", "40", "--only-author", "a", "--shape", shape]
+    s, dropped = build_train.settings(flags), []
+    row = build_train.Row([build_train.Message("x" * 300), build_train.Message("reply", "a")])
+    fitting = build_train.fit([row], s, None, dropped)
+    assert [text for row in fitting for text in row.texts] == kept
+    assert dropped == ([] if kept else [(row, "over --max-seq-length")])
 
 
 THINKING = (  # takes thoughts away, and shouts: no template that is filled in once can do that

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from itertools import pairwise
@@ -125,6 +126,10 @@ def talk(count, seed=0, stock=0.0):
     ]
 
 
+def reply_to(context, reply):
+    return {"previous_messages": context.split("|"), "message": reply}
+
+
 def by(names, texts):
     """Return a log in which these authors speak by turns."""
     return [{"author": names[i % len(names)], "message": text} for i, text in enumerate(texts)]
@@ -140,6 +145,11 @@ def turns(*texts):
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
 
 
+def messages_in(rows):
+    """Return the marks of the messages of talk() in a row or in many: {"no7x", …}."""
+    return set(re.findall(r"no\d+x", str(rows)))
+
+
 def cells(text):
     return text.strip().replace("\n", "|").split("|")
 
@@ -148,9 +158,7 @@ def cells(text):
 USAGE = [
     (["--valid-size", "1"], "--valid-size has to be between 0 and 1"),
     (["--window", "0"], "--window, --stride and --valid-rows have to be 1 or more"),
-    (["--window", "four"], "--window"),
     (["--prompt", "hello"], "need {context}"),
-    (["--shape", "round"], "--shape"),
     (["--shape", "turns"], "--shape turns needs --only-author"),
     (["--off", "lnik"], "--off names 'lnik', and the rules are: empty, "),
     (["--model", "mlx-community/gemma"], "FIX: export MODEL=mlx_community_gemma"),
@@ -170,10 +178,10 @@ def test_wrong_usage_is_answered_before_anything_is_read(chat, capsys, flags, me
 
 def test_settings_json_says_how_the_rows_were_made(chat):
     chat.raw(by("abbccc", talk(400)))
-    assert chat.build("--window", 3, "--gap", 2, "--stride", 1) is None
+    assert chat.build("--window", 3, "--stride", 1) is None
     [s] = chat.lines("settings.json")
-    expected = {"version": "v1", "shape": "prompt", "names": True, "authors": ["c", "b", "a"]}
-    assert (expected | {"window": 3, "gap": 2.0, "max_seq_length": 1024}).items() <= s.items()
+    expected = {"version": "v1", "shape": "prompt", "names": True, "window": 3}
+    assert (expected | {"authors": ["c", "b", "a"]}).items() <= s.items()
     assert s["prompt"] == "{context}\n\nWrite the next message of this chat, as {author}."
     assert set(s) == {"authors"} | set(vars(build_train.parser.parse_args([])))
 
@@ -197,8 +205,8 @@ BAD_REPLIES = [
 
 
 @table(("reply", "rule"), BAD_REPLIES)
-def test_a_bad_reply_is_dropped_by_its_rule(reply, rule):
-    entries = [{"previous_messages": ["hi all", "hi!"], "message": reply}]
+def test_a_bad_reply_is_dropped_by_its_rule_unless_that_is_off(reply, rule):
+    entries = [reply_to("hi all|hi!", reply)]
     assert made(entries)[1] == {0: rule}
     assert made(entries, "--off", rule)[1].get(0) != rule
 
@@ -213,21 +221,31 @@ uso std::vector<int>, </h1>
 
 
 def test_a_good_reply_is_kept_as_it_is():
-    entries = [{"previous_messages": ["how"], "message": reply} for reply in cells(GOOD)]
+    entries = [reply_to("how", reply) for reply in cells(GOOD)]
     data = made(entries, "--off", "too short")[0]
     assert [data[i]["completion"] for i in range(len(entries))] == cells(GOOD)
 
 
-@table(("context", "rule"), [("1 2,5 -3 4 ok", "numbers"), ("1 2 3 vai ok", None)])
-def test_a_context_of_numbers_is_rejected_from_four_fifths_on(context, rule):
-    assert made([{"previous_messages": context.split(), "message": "vince"}])[1].get(0) == rule
+LOG = ["hi all", "hi!", "we are ready", "so?"]
+ALIKE = [
+    reply_to("ciao, come va?|Bene!", "Anche io!"),
+    reply_to("CIAO come va| bene", "anche io..."),
+    reply_to("ciao, come va?|male", "Anche io"),
+]
+DROPPED = {  # case: (entries, flags, {entry: rule})
+    "nothing before it": (LOG, [], {0: "no context"}),
+    "by a bot": (by(["ann", "NightBot"], LOG), [], {0: "no context", 1: "bot", 3: "bot"}),
+    "by others": (by("ab", LOG[1:]), ["--only-author", "b"], {0: "no context", 2: "other author"}),
+    "after numbers": ([reply_to("1|2,5|-3|4|ok", "vince")], [], {0: "numbers"}),
+    "after some numbers": ([reply_to("1|2|3|vai|ok", "vince")], [], {}),
+    "again to the same context": (ALIKE, [], {1: "duplicate"}),
+}
 
 
-def test_the_same_reply_to_the_same_context_is_kept_once():
-    contexts = ["ciao, come va?", "Bene!"], ["CIAO come va", " bene"], ["ciao, come va?", "male"]
-    replies = "Anche io!", "anche io...", "Anche io"
-    pairs = zip(contexts, replies, strict=True)
-    assert made([{"previous_messages": a, "message": b} for a, b in pairs])[1] == {1: "duplicate"}
+@table("case", DROPPED)
+def test_a_reply_is_dropped_for_what_stands_before_it_and_for_its_author(case):
+    entries, flags, rules = DROPPED[case]
+    assert made(entries, *flags)[1] == rules
 
 
 def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share():
@@ -244,24 +262,19 @@ def test_a_pasted_wall_is_kept_once_and_a_stock_reply_up_to_its_share():
     assert kept[0] < 50 and kept[-1] > 900  # spread over time
 
 
-def test_only_one_author_gives_replies_and_bots_give_none():
-    log = by(["ann", "NightBot", "bob"], talk(90))
-    assert [*made(log, "--only-author", "bob")[0]] == [*range(2, 90, 3)]
-    assert {made(log)[1].get(i) for i in range(1, 90, 3)} == {"bot"}
-
-
-def test_every_entry_is_in_exactly_one_file(chat):
+@table("stride", [1, 10])
+def test_every_entry_is_in_exactly_one_file(chat, stride):
     log = talk(600, stock=0.1)
     log[50:60] = ["!uptime"] * 10
     log[300] = " ".join(f"lunga{i}" for i in range(99))
     chat.raw(windows(log))
-    assert chat.build("--valid-rows", 30, "--max-seq-length", 120, "--stride", 1) is None
+    flags = ["--valid-rows", 30, "--max-seq-length", 120, "--stride", stride]
+    assert chat.build(*flags) is None
     dropped = chat.lines("dropped.jsonl")
     entries = [line["entry"] for line in dropped]
     assert entries == sorted(set(entries))
     assert len(entries) == 599 - sum(map(len, chat.sides()))
     assert all(line["message"] == log[line["entry"] + 1] for line in dropped)
-    assert {line["entry"]: line["rule"] for line in dropped}[299] == "over --max-seq-length"
 
 
 # ---- personal data -------------------------------------------------------------------------------
@@ -276,25 +289,21 @@ it60x0542811101000000123456|DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654
 """
 NOT_PERSONAL = """
 TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 31/12/2024 alle 10
-2024-05-31 18:04|2013-03-26-205909|kernel 2.6.15-27-686|v10.0.1.218|192.168.100.200|10.0.0.0/24
-91.189.88.31:80|costa 1.234.567,89|2 000 000|14.500 euro|1234567|1 2 3 4 5 6 7 8 9 10|@anna7
-[17180697.916000]|0x00060329|9582879ff7f8570a87554c|bugs.net/1234567|3.14159265358979|user@host
+1234-5 87-42|2024-05-31 18:04|2013-03-26-205909|kernel 2.6.15-27-686|v10.0.1.218|192.168.100.200
+10.0.0.0/24|91.189.88.31:80|costa 1.234.567,89|2 000 000|14.500 euro|1234567|1 2 3 4 5 6 7 8 9 10
+@anna7|[17180697.916000]|0x00060329|9582879ff7f8570a87554c|bugs.net/1234567|3.14159265358979
+user@host
 """
 
 
-def test_personal_data_of_all_countries_is_hidden_and_other_numbers_are_not():
-    shown = {text: build_train.hide_personal(f"ecco {text} ciao") for text in cells(PERSONAL)}
-    assert [
-        text for text in shown if "[…]" not in shown[text] or re.search(r"\d", shown[text])
-    ] == []
+def test_personal_data_of_all_countries_is_hidden():
+    hidden = [build_train.hide_personal(f"ecco {text} ciao") for text in cells(PERSONAL)]
+    assert [text for text in hidden if "[…]" not in text or re.search(r"\d", text)] == []
+
+
+def test_other_numbers_are_not_hidden():
     for text in cells(NOT_PERSONAL):
         assert build_train.hide_personal(f"ecco {text} ciao") == f"ecco {text} ciao"
-
-
-def test_personal_data_is_hidden_in_contexts_unless_its_rule_is_off():
-    log = ["scrivi a ann@example.com ora", "va bene"]
-    assert made(log)[0][1]["prompt"].startswith("scrivi a […] ora\n")
-    assert made(log, "--off", "personal data")[0][1]["prompt"].startswith(log[0])
 
 
 def test_ones_own_words_are_hidden_everywhere_but_not_within_words(tmp_path):
@@ -324,7 +333,7 @@ def test_an_author_who_is_a_phone_number_is_shown_as_a_person():
         assert "+39" not in str((data, rules, s))
 
 
-# ---- cleaning ------------------------------------------------------------------------------------
+# ---- clean ---------------------------------------------------------------------------------------
 DIRTY = [
     ("  Perche\u0301\u200b   no?\n\t", "Perché no?"),
     ("a\x00b\x1b[31mc\x7f", "ab[31mc"),
@@ -363,26 +372,20 @@ def test_cleaned_text_is_one_line_of_normal_visible_utf_8(text):
     assert not re.search("[\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]", clean)
 
 
-# ---- input ---------------------------------------------------------------------------------------
-LOG = ["hi all", "hi!", "we are ready", "so?"]
-GREETING = {
-    "prompt": "hi all\nhi!\n\nWrite the next message of this chat.",
-    "completion": "we are ready",
-}
+# ---- read ----------------------------------------------------------------------------------------
+TASK = "Write the next message of this chat"
+LOGS = [LOG, [{"text": text, "mood": 7} for text in LOG], windows(LOG)]
 
 
-PAIR = {"prompt": " are you  now\nready? ", "completion": "I am\n  now"}
-INPUTS = [
-    (windows(LOG), GREETING),
-    (LOG, GREETING),
-    ([{"text": text, "mood": 7} for text in LOG], GREETING),
-    ([PAIR], {"prompt": "are you now\nready?", "completion": "I am\nnow"}),
-]
+@table("entries", LOGS, ids=["texts", "log", "windows"])
+def test_a_reply_with_what_came_before_becomes_a_pair(entries):
+    pair = {"prompt": f"hi all\nhi!\n\n{TASK}.", "completion": "we are ready"}
+    assert pair in made(entries)[0].values()
 
 
-@table(("entries", "row"), INPUTS, ids=["windows", "texts", "log", "a ready pair"])
-def test_a_reply_with_what_came_before_becomes_a_pair(entries, row):
-    assert row in made(entries)[0].values()
+def test_a_ready_pair_stays_as_it_is_but_for_what_cannot_be_seen():
+    data = made([{"prompt": " are you  now\nready? ", "completion": "I am\u200b\n  now"}])[0]
+    assert data[0] == {"prompt": "are you now\nready?", "completion": "I am\nnow"}
 
 
 def test_windows_that_are_cut_already_keep_exactly_their_messages(capsys):
@@ -426,13 +429,11 @@ BAD = {
         r"is not JSON .*: mv \S+ data/raw/export_v1\.json; \S+ \S+from_export\.py \S+export_v1\S+"),
     "Windows": ('["perché"]'.encode("cp1252"), r"is not JSON in UTF-8"),
     "an object": (b'{"messages": []}', r"\{\"messages\": \[\]\} is no list of entries"),
-    "an empty list": (b"[]", r"0 rows are left"),
     "a bad line": (b'{"message": "a"}\n\n{"message": 3}\n', r'entry or line 3: "message" is 3'),
     "no message": (b'[{"message": "a"}, {"msg": "b"}]', r'line 1: no "message" in \{"msg": "b"\}'),
     "context is a text": (b'[{"previous_messages": "a", "message": "b"}]',
         r'"previous_messages" is "a"'),
     "context holds null": (b'[{"previous_messages": ["a", null], "message": "b"}]', r"line 0: "),
-    "context holds a list": (b'[{"previous_messages": [["a"]], "message": "b"}]', r"line 0: "),
     "half a pair": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "c"}]',
         r'line 1: no "completion"'),
     "a time that is none": (b'[{"message": "a", "date": "noon"}]', r"line 0: .*'noon'"),
@@ -453,32 +454,18 @@ def test_bad_input_is_answered_with_its_fix_and_leaves_the_output_as_it_was(buil
     assert built.content() == before and built.folders() == [".v1.lock", "v1"]
 
 
-MISSING = [
-    ("messages_sample.json", "PATH"),
-    ("WhatsApp Chat.txt", "'data/raw/WhatsApp Chat.txt'"),
-    ("a.zip", "data/raw/a.zip"),
+LONG = [  # what patterns may choke on
+    *("1", "12 34-", "+4", "a.b@", "e\u0301\u0323", "x\n", " ", "[", "<|", "a", "ha ", "👩\u200d"),
+    *("AT61 ", "http://", "\\"),
 ]
 
 
-@table(("name", "path"), MISSING)
-def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, name, path):
-    chat.raw(["a"], name)
-    chat.raw(["a"], "\x1b[2J.txt")
-    error = chat.build()
-    assert error.endswith(f"{name}. FIX: python data/raw/from_export.py {path} --version v1")
-
-
-AUTHORS = [("An", "Ann"), ("zzz", "Bob"), ("Eve Li", "'Eve Lin'")]
-
-
-@table(("name", "fix"), AUTHORS)
-def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, name, fix):
-    chat.raw(by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60)))
-    assert chat.build("--only-author", name).endswith(
-        f". FIX: python build_train.py --only-author {fix}"
-    )
-    chat.raw(talk(60))
-    assert chat.build("--only-author", name).endswith(". FIX: leave --only-author out")
+@table("text", LONG, ids=ascii)
+def test_no_text_takes_long(text):
+    long = "x" + text * (50_000 // len(text)) + "y"
+    start = time.process_time()
+    made(["hi", long, long, "so"])
+    assert time.process_time() - start < 2
 
 
 JSON = st.recursive(
@@ -486,80 +473,41 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ALL_UNICODE, inner, max_size=4),
     max_leaves=12,
 )
-KEYS = st.sampled_from(sorted(build_train.ALL_KEYS))
-ENTRY = st.dictionaries(KEYS, ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON)
-
-
-@settings(RELAXED, max_examples=100)
-@given(JSON | st.lists(ENTRY))
-def test_any_json_ends_well_or_in_one_error_with_its_fix(tmp_path_factory, value):
-    chat = Project(tmp_path_factory.mktemp("any") / "p")
-    chat.raw(value)
-    error = chat.build()
-    assert error is None or ERROR.fullmatch(error), error
-
-
+VALUES = ALL_UNICODE | st.lists(ALL_UNICODE, max_size=3) | JSON
+ENTRIES = st.lists(st.dictionaries(st.sampled_from(sorted(build_train.ALL_KEYS)), VALUES))
 SHAPES = {
     "windows": windows,
-    "log": list,
-    "authors": lambda log: [{"author": a, "message": b} for a, b in pairwise(log)],
+    "texts": list,
+    "log": lambda log: [{"author": a, "message": b} for a, b in pairwise(log)],
     "pairs": lambda log: [{"prompt": a, "completion": b} for a, b in pairwise(log)],
 }
+TEXTS = st.lists(ALL_UNICODE, min_size=30, max_size=60)
+CHATS = st.builds(lambda shape, log: SHAPES[shape](log), st.sampled_from(sorted(SHAPES)), TEXTS)
 
 
-@settings(RELAXED, max_examples=60)
-@given(st.lists(ALL_UNICODE, min_size=30, max_size=60), st.sampled_from(sorted(SHAPES)))
-def test_any_text_ends_in_files_that_the_trainer_can_read(tmp_path_factory, log, shape):
+@settings(RELAXED, max_examples=150)
+@given(JSON | ENTRIES | CHATS)
+def test_any_json_ends_in_rows_for_the_trainer_or_in_an_error_with_its_fix(tmp_path_factory, raw):
     chat = Project(tmp_path_factory.mktemp("any") / "p")
-    chat.raw(SHAPES[shape](log))
+    chat.raw(raw)
     error = chat.build("--window", 2, "--off", "stock reply,too short,same words,same character")
     if error is not None:
         assert ERROR.fullmatch(error), error
         return
-    for row in [row for side in chat.sides() for row in side]:
+    for row in chat.lines("train.jsonl") + chat.lines("valid.jsonl"):
         assert list(row) == ["prompt", "completion"] and row["prompt"] and row["completion"]
     for content in chat.content().values():
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", content.decode("utf-8"))
 
 
-# ---- talks and windows ---------------------------------------------------------------------------
-@table("shape", ["windows", "log"])
-def test_a_conversation_is_on_one_side_and_never_mixed_with_another(chat, shape):
-    entries = []
-    for number in range(60):
-        log = [f"{message} of {number}" for message in talk(12, seed=number)]
-        part = windows(log) if shape == "windows" else [{"text": text} for text in log]
-        entries += [entry | {"conversation": number} for entry in part]
-    chat.raw(entries)
-    assert chat.build("--stride", 1) is None
-    sides = []
-    for side in chat.sides():
-        numbers = [set(re.findall(r" of (\d+)['\\\\]", str(row))) for row in side]
-        assert all(len(each) == 1 for each in numbers)
-        sides.append(set().union(*numbers))
-    train, valid = sides
-    assert len(train) + len(valid) == 60 and not train & valid and valid
+# ---- lay out: talks and windows ------------------------------------------------------------------
+GAPS = [(6, 5.9, {0}), (6, 6.1, {0, 1}), (0, 99, {0}), (2, 3, {0, 1})]
 
 
-def test_rows_of_a_conversation_are_on_one_side_even_if_they_do_not_overlap(chat):
-    talks = [talk(30, seed=number) for number in range(20)]
-    chat.raw([
-        {"conversation": number, "previous_messages": log[i : i + 2], "message": f"to {number}"}
-        for number, log in enumerate(talks) for i in range(0, 30, 3)
-    ])  # fmt: skip
-    assert chat.build("--off", "stock reply") is None
-    train, valid = ({row["completion"] for row in side} for side in chat.sides())
-    assert len(train) + len(valid) == 20 and not train & valid
-    assert sum(map(len, chat.sides())) == 200
-
-
-GAPS = [(6, 5.9, None), (6, 6.1, "no context"), (0, 99, None), (2, 3, "no context")]
-
-
-@table(("gap", "hours", "rule"), GAPS)
-def test_a_long_silence_ends_a_talk(gap, hours, rule):
+@table(("gap", "hours", "without_context"), GAPS)
+def test_a_silence_longer_than_the_gap_ends_a_talk(gap, hours, without_context):
     log = at((0, "ann", "hi all"), (60 * hours, "bob", "hi!"))
-    assert made(log, "--gap", gap)[1].get(1) == rule
+    assert made(log, "--gap", gap)[1] == dict.fromkeys(without_context, "no context")
 
 
 @table("way", ["newest first", "shuffled", "no a.m. or p.m."])
@@ -577,38 +525,49 @@ def test_times_prove_the_order(way):
 
 BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"), (5, "bob", "yes"))
 BURSTS = [
-    (0, "hi|are you there?|or not", 0),
-    (1.5, "hi\nare you there?|or not", 1),
-    (5, "hi\nare you there?\nor not", 2),
+    (0, "ann: hi\nann: are you there?\nann: or not"),
+    (1.5, "ann: hi\nare you there?\nann: or not"),
+    (5, "ann: hi\nare you there?\nor not"),
 ]
 
 
-@table(("minutes", "context", "joined"), BURSTS)
-def test_what_one_author_writes_at_a_stretch_may_become_one_message(
-    capsys, minutes, context, joined
-):
+@table(("minutes", "context"), BURSTS)
+def test_what_one_author_writes_at_a_stretch_may_become_one_message(minutes, context):
     data = made(BURST, "--burst", minutes, "--prompt", "{context}")[0]
-    assert data[3]["prompt"] == "ann: " + context.replace("|", "\nann: ")
-    said = re.findall(r"^joined +(\d+) messages", capsys.readouterr().out, re.M)
-    assert said == ([str(joined)] if joined else [])
+    assert data[3]["prompt"] == context
 
 
 # ---- split ---------------------------------------------------------------------------------------
+APART = {
+    "a log": list,
+    "windows": windows,
+    "windows without overlap": lambda log: windows(log, 2)[1::3],
+}
+
+
+@table("shape", APART)
+def test_a_conversation_is_on_one_side_and_never_mixed_with_another(chat, shape):
+    entries = []
+    for number in range(20):
+        log = [f"{text} of {number}." for text in talk(30, seed=number)]
+        log = [entry if isinstance(entry, dict) else {"text": entry} for entry in APART[shape](log)]
+        entries += [entry | {"conversation": number} for entry in log]
+    chat.raw(entries)
+    assert chat.build("--stride", 1) is None
+    sides = [[set(re.findall(r" of (\d+)\.", str(row))) for row in side] for side in chat.sides()]
+    assert {len(numbers) for side in sides for numbers in side} == {1}
+    train, valid = (set().union(*side) for side in sides)
+    assert len(train) + len(valid) == 20 and not train & valid and valid
+
+
 AS_TEXT = ["--prompt", "{context}", "--question-prompt", "{context}"]
 UNFILTERED = ["--off", "stock reply,duplicate,same words,same character"]
 
 
-def texts_of(chat):
-    """Return [(context…, reply), …] of train and of valid, built with AS_TEXT."""
-    return [
-        [(*row["prompt"].removesuffix("\n!").split("\n"), row["completion"]) for row in side]
-        for side in chat.sides()
-    ]
-
-
-def cuts(name, count, size, draw):
-    """Return the places of the windows that an export of `count` messages holds."""
+def export(name, count, size):
+    """Return [place, …] of each window that an export of `count` messages holds."""
     every = [[*range(max(0, i - size), i + 1)] for i in range(1, count)]
+    draw = random.Random(1)
     if name == "every fifth":
         return every[4::5]
     if name == "a third of them":
@@ -620,33 +579,30 @@ def cuts(name, count, size, draw):
     return every
 
 
-IN_ORDER = ["all", "every fifth", "a third of them", "replies of one, context of the others"]
+EXPORTS = ["all", "every fifth", "a third of them", "replies of one, context of the others"]
 
 
 @table("size", [3, 10])
-@table("stock", [0, 0.7])
 @table("shape", ["windows", "pairs"])
-@table("name", IN_ORDER)
-def test_no_message_of_validation_stands_at_the_same_place_in_training(
-    chat, name, shape, stock, size
-):
-    log = talk(900, stock=stock)
+@table("name", EXPORTS)
+def test_no_message_of_validation_stands_at_the_same_place_in_training(chat, name, shape, size):
+    log = talk(900, stock=0.7)
     places = {}  # of the messages of each window; windows have to differ for this check
-    for cut in cuts(name, len(log), size, random.Random(1)):
-        places.setdefault(tuple(log[place] for place in cut), set(cut))
+    for window in export(name, len(log), size):
+        places.setdefault(tuple(log[place] for place in window), set(window))
     if shape == "windows":
         chat.raw([{"previous_messages": c, "message": reply} for *c, reply in places])
     else:
         pairs = [{"prompt": "\n".join([*c, "!"]), "completion": reply} for *c, reply in places]
         chat.raw(pairs)  # with a template, whose last line is no message
     assert chat.build(*AS_TEXT, *UNFILTERED) is None
-    train, valid = ([places[texts] for texts in side] for side in texts_of(chat))
+    texts = [
+        [(*row["prompt"].removesuffix("\n!").split("\n"), row["completion"]) for row in side]
+        for side in chat.sides()
+    ]
+    train, valid = ([places[window] for window in side] for side in texts)
     held = set().union(*valid)
-    assert held and not [row for row in train if row & held]
-    mixed = random.Random(0).sample([*train, *valid], len(train + valid))
-    held = set().union(*mixed[: len(valid)])
-    does_leak = any(row & held for row in mixed[len(valid) :])  # as the usual split does
-    assert does_leak or (name, size) == ("every fifth", 3)  # of windows without overlap
+    assert held and train and not [row for row in train if row & held]
 
 
 @table("flags", ["", "--names 0", "--gap 0.2", "--burst 9"])
@@ -659,8 +615,8 @@ def test_a_log_does_not_leak_whatever_its_rows_look_like(chat, shape, flags):
         log.append({"message": text, "author": draw.choice("aabc"), "time": now})
     chat.raw(log)
     assert chat.build("--only-author", "a", "--shape", shape, *flags.split()) is None
-    held = [set(re.findall(r"no\d+x", str(side))) for side in chat.sides()]
-    assert len(held[0]) > 300 and len(held[1]) > 30 and not held[0] & held[1]
+    train, valid = map(messages_in, chat.sides())
+    assert len(train) > 300 and len(valid) > 30 and not train & valid
 
 
 def test_windows_that_are_out_of_order_are_refused(chat):
@@ -673,10 +629,10 @@ def test_windows_that_are_out_of_order_are_refused(chat):
 def test_a_chat_that_was_exported_twice_does_not_leak(chat):
     log = talk(400)
     chat.raw([*log, "and now once more", *log[150:]])
-    assert chat.build(*AS_TEXT) is None
-    train, valid = texts_of(chat)
-    taken = {message for row in valid for message in row}
-    assert [row for row in train if len(taken.intersection(row)) >= 3] == []
+    assert chat.build() is None
+    train, valid = ([messages_in(row) for row in side] for side in chat.sides())
+    held = set().union(*valid)
+    assert [row for row in train if len(held & row) >= 3] == []
 
 
 @table(("most", "valid"), [(150, range(150, 151)), (400, range(210, 401))])
@@ -687,52 +643,53 @@ def test_validation_has_its_share_or_the_most_rows_allowed(chat, most, valid):
     assert len(chat.sides()[0]) > 2400
 
 
-def test_training_rows_follow_one_another_and_no_message_is_trained_twice(chat):
+def test_training_rows_follow_one_another_and_hold_what_all_rows_would(chat):
     chat.raw(by("ab", talk(300)))
-    assert chat.build() is None
-    spaced, valid = chat.sides()
-    seen = Counter(re.findall(r"no\d+x", str(spaced)))
-    twice = [message for message, count in seen.items() if count > 1]
-    replies = str([row["completion"] for row in spaced])  # each begins the context of the next row
-    assert max(seen.values()) == 2 and all(message in replies for message in twice)
     assert chat.build("--stride", 1) is None
-    every, same = chat.sides()
-    assert same == valid and len(every) > 8 * len(spaced)
-    assert {*map(str, spaced)} < {*map(str, every)}
-    assert len(seen) > 0.9 * len(set(re.findall(r"no\d+x", str(every))))
-    assert chat.build("--only-author", "a") is None
-    turns = [turn for row in chat.sides()[0] for turn in row["messages"]]
-    own = Counter(turn["content"] for turn in turns if turn["role"] == "assistant")
-    assert len(own) > 100 and max(own.values()) <= 2
+    every, valid = chat.sides()
+    assert chat.build() is None
+    spaced, same = chat.sides()
+    assert same == valid
+    assert len(spaced) < len(every) / 8 and {*map(str, spaced)} < {*map(str, every)}
+    assert len(messages_in(spaced)) > 0.9 * len(messages_in(every))
+
+
+@table("flags", [[], ["--only-author", "a"]], ids=["everyone", "one author"])
+def test_no_message_is_trained_twice_but_as_the_first_of_the_next_row(chat, flags):
+    chat.raw(by("ab", talk(300)))
+    assert chat.build(*flags) is None
+    rows = chat.sides()[0]
+    counts = Counter(message for row in rows for message in messages_in(row))
+    replies = messages_in([row.get("completion") or row["messages"][-1] for row in rows])
+    assert {message for message in counts if counts[message] > 1} <= replies
+    assert len(counts) > 200 and max(counts.values()) <= 2
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-def test_the_model_sees_who_says_what_and_who_is_to_reply():
-    data = made(by("abc", LOG))[0]
-    assert data[2]["prompt"] == "a: hi all\nb: hi!\n\nWrite the next message of this chat, as c."
-    assert data[3]["prompt"].endswith("ready\n\nAsk the next question in this chat, as a.")
-    assert made(by("abc", LOG), "--names", 0)[0][2] == GREETING
-    own = made(by("abc", LOG), "--prompt", "{author} after {context}")[0]
-    assert own[1]["prompt"] == "b after a: hi all"
+ONLY = ["--prompt", "{context}"]
+PROMPTS = {  # the prompt of the last reply: (entries, flags, prompt)
+    "names": (by("abc", LOG[:3]), [], f"a: hi all\nb: hi!\n\n{TASK}, as c."),
+    "no names": (by("abc", LOG[:3]), ["--names", 0], f"hi all\nhi!\n\n{TASK}."),
+    "a name of many": (by(["ann", "bob", None], LOG[:3]), ONLY, "ann: hi all\nbob: hi!"),
+    "someone": (by([None, "ann", "bob"], LOG[:3]), ONLY, "someone: hi all\nann: hi!"),
+    "few names": (by([None, None, "bob"], LOG[:3]), ONLY, "hi all\nhi!"),
+    "author": (by("ab", LOG[:2]), ["--prompt", "{author} after {context}"], "b after a: hi all"),
+    "question": (["hi", "so?"], [], "hi\n\nAsk the next question in this chat."),
+    "そう？": (["poi", "そう？"], ["--question-prompt", "Ask: {context}"], "Ask: poi"),
+    "لماذا؟": (["poi", "لماذا؟"], ["--question-prompt", "Ask: {context}"], "Ask: poi"),
+    "new line": (LOG[:2], ["--prompt", "{context}\\n>"], "hi all\n>"),
+    "long": (["x" * 301, "so"], ONLY, "x" * 300 + "…"),
+    "braces": (["{context} {0} %s [a]", "so"], ONLY, "{context} {0} %s [a]"),
+    "personal data": (["ring ann@example.com now", "ok"], ONLY, "ring […] now"),
+    "personal data off": (["ring a@b.it", "ok"], [*ONLY, "--off", "personal data"], "ring a@b.it"),
+}
 
 
-@table(("authors", "named"), [(["ann", "ann", None], True), (["ann", None, None], False)])
-def test_names_are_shown_where_most_are_known(authors, named):
-    prompt = made(by(authors, talk(60)))[0][59]["prompt"]
-    assert ("someone: " in prompt, "ann: " in prompt, ", as " in prompt) == (named,) * 3
-
-
-def test_replies_that_ask_have_their_own_template():
-    flags = "--prompt", "{context}\\n\\nTell", "--question-prompt", "Ask: {context}"
-    data = made(["a", "poi", "e poi?", "そう？", "لماذا؟"], *flags, "--window", 1)[0]
-    prompts = [row["prompt"] for row in data.values()]
-    assert prompts == ["a\n\nTell", "Ask: poi", "Ask: e poi?", "Ask: そう？"]
-
-
-def test_long_messages_are_shortened_visibly_and_braces_are_text():
-    log = ["x" * 301, "{context} {0} %s [a]", "ma {context} {author} che dici"]
-    rows = made(log, "--prompt", "{context}\n>", "--off", "same character")[0]
-    assert rows[2] == {"prompt": "x" * 300 + "…\n{context} {0} %s [a]\n>", "completion": log[2]}
+@table("case", PROMPTS)
+def test_the_prompt_is_what_the_model_sees_before_the_last_reply(case):
+    entries, flags, prompt = PROMPTS[case]
+    rows = made(entries, *flags)[0]
+    assert rows[max(rows)]["prompt"] == prompt
 
 
 TALK = by(
@@ -749,34 +706,35 @@ TURNS = [
 
 @table(("log", "flags", "expected"), TURNS)
 def test_turns_are_a_talk_of_the_author_with_the_others(log, flags, expected):
-    data, _, s = made(log, "--only-author", "ann", *flags)
-    assert data[[*data][-1]] == turns(*expected)
-    assert s.names == ("bob: no" in expected) and s.shape == "turns"
+    data, *_ = made(log, "--only-author", "ann", *flags)
+    assert data[max(data)] == turns(*expected)
 
 
-# ---- length --------------------------------------------------------------------------------------
-@table("shape", ["prompt", "turns"])
-def test_a_row_that_is_too_long_loses_as_few_of_its_oldest_messages_as_possible(shape):
-    limits = ["--max-seq-length", "40", "--names", "0", "--only-author", "a", "--shape", shape]
-    s = build_train.settings(limits)
-    for length in range(1, 60):
-        texts = ["x" * (i % 7) for i in range(length)] + ["reply"]
-        window = [build_train.Message(text, "ab"[(length - i) % 2]) for i, text in enumerate(texts)]
-        row = build_train.Row(window)
-        assert build_train.fit([row], s, None, []) == [row] and row.tokens <= 40
-        count = len(row.window)
-        assert row.window == window[-count:]
-        row.window = window[-count - 1 :]
-        more = build_train.count_tokens([build_train.training_row(row, s)], None)[0]
-        assert more > 40 or count == length + 1
-    row = build_train.Row([build_train.Message("x" * 300, "b"), build_train.Message("reply", "a")])
-    assert build_train.fit([row], s, None, []) == ([row] if shape == "prompt" else [])  # no user
+# ---- count tokens, fit, order --------------------------------------------------------------------
+LENGTHS = [("prompt", 7), ("turns", 8)]  # messages of ten letters that fit into 40 tokens
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+@table(("shape", "count"), LENGTHS)
+def test_a_row_that_is_too_long_loses_as_few_of_its_oldest_messages_as_possible(shape, count):
+    flags = ["--max-seq-length", "40", "--prompt", "{context}"]
+    s = build_train.settings([*flags, "--names", "0", "--only-author", "a", "--shape", shape])
+    texts = ["x" * 10] * 20 + ["reply"]
+    window = [build_train.Message(text, "ab"[i % 2]) for i, text in enumerate(texts)]
+    row = build_train.Row(window)
+    assert build_train.fit([row], s, None, []) == [row]
+    assert row.window == window[-count - 1 :] and row.tokens <= 40
+
+
+@table(("shape", "kept"), [("prompt", ["reply"]), ("turns", [])])
+def test_a_prompt_may_lose_its_whole_context_but_turns_need_a_user(shape, kept):
+    flags = ["--max-seq-length", "40", "--only-author", "a", "--shape", shape]
+    s, dropped = build_train.settings(flags), []
+    row = build_train.Row([build_train.Message("x" * 300), build_train.Message("reply", "a")])
+    fitting = build_train.fit([row], s, None, dropped)
+    assert [text for row in fitting for text in row.texts] == kept
+    assert dropped == ([] if kept else [(row, "over --max-seq-length")])
+
+
 THINKING = (  # takes thoughts away, and shouts: no template that is filled in once can do that
     "{% for m in messages %}"
     "[{{ m.role }}] {{ m.content.split('</think>')[-1] | upper }}\n{% endfor %}"
@@ -798,7 +756,7 @@ def change(path, **values):
 
 
 @pytest.mark.slow
-@table("jinja", [None, CHATML, THINKING], ids=["Gemma", "ChatML", "thinking"])
+@table("jinja", [None, THINKING], ids=["Gemma", "thinking"])
 def test_tokens_are_those_of_the_trainer(jinja, base):
     from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
 
@@ -843,13 +801,13 @@ def test_order_gives_batches_of_equal_length_in_mlx_lm(batch):
     assert cost(ordered) <= 1.03 * ideal < 1.2 * ideal < cost(rows)
 
 
-def test_rows_that_do_not_fill_a_batch_are_no_biased_sample():
-    for batch in 7, 16:
-        left_out = []
-        for seed in range(60):
-            rows = build_train.order(rows_of(range(1, 1001 - batch + 15)), seed)
-            left_out += [row.tokens for row in rows[len(rows) - len(rows) % batch :]]
-        assert not left_out or 0.75 < sum(left_out) / len(left_out) / 500 < 1.25
+@table("batch", [7, 16])
+def test_rows_that_do_not_fill_a_batch_are_no_biased_sample(batch):
+    left_out = []
+    for seed in range(60):
+        rows = build_train.order(rows_of(range(1, 1015 - batch)), seed)
+        left_out += [row.tokens for row in rows[len(rows) - len(rows) % batch :]]
+    assert 0.75 < sum(left_out) / len(left_out) / 500 < 1.25
 
 
 # ---- the base model ------------------------------------------------------------------------------
@@ -896,37 +854,63 @@ def test_a_second_run_at_the_same_time_is_refused_and_another_version_is_not(bui
     assert built.content() == before and built.build() is None
 
 
-@table("moment", [" tqdm", "reading "])
-def test_ctrl_c_ends_with_130_and_without_a_traceback(chat, moment):
+def test_ctrl_c_ends_with_130_and_without_a_traceback(chat):
     chat.raw(talk(60_000))
-    process = chat.start(env={"PYTHONPROFILEIMPORTTIME": "1"})
-    stream = process.stdout if moment == "reading " else process.stderr
-    while moment not in stream.readline():
+    process = chat.start()
+    while "reading " not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr
+    assert not chat.out.exists()
+
+
+# ---- the run -------------------------------------------------------------------------------------
+MISSING = [
+    ("messages_sample.json", "PATH"),
+    ("WhatsApp Chat.txt", "'data/raw/WhatsApp Chat.txt'"),
+    ("a.zip", "data/raw/a.zip"),
+]
+
+
+@table(("name", "path"), MISSING)
+def test_a_missing_file_is_answered_with_what_is_there_and_how_to_make_it(chat, name, path):
+    chat.raw(["a"], name)
+    chat.raw(["a"], "\x1b[2J.txt")
+    error = chat.build()
+    assert error.endswith(f"{name}. FIX: python data/raw/from_export.py {path} --version v1")
+
+
+THREE = by(["Bob", "Bob", "Ann", "Eve Lin"], talk(60))
+STRANGERS = [
+    (THREE, "An", "python build_train.py --only-author Ann"),
+    (THREE, "zzz", "python build_train.py --only-author Bob"),
+    (THREE, "Eve Li", "python build_train.py --only-author 'Eve Lin'"),
+    (talk(60), "An", "leave --only-author out"),
+]
+
+
+@table(("log", "name", "fix"), STRANGERS)
+def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, log, name, fix):
+    chat.raw(log)
+    assert chat.build("--only-author", name).endswith(f". FIX: {fix}")
 
 
 # ---- what is printed -----------------------------------------------------------------------------
-def test_the_summary_tells_what_happened_and_what_comes_next(chat, capsys):
+PRINTED = [
+    r'^not used +these keys of entries: "mood\\u001b"$',
+    r"^bot command +1 +!discord$",
+    r"^split +\d+ rows to train, \d+ to validate, \d+ in prompts of others, \d+ dropped$",
+    r"^leaks .*: 0$",
+    r"^next +VERSION=v1 MODEL=none \./fine_tune\.sh$",
+]
+
+
+def test_the_summary_tells_what_was_dropped_that_nothing_leaks_and_what_comes_next(chat, capsys):
     chat.raw([{"message": text, "mood\x1b": 7} for text in ["hi", "!discord", *talk(200)]])
     assert chat.build() is None
     printed = capsys.readouterr().out
-    for line in [
-        r"^reading +data/raw/messages_v1\.json with model 'none', shape 'prompt', stride 10$",
-        r'^not used +these keys of entries: "mood\\u001b"$',
-        r"^rows +200 of 1 talks; the model sees no names$",
-        r"^bot command +1 +!discord$",
-        r"^split +\d+ rows to train, \d+ to validate, \d+ in prompts of others, \d+ dropped$",
-        r"^leaks .*: 0$",
-        r"^train +[\d,]+ tokens, longest row \d+$",
-        r"^written +data/for_train/v1/: train\.jsonl, valid\.jsonl, dropped\.jsonl, settings\.json",
-        r"^next +VERSION=v1 MODEL=none \./fine_tune\.sh$",
-    ]:
-        assert re.search(line, printed, re.M), line
-    assert not re.search("^link ", printed, re.M)  # a rule that dropped nothing
-    assert "joined" not in printed
+    assert [line for line in PRINTED if not re.search(line, printed, re.M)] == []
 
 
 def test_chat_text_cannot_write_to_the_terminal(chat, capsys):

@@ -6,7 +6,8 @@
 
 Every case works in a copy of a project in which all stages have run. After it, the output of
 before must be there byte for byte, or a new one that is whole; an error must be one line with its
-fix, and nothing may be left running. A bare `pytest` tries a few cases of the quick scripts.
+fix, and nothing may be left running. A bare `pytest` tries three cases of each kind, and only the
+quick scripts.
 """
 
 import json
@@ -30,6 +31,7 @@ import mlx.core as mx
 import pytest
 from conftest import contents
 
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 TABLE = {}  # kind of fault → (tried, survived)
 BASE = "models/base/tiny-gemma-3"
 DATA = "data/for_train/sample"
@@ -40,11 +42,13 @@ FUSED = "models/fused/fused-sample_tiny-gemma-3"
 # ---- the stages ---------------------------------------------------------------------------------
 @dataclass
 class Stage:
+    """A script, and what it reads and writes."""
+
     command: list
     output: str = ""
     reads: list = field(default_factory=list)
     settings: dict = field(default_factory=dict)
-    other: tuple = ()  # arguments, or settings, with which another output comes out
+    other: dict = field(default_factory=dict)  # settings of which another output comes
 
 
 TOKENIZER = [f"{BASE}/{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
@@ -58,23 +62,24 @@ STAGES = {
         ["chat.txt"],
     ),
     "build": Stage(
-        ["build_train.py", "--valid-rows", "6", "--max-seq-length", "96"],
+        ["build_train.py", "--valid-rows", "6"],
         DATA,
         ["data/raw/messages_sample.json", *TOKENIZER],
-        other=("--seed", "1"),
+        {"MAX_SEQ_LENGTH": "96"},
+        {"MAX_SEQ_LENGTH": "64"},
     ),
     "train": Stage(
         ["fine_tune.sh"],
         ADAPTER,
         [f"{DATA}/train.jsonl", f"{DATA}/valid.jsonl", *MODEL, f"{ADAPTER}/adapter_config.json"],
         {"ITERS": "2", "EVAL_EVERY": "1", "RANK": "4"},
-        ("RANK=8",),
+        {"RANK": "8"},
     ),
     "fuse": Stage(
         ["fuse.sh"],
         FUSED,
         [*MODEL, *LEARNED, f"{FUSED}/fused_from.json"],
-        other=("FUSED_BITS=8",),
+        other={"FUSED_BITS": "8"},
     ),
     "test": Stage(
         ["test_on_validation.py", "--replies", "2", "--max-tokens", "4"],
@@ -109,19 +114,9 @@ def start(project, name, *arguments, env=None, before=(), script=None, **options
         return subprocess.Popen(list(map(str, command)), env=environment, **options)
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
 def start_other(project, name):
     """Start a stage with settings of which another output comes."""
-    other = STAGES[name].other
-    if name == "build":
-        return start(project, name, *other)
-    return start(project, name, env=dict(setting.split("=") for setting in other))
+    return start(project, name, env=STAGES[name].other)
 
 
 def finish(process, limit=150):
@@ -131,28 +126,31 @@ def finish(process, limit=150):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"it still runs after {limit} seconds") from None
-    return Result(process.returncode, *((text or b"").decode("utf-8") for text in (out, err)))
+    said = [(text or b"").decode("utf-8") for text in (out, err)]
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
-def go(project, name, *arguments, limit=150, **options):
-    return finish(start(project, name, *arguments, **options), limit)
+def go(project, name, *arguments, **options):
+    return finish(start(project, name, *arguments, **options))
 
 
-def tail(text):
+def shown(text):
     return ascii(text[-300:])
 
 
-def check_words(result):
-    """No traceback, nothing that steers a terminal, and an error of one line with its fix."""
-    said = result.out + result.err
-    for bad in "Traceback", "Exception ignored", "Broken pipe", "Segmentation", "core dumped":
-        assert bad not in said, tail(result.err)
-    assert not re.search(r"[^\S\n\r\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e]", said), tail(
-        said
-    )
-    if result.code == 1:
-        last = result.err.strip().rpartition("\n")[2]
-        assert re.match(r"error: .+\. FIX: .", last), tail(result.err)
+UNWANTED = ["Traceback", "Exception ignored", "Broken pipe", "Segmentation", "core dumped"]
+STEERS = re.compile(r"[^\S\n\r\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e]")  # a terminal
+
+
+def check_words(result, *codes):
+    """It ended as it may, without a traceback; its error is one line with its fix."""
+    said = result.stdout + result.stderr
+    assert result.returncode in codes, f"exit code {result.returncode}: {shown(result.stderr)}"
+    assert not [words for words in UNWANTED if words in said], shown(result.stderr)
+    assert not STEERS.search(said), shown(said)
+    if result.returncode == 1:
+        last = result.stderr.strip().rpartition("\n")[2]
+        assert re.match(r"error: .+\. FIX: .", last), shown(last)
 
 
 def output_of(project, name):
@@ -216,9 +214,9 @@ def check_agreement(project, name):
         assert bits == (str(quantization["bits"]) if quantization else "base")
     elif name == "build":
         before = output_of(project, name)
-        seed = json.loads(before["settings.json"])["seed"]
-        assert go(project, name, "--seed", str(seed)).code == 0
-        assert output_of(project, name) == before, f"it is not what seed {seed} gives"
+        length = json.loads(before["settings.json"])["max_seq_length"]
+        assert go(project, name, env={"MAX_SEQ_LENGTH": str(length)}).returncode == 0
+        assert output_of(project, name) == before, f"it is not what that gives: {length}"
 
 
 # ---- the driver ---------------------------------------------------------------------------------
@@ -238,35 +236,24 @@ class Scope:
         return cases[:: -(-len(cases) // self.most)]
 
 
-ALL = pytest.param(
-    "all",
-    marks=[
-        pytest.mark.faults,
-        pytest.mark.skipif("'faults' not in config.option.markexpr", reason="minutes: -m faults"),
-    ],
-)
-
-
-@pytest.fixture(scope="module", params=[pytest.param("few", marks=pytest.mark.slow), ALL])
+@pytest.fixture(scope="module")
 def scope(request, template, tmp_path_factory):
     """A project in which the stages have run."""
     project = Path(shutil.copytree(template, tmp_path_factory.mktemp("finished") / template.name))
-    names = "Ann", "Bob"
-    (project / "chat.txt").write_text(
-        "".join(
-            f"[{1 + i // 60:02}.05.24, 10:{i % 60:02}:00] {names[i % 2]}: message {i}\n"
-            for i in range(300)
-        )
-    )
-    stages = QUICK if request.param == "few" else list(STAGES)
+    lines = [
+        f"[{1 + i // 60:02}.05.24, 10:{i % 60:02}:00] {['Ann', 'Bob'][i % 2]}: message {i}\n"
+        for i in range(300)
+    ]
+    (project / "chat.txt").write_text("".join(lines))
+    is_long = "faults" in request.config.option.markexpr
+    stages = list(STAGES) if is_long else QUICK
     seconds = {}
     for name in [*stages, *stages]:  # the second time, because the first compiles and caches
         began = time.monotonic()
-        result = go(project, name)
+        check_words(go(project, name), 0)
         seconds[name] = time.monotonic() - began
-        assert result.code == 0, f"{name}: {result.err}"
     visible = {path.name for path in project.rglob("[!.]*")} | {project.name}
-    most = 3 if request.param == "few" else int(os.environ.get("CASES", 10**6))
+    most = int(os.environ.get("CASES", 10**6)) if is_long else 3
     return Scope(stages, project, seconds, most, visible)
 
 
@@ -327,18 +314,13 @@ def wait_for_changes(project, name, process, count):
 
 # ---- kill, signal, two at once, a full disk -----------------------------------------------------
 def test_kill_9_leaves_the_output_of_before_and_the_next_run_works(scope):
-    def one(project, name, moment):
+    def one(project, name, share, changes, kill):
         before = output_of(project, name)
         process = start_other(project, name)
-        if moment < 1:
-            time.sleep(moment * scope.seconds[name])
-        else:
-            wait_for_changes(project, name, process, int(moment))
+        time.sleep(share * scope.seconds[name])
+        wait_for_changes(project, name, process, changes)
         with suppress(ProcessLookupError):  # it may be done
-            if int(20 * moment) % 2:
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
+            kill(process.pid, signal.SIGKILL)
         process.wait()
         nothing_runs(project)
         finish(process)
@@ -347,14 +329,14 @@ def test_kill_9_leaves_the_output_of_before_and_the_next_run_works(scope):
             check_output(project, scope, name, before)
         else:  # killed between two renames
             assert contents(output.with_name(f".{output.name}.old")) == before
-        result = go(project, name)
-        assert result.code == 0, tail(result.err)
+        check_words(go(project, name), 0)
         check_output(project, scope, name)
         check_agreement(project, name)
 
-    cases = spread(export=6, build=8, train=8, fuse=8, test=8)
-    cases += [(name, count) for name in WRITERS for count in (1, 1.05, 2, 3, 3.05, 5)]
-    attempt("kill -9", scope, cases, one)
+    moments = [(*case, 0) for case in spread(export=6, build=8, train=8, fuse=8, test=8)]
+    moments += [(name, 0, count) for name in WRITERS for count in (1, 1, 2, 3, 3, 5)]
+    kills = os.kill, os.killpg  # the script alone, or with all that it started
+    attempt("kill -9", scope, [(*case, kills[i % 2]) for i, case in enumerate(moments)], one)
 
 
 ENDS = {  # signal → exit codes; a negative one is that of the signal itself
@@ -375,9 +357,7 @@ def test_a_signal_ends_a_stage_and_all_that_it_started(scope):
             process.send_signal(number)
         process.wait(20)
         nothing_runs(project)
-        result = finish(process)
-        assert result.code in (0, *ENDS[number]), f"exit code {result.code}, {tail(result.err)}"
-        check_words(result)
+        check_words(finish(process), 0, *ENDS[number])
         check_output(project, scope, name, before)
 
     moments = spread(export=5, build=9, train=6, fuse=6, test=6, chat=4)
@@ -391,9 +371,9 @@ def test_of_two_runs_at_once_one_is_refused_or_both_agree(scope):
         second = start_other(project, name)
         results = [finish(first), finish(second)]
         for result in results:
-            check_words(result)
-            assert result.code == 0 or "error: another run is writing" in result.err, result.err
-        assert 0 in [result.code for result in results]
+            check_words(result, 0, 1)
+            assert result.returncode == 0 or "error: another run is writing" in result.stderr
+        assert 0 in [result.returncode for result in results]
         nothing_runs(project)
         check_output(project, scope, name)
         check_agreement(project, name)
@@ -408,40 +388,11 @@ def limit_files(size):
 def test_a_disk_that_fills_up(scope):
     def one(project, name, size):
         before = output_of(project, name)
-        result = go(project, name, preexec_fn=partial(limit_files, size))
-        assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
-        check_words(result)
+        check_words(go(project, name, preexec_fn=partial(limit_files, size)), 0, 1)
         check_output(project, scope, name, before)
 
     sizes = 0, 100, 3_000, 30_000, 100_000, 400_000
     attempt("full disk", scope, [(name, size) for name in WRITERS for size in sizes], one)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_small_disk(scope):
-    def one(project, name, size):
-        output = project / STAGES[name].output
-        output.parent.rename(output.parent.with_name("before"))
-        output.parent.mkdir()
-        if name == "export":
-            shutil.copy(project / "data/before/from_export.py", output.parent)
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", output.parent], check=True
-        )
-        try:
-            if name == "export":
-                shutil.copy(project / "data/before/from_export.py", output.parent)
-            result = go(project, name)
-            visible = {path.name for path in output.parent.iterdir() if path.name[0] != "."}
-            assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
-            check_words(result)
-            assert output.exists() == (result.code == 0)
-            assert visible <= {output.name, "from_export.py"}, visible
-        finally:
-            subprocess.run(["umount", "-l", output.parent], check=True)
-
-    sizes = {"export": 68, "build": 20, "train": 64, "fuse": 400, "test": 32}
-    attempt("small disk", scope, list(sizes.items()), one)
 
 
 # ---- damaged files ------------------------------------------------------------------------------
@@ -479,9 +430,8 @@ def test_a_damaged_file_becomes_an_error_or_a_right_result(scope):
         damaged = STAGES[name].output and Path(file).is_relative_to(STAGES[name].output)
         before = None if damaged else output_of(project, name)
         result = go(project, name)
-        assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
-        check_words(result)
-        if not damaged or result.code == 0:
+        check_words(result, 0, 1)
+        if not damaged or result.returncode == 0:
             check_output(project, scope, name, before)
 
     files = dict.fromkeys(file for stage in STAGES.values() for file in stage.reads)
@@ -495,8 +445,7 @@ def test_a_damaged_file_becomes_an_error_or_a_right_result(scope):
 
 
 # ---- odd environments ---------------------------------------------------------------------------
-NOWHERE = "http://127.0.0.1:9"
-PROXIES = [f"{kind}_proxy" for kind in ("http", "https", "all")]
+PROXIES = ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]
 ENVIRONMENTS = {
     "Python": {
         "PYTHONIOENCODING": "ascii",
@@ -508,28 +457,26 @@ ENVIRONMENTS = {
     },
     "hub": {
         "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": NOWHERE,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HOME": "/dev/null/x",
         "HF_HUB_DOWNLOAD_TIMEOUT": "soon",
         "HF_HUB_ETAG_TIMEOUT": "soon",
         "TRANSFORMERS_CACHE": "/dev/null",
-        **dict.fromkeys([*PROXIES, *map(str.upper, PROXIES)], "socks5://127.0.0.1:9"),
+        **dict.fromkeys(PROXIES, "socks5://127.0.0.1:9"),
     },
     "bash": {"BASH_ENV": "bash_env"},
     "terminal": {"COLUMNS": "7", "LINES": "1", "TERM": "dumb", "NO_COLOR": "1"},
 }
 
 
-def test_an_odd_environment_changes_nothing(scope):
-    def one(project, name, environment):
-        (project / "bash_env").write_text("set -o noclobber -f; IFS=e/; CDPATH=/tmp:/")
-        before = output_of(project, name)
-        result = go(project, name, env=ENVIRONMENTS[environment])
-        assert result.code == 0, tail(result.err)
-        check_words(result)
-        check_output(project, scope, name, before)
+def in_environment(environment, project, name, **options):
+    (project / "bash_env").write_text("set -o noclobber -f; IFS=e/; CDPATH=/tmp:/")
+    return go(project, name, env=environment, **options)
 
-    attempt("environment", scope, [(name, each) for name in STAGES for each in ENVIRONMENTS], one)
+
+def without_a_network(project, name):
+    environment = ENVIRONMENTS["Python"] | ENVIRONMENTS["hub"] | ENVIRONMENTS["bash"]
+    return in_environment(environment, project, name, before=("unshare", "-n"))
 
 
 def no_input(project, name):
@@ -567,92 +514,30 @@ def into_head(project, name):
     os.close(pipe[0])
     result = finish(process)
     nothing_runs(project)
-    check_words(Result(0, result.out, result.err))
-    assert "rror" not in result.err, tail(result.err)
-    return Result(0 if result.code in (0, 1) else result.code, result.out, result.err)
+    assert "rror" not in result.stderr, shown(result.stderr)
+    if result.returncode == 1:
+        result.returncode = 0
+    return result
 
 
-WAYS = [no_input, modules_in_the_current_folder, through_a_link, into_head]
+WAYS = {kind: partial(in_environment, environment) for kind, environment in ENVIRONMENTS.items()}
+WAYS |= {
+    "no input": no_input,
+    "modules in the current folder": modules_in_the_current_folder,
+    "through a link": through_a_link,
+    "into head": into_head,
+}
+if shutil.which("unshare") and not subprocess.run(["unshare", "-n", "true"]).returncode:
+    WAYS["without a network"] = without_a_network
 
 
 def test_however_it_is_called_it_does_the_same(scope):
     def one(project, name, way):
         before = output_of(project, name)
-        result = way(project, name)
-        assert result.code == 0, f"{result.code}: {tail(result.err)}"
-        check_words(result)
+        check_words(WAYS[way](project, name), 0)
         check_output(project, scope, name, before)
 
     attempt("way of calling", scope, [(name, way) for name in STAGES for way in WAYS], one)
-
-
-# ---- time ---------------------------------------------------------------------------------------
-SMALL = 30_000  # characters, and then four times as many
-TEXTS = {  # n → a text that patterns may choke on
-    "digits and a letter": lambda n: "1" * n + "a",
-    "digits in groups": lambda n: "12 34-" * (n // 6),
-    "plus signs": lambda n: "+4" * (n // 2),
-    "at signs": lambda n: "a.b@" * (n // 4),
-    "combining marks": lambda n: "a" + "\u0301" * n,
-    "letters and marks": lambda n: "e\u0301\u0323" * (n // 3),
-    "new lines": lambda n: "x" + "\n" * n + "y",
-    "spaces": lambda n: "x" + " " * n + "y",
-    "brackets": lambda n: "[" * n,
-    "token brackets": lambda n: "<|" * (n // 2),
-    "one letter": lambda n: "a" * n,
-    "words": lambda n: "ha " * (n // 3),
-    "emoji": lambda n: "\U0001f469\u200d" * (n // 2),
-    "IBAN": lambda n: "AT61 " * (n // 5),
-    "links": lambda n: "http://" * (n // 7),
-    "backslashes": lambda n: "\\" * n,
-}
-
-
-def log_of(text):
-    return [
-        {"message": f"{i} {text if i == 20 else 'hello'}", "author": "ab"[i % 2]} for i in range(60)
-    ]
-
-
-def overlapping(n):
-    """Entries that repeat all before them."""
-    texts = [f"message {i}" for i in range(int(n**0.5 / 3))]
-    return [{"previous_messages": texts[:i], "message": texts[i]} for i in range(1, len(texts))]
-
-
-LOGS = {name: lambda n, text=text: log_of(text(n)) for name, text in TEXTS.items()} | {
-    "long windows": lambda n: [{"message": f"message {i}"} for i in range(n // 60)],
-    "entries that repeat all before": overlapping,
-    "pairs of many lines": lambda n: [
-        {"prompt": f"{i}\n" * (n // 60), "completion": f"well {i}"} for i in range(30)
-    ],
-}
-
-
-def test_time_grows_as_the_text_does(scope):
-    def one(project, name, text):
-        seconds = []
-        for n in (SMALL // 100, SMALL, 4 * SMALL):
-            if name == "build":
-                raw = project / "data/raw/messages_sample.json"
-                raw.write_text(json.dumps(LOGS[text](n)))
-            else:
-                lines = [
-                    f"[01.05.24, 10:{i:02}:00] {'AB'[i % 2]}: {TEXTS[text](n) if i == 20 else 'hi'}"
-                    for i in range(60)
-                ]
-                (project / "chat.txt").write_text("\n".join(lines))
-            arguments = ["--window", "500"] if text == "long windows" else []
-            began = time.monotonic()
-            result = go(project, name, *arguments, limit=60)
-            seconds.append(time.monotonic() - began)
-            assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
-            check_words(result)
-        least, small, large = seconds
-        assert large - least < 5 * max(1, small - least), [round(each, 2) for each in seconds]
-
-    cases = [("build", text) for text in LOGS] + [("export", text) for text in TEXTS]
-    attempt("time", scope, cases, one)
 
 
 # ---- a base that nobody can trust ---------------------------------------------------------------
@@ -732,8 +617,7 @@ def test_of_a_base_that_nobody_can_trust_nothing_runs(scope):
         result = go(project, name, stdin=follower)
         os.close(leader)
         os.close(follower)
-        assert result.code in (0, 1), f"{result.code}: {tail(result.err)}"
-        check_words(result)
+        check_words(result, 0, 1)
         assert not list(project.rglob("RAN")), "its code ran"
         for yaml in project.rglob("*.yaml"):
             assert "report_to" not in yaml.read_text().replace("\r", "\n").split("\n")
@@ -742,20 +626,3 @@ def test_of_a_base_that_nobody_can_trust_nothing_runs(scope):
     harms = [harm for harm in BASES if scope.most > 4 or harm != "endless template"]  # a minute
     cases = [(name, harm) for name in STAGES if name != "export" for harm in harms]
     attempt("untrusted base", scope, cases, one)
-
-
-# ---- without a network --------------------------------------------------------------------------
-def test_the_whole_chain_without_a_network(scope):
-    command = ["unshare", "-n", "true"]
-    if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("unshare -n is not allowed here")
-
-    def one(project, name):
-        hostile = ENVIRONMENTS["Python"] | ENVIRONMENTS["hub"] | ENVIRONMENTS["bash"]
-        (project / "bash_env").write_text("set -o noclobber -f; IFS=e/")
-        before = output_of(project, name)
-        result = go(project, name, env=hostile, before=("unshare", "-n"))
-        assert result.code == 0, tail(result.err)
-        check_output(project, scope, name, before)
-
-    attempt("no network", scope, [(name,) for name in STAGES], one)

@@ -1,43 +1,95 @@
-"""What from_export.py reads: a table of the forms of exports, and the rules of every stage."""
+"""What from_export.py makes of an export; the tests stand in the order of the script.
+
+Kills and full disks are in test_faults.py.
+"""
 # ruff: noqa: RUF001 (apps write in many alphabets)
 
 import fcntl
 import importlib.util
+import io
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
+from collections import Counter
 
 import pytest
+from conftest import REPOSITORY, last_error
 
-SCRIPT = Path(__file__).resolve().parent.parent / "data/raw/from_export.py"
+SCRIPT = REPOSITORY / "data/raw/from_export.py"
 spec = importlib.util.spec_from_file_location("from_export", SCRIPT)
 from_export = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(from_export)
+table = pytest.mark.parametrize
+
+RAW = "my project/data/raw"
+CHAT = """\
+24/11/26, 10:44 - Messages and calls are end-to-end encrypted.
+24/11/26, 10:44 - Ann Lee: hi
+24/11/26, 10:45 - Bob: ok
+24/11/26, 10:46 - Ann Lee: <Media omitted>
+25/11/26, 10:46 - Ann Lee: soup?
+"""
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+@pytest.fixture
+def home(tmp_path):
+    """A project of the script alone, and an export beside it."""
+    (tmp_path / RAW).mkdir(parents=True)
+    (tmp_path / RAW / "from_export.py").write_bytes(SCRIPT.read_bytes())
+    (tmp_path / "chat.txt").write_text(CHAT)
+    return tmp_path
 
 
 @pytest.fixture
-def convert(tmp_path):
-    """Return convert({"chat.txt": …}, keep=["bot"]): (entries, {kind: number left out})."""
-    from_export.notes.clear()
-    from_export.slack_names.clear()
+def main(home, monkeypatch, capsys):
+    """Return main("chat.txt", …): what a run in this process printed, or the error of its end."""
 
-    def convert(files, keep=(), dates=None):
+    def main(*arguments):
+        from_export.notes.clear()
+        from_export.slack_names.clear()
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(from_export, "RAW", home / RAW)
+        monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "sample", *arguments])
+        try:
+            from_export.main()
+        except SystemExit as end:
+            return capsys.readouterr().err if end.code == 2 else end.code
+        return capsys.readouterr().out
+
+    return main
+
+
+@pytest.fixture
+def check(home, main):
+    """Return check({"a.txt": …}, "Ann: hi|Bob: ok", media=1): convert files, compare, get entries.
+
+    What was said is compared, and how much of each kind was left out.
+    """
+
+    def check(files, talk, *flags, **left_out):
         for name, content in files.items():
-            path = tmp_path / "export" / name
+            path = home / "export" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             content = content if isinstance(content, str | bytes) else json.dumps(content)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        read, _ = from_export.read_files([str(tmp_path / "export")], dates)
-        conversations, left_out = from_export.sort_out(read, keep)
-        counts = {kind: len(texts) for kind, texts in left_out.items()}
-        return from_export.entries_of(conversations), counts
+        printed = main("export", "--replace", *flags)
+        entries = written(home)
+        assert "|".join(said(entries)) == talk
+        kinds = re.findall(r"^left out +(\d+)  [^(]* \((\w+)\)", printed, re.M)
+        assert Counter({kind: int(count) for count, kind in kinds}) == Counter(left_out)
+        return entries
 
-    return convert
+    return check
+
+
+def written(home):
+    path = home / RAW / "messages_sample.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else []
 
 
 def said(entries):
@@ -45,22 +97,356 @@ def said(entries):
     return [f"{entry.get('author')}: {entry['message']}" for entry in entries]
 
 
-def gives(result, *talk, **left_out):
-    """Check what was said and how much of each kind was left out; return the entries."""
-    entries, counts = result
-    assert said(entries) == list(talk) and counts == left_out
-    return entries
+def each(key, entries):
+    """Return the values of a key, each once, in the order in which they come."""
+    return list(dict.fromkeys(entry.get(key) for entry in entries))
 
 
-def of(key, entries):
-    return [entry.get(key) for entry in entries]
+def packed(files):
+    """Return the bytes of a .zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
 
 
-# ---- WhatsApp ----------------------------------------------------------------------------------
-ANDROID, IPHONE = "24/11/26, 10:44 - {}", "[24/11/26, 10:44:25] {}"
+# ---- settings -----------------------------------------------------------------------------------
+USAGE = [
+    ([], "PATH. FIX: python data/raw/from_export.py ~/Downloads/"),
+    (["chat.txt", "--keep", "apps"], "FIX: python data/raw/from_export.py ~/Downloads/"),
+    (["chat.txt", "--version", "../x"], "FIX: export VERSION=x"),
+]
 
 
-@pytest.mark.parametrize(
+@table(("arguments", "what"), USAGE)
+def test_wrong_usage_is_answered_with_an_example(home, main, arguments, what):
+    assert what in main(*arguments).splitlines()[-1]
+    assert written(home) == []
+
+
+# ---- find ---------------------------------------------------------------------------------------
+def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
+    folder = home / "Downloads"
+    (folder / "deep er").mkdir(parents=True)
+    (folder / "deep er/chat.txt").write_text(CHAT)
+    (folder / "bill.txt").write_text("Dear customer")
+    (folder / ".hidden.txt").write_text(CHAT)
+    (folder / "loop").symlink_to(folder)
+    assert "1  Downloads/bill.txt: a text" in main("Downloads")
+    assert len(written(home)) == 3
+    assert main("Downloads/deep er", "Downloads/bill.txt").startswith("error: Downloads/bill.txt")
+    (home / RAW / "chat.txt").write_text(CHAT)  # what the script wrote there is no export
+    assert "3 entries" in main(RAW, "--version", "two")
+
+
+def test_a_path_without_its_quotes_is_told_with_them(home, main):
+    for name in "Chat - Ann.zip", "my chat.txt":
+        (home / name).write_text(CHAT)
+    error = main("chat.txt", "Chat", "-", "Ann.zip", "my", "chat.txt", "--dates", "dmy")
+    command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'my chat.txt'"
+    assert error.startswith("error: Chat is not there")
+    assert error.endswith(f"FIX: {command} --dates dmy")
+
+
+def test_nothing_of_a_zip_is_unpacked(home, main):
+    outside = {"../../outside.txt": CHAT, f"{home}/b.txt": CHAT.replace("Bob", "Cy")}
+    (home / "a.zip").write_bytes(packed(outside))
+    before = {path for path in home.rglob("*") if RAW not in str(path)}
+    assert "3 entries" in main("a.zip")
+    assert {path for path in home.rglob("*") if RAW not in str(path)} == before
+
+
+def test_a_zip_that_would_not_fit_into_memory_is_refused(home, main, monkeypatch):
+    (home / "bomb.zip").write_bytes(packed({"a.txt": CHAT, "b.txt": CHAT}))
+    monkeypatch.setattr(from_export, "MOST_BYTES", 2 * len(CHAT))
+    assert "bomb.zip/a.txt and so on" in main("bomb.zip")
+    monkeypatch.setattr(from_export, "MOST_BYTES", 2 * len(CHAT) - 1)
+    assert "bomb.zip holds over 0 GB. FIX: unzip it" in main("bomb.zip")
+
+
+def test_a_conversation_is_named_by_its_file_or_folder():
+    titles = {
+        "x/Chat WhatsApp con Ann.txt": "Chat WhatsApp con Ann",
+        "Чат WhatsApp с Bob (1).txt": "Чат WhatsApp с Bob",
+        "Cy.zip/_chat.txt": "Cy",
+        "Cy/notes.txt": "notes",
+    }
+    assert {file: from_export.title_of(file) for file in titles} == titles
+
+
+# ---- recognise ----------------------------------------------------------------------------------
+DEEP = '{"messages": [{"creator": {}, "text": %s}]}' % ("[" * 700 + "]" * 700)
+ZIP = packed({"chat.txt": CHAT})
+PASSWORD = ZIP.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
+UNREADABLE = {
+    "missing": ("x.zip", None, "x.zip is not there, or no file. FIX: name a file"),
+    "damaged": ("x.zip", ZIP.replace(b"Ann Lee", b"Ann Lea"), "unpacked: Bad CRC-32 for file"),
+    "locked": ("x.zip", PASSWORD, "password required for extraction. FIX: unzip it yourself"),
+    "empty zip": ("x.zip", packed({}), "holds no such file; known are Telegram, Discord"),
+    "diary": ("x.txt", "Dear diary\n", "x.txt is a text that begins with 'Dear diary'"),
+    "web page": ("x.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
+    "cut off": ("x.json", '{"messages": [{"type": "mess', "a text that begins with '{\"messages"),
+    "brackets": ("x.json", "[" * 100000, "not as its app writes it"),
+    "deep text": ("x.json", DEEP, "not as its app writes it"),
+    "no chats": ("x.json", '{"chats": {"list": 7}}', "not as its app writes it"),
+    "other keys": ("x.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
+    "no keys": ("x.json", "[1, null]", "JSON with the keys (none)"),
+    "windows": ("x.json", '[{"previous_messages": [], "message": "b"}]', "copy it into data/raw"),
+    "empty": ("x.txt", "", "x.txt is empty"),
+    "binary": ("x.txt", "\0\1\2", "x.txt is no text"),
+    "escapes": ("x.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
+    "alone": ("x.txt", "1/2/26, 9:44 - Ann: hi", "nothing is left that people said to each other"),
+}
+
+
+@table("case", UNREADABLE)
+def test_what_cannot_be_read_gets_an_error_that_says_what_it_is(home, main, case):
+    name, content, what = UNREADABLE[case]
+    if content is not None:
+        (home / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = main(name)
+    assert what in error and ". FIX: " in error and written(home) == []
+
+
+# ---- JSON of the apps: what becomes of a message is its words, or the kind it is left out as -----
+def meta(text):
+    """Return it as Instagram writes it: "Zoë" → "ZoÃ«"."""
+    return text.encode().decode("latin-1")
+
+
+# app: the file, its conversation and time; what all messages have; each one and what becomes of it
+APPS = {
+    "Telegram": [
+        ({"name": "Home", "id": 7, "messages": ...}, "Home", "2026-11-24T09:44:00"),
+        {"type": "message", "from": "Ann", "date_unixtime": "1795513440", "text": ""}
+        | {"date": "2026-11-24T10:44:00"},  # by the clock of the phone
+        ({"text": "ciao"}, "Ann: ciao"),
+        ({"text": ["see ", {"type": "link", "text": "a.it"}, "!"]}, "Ann: see a.it!"),
+        ({"text_entities": [{"type": "plain", "text": "parts"}]}, "Ann: parts"),
+        ({"text": "a caption", "photo": "photos/1.jpg"}, "Ann: a caption"),
+        ({"text": "who?", "from": None}, "None: who?"),
+        ({"type": "service", "action": "invite_members"}, "app"),
+        ({"media_type": "sticker", "sticker_emoji": "🙂"}, "media"),
+        ({"text": "news", "forwarded_from": "A channel"}, "forwarded"),
+        ({"text": "found", "via_bot": "@gif"}, "bot"),
+        ({"text": "a post", "from_id": "channel7"}, "channel"),
+        ({"poll": {"question": "When?"}}, "poll"),
+    ],
+    "Discord": [
+        ({"guild": {"name": "G"}, "channel": {"name": "c"}, "messages": ...},
+         "G / c", "2026-11-24T09:44:25"),
+        {"author": {"name": "ann", "nickname": "N"}, "type": "Default", "content": ""}
+        | {"timestamp": "2026-11-24T10:44:25.1234567+01:00"},
+        ({"content": "hi"}, "ann: hi"),
+        ({"content": "yes?", "type": "Reply", "author": {"name": "bob"}}, "bob: yes?"),
+        ({"content": "Joined the server.", "type": "GuildMemberJoin"}, "app"),
+        ({"content": "beep", "author": {"name": "robot", "isBot": True}}, "bot"),
+        ({"attachments": [{"url": "a.png"}]}, "media"),
+        ({"forwardedMessage": {"content": "old"}}, "forwarded"),
+        ({"poll": {"question": "When?"}}, "poll"),
+    ],
+    "Instagram": [
+        ({"participants": [], "title": "Z", "messages": ...}, "Z", "2026-11-24T09:44:00"),
+        {"timestamp_ms": 1795513440000, "sender_name": meta("Zoë")},
+        ({"content": meta("hi 😂")}, "Zoë: hi 😂"),
+        ({"content": "You sent me soup", "sender_name": "Bob"}, "Bob: You sent me soup"),
+        ({"content": meta("Reacted 😂 to your message ")}, "app"),
+        ({"content": meta("Zoë hat einen Anhang gesendet.")}, "app"),
+        ({"content": "Liked a message"}, "app"),
+        ({"photos": [{"uri": "a.jpg"}]}, "media"),
+        ({"content": "x", "is_unsent": True}, "deleted"),
+        ({"content": "Audio call ended", "call_duration": 3}, "call"),
+    ],
+    "Messenger, encrypted": [
+        ({"participants": ["Zoë"], "threadName": "Zoë_12", "messages": ...},
+         "Zoë", "2026-11-24T09:44:00"),
+        {"senderName": "Zoë", "timestamp": 1795513440000, "type": "text", "text": ""},
+        ({"text": "früher"}, "Zoë: früher"),
+        ({"text": "später", "senderName": "Bob"}, "Bob: später"),
+        ({"isUnsent": True}, "deleted"),
+    ],
+    "Twitch": [
+        ({"streamer": {}, "comments": ..., "video": {}}, "folder", "1970-01-01T00:01:05"),
+        {"content_offset_seconds": 65, "commenter": {"display_name": "Ann", "name": "ann"}},
+        ({"message": {"body": "hi"}}, "Ann: hi"),
+        ({"message": {"body": "gone"}, "commenter": None}, "None: gone"),
+        ({"message": {"body": "+1", "user_notice_params": {"msg-id": "resub"}}}, "app"),
+        ({"message": {"body": "late"}, "created_at": "2026-11-24T10:44:25Z"}, "Ann: late"),
+    ],
+    "Slack": [
+        (..., "folder", "2026-11-24T09:44:00"),
+        {"type": "message", "user_profile": {"real_name": "Ann"}, "ts": "1795513440.0001"},
+        ({"text": "you &amp; all, <https://a.b|look>"}, "Ann: you & all, look"),
+        ({"text": "me", "user_profile": {"real_name": "Cy"}}, "Cy: me"),
+        ({"text": "has joined", "subtype": "channel_join"}, "app"),
+        ({"text": "beep", "bot_id": "B1"}, "bot"),
+    ],
+    "Google Chat": [
+        ({"messages": ...}, "folder", "2026-11-24T22:44:25"),
+        {"creator": {"name": "Ann", "email": "a@b.c", "user_type": "Human"}, "text": ""}
+        | {"created_date": "Tuesday, November 24, 2026 at 10:44:25\u202fPM UTC"},
+        ({"text": "hi"}, "Ann: hi"),
+        ({"text": "ok", "creator": {"name": "Bob"}}, "Bob: ok"),
+        ({"text": "beep", "creator": {"name": "B", "user_type": "Bot"}}, "bot"),
+        ({"message_state": "DELETED"}, "deleted"),
+    ],
+    "Matrix": [
+        ({"room_name": "Home", "messages": ...}, "Home", "2026-11-24T09:44:00"),
+        {"type": "m.room.message", "sender": "@ann:a.org", "origin_server_ts": 1795513440000},
+        ({"content": {"msgtype": "m.text", "body": "hi"}}, "ann: hi"),
+        ({"sender": "@bob:a.org"}
+         | {"content": {"msgtype": "m.text", "body": "> <@ann:a.org> hi\n> all\n\nyes\n> no",
+                        "m.relates_to": {"m.in_reply_to": {"event_id": "$1"}}}},
+         "bob: yes\n> no"),  # without the quotation
+        ({"content": {"msgtype": "m.text", "body": "* hi!",
+                      "m.relates_to": {"rel_type": "m.replace"}}}, "app"),
+        ({"content": {"msgtype": "m.notice", "body": "beep"}}, "bot"),
+        ({"content": {"msgtype": "m.image", "body": "a.png"}}, "media"),
+        ({"content": {"membership": "join"}, "type": "m.room.member"}, "app"),
+        ({"content": {}}, "deleted"),
+    ],
+}  # fmt: skip
+
+
+@table("app", APPS)
+def test_what_people_wrote_is_kept_and_all_else_is_left_out_by_kind(check, app):
+    (file, place, time), message, *cases = APPS[app]
+    messages = [message | differs for differs, _ in cases]
+    file = messages if file is ... else {k: messages if v is ... else v for k, v in file.items()}
+    talk = "|".join(becomes for _, becomes in cases if ": " in becomes)
+    left_out = Counter(becomes for _, becomes in cases if ": " not in becomes)
+    entries = check({"folder/messages.json": file}, talk, **left_out)
+    assert (entries[0]["conversation"], entries[0]["time"]) == (place, time)
+
+
+def telegram_chat(title, form, *authors):
+    messages = [{"type": "message", "from": author, "text": "hi"} for author in authors]
+    return {"name": title, "type": form, "id": 1, "messages": messages}
+
+
+def test_telegrams_export_of_everything_gives_the_talks_between_people(check):
+    chats = [
+        telegram_chat("News", "public_channel", "News"),
+        telegram_chat("Helper", "bot_chat", "Helper", "Me"),
+        telegram_chat(None, "saved_messages", "Me"),
+        telegram_chat("Only mine", "private_supergroup", "Me", "Me"),
+        telegram_chat("Ann", "personal_chat", "Ann", "Me") | {"id": 5},
+        telegram_chat("Ann", "personal_chat", "Ann", "Me") | {"id": 6},
+    ]
+    left = [telegram_chat("Gone", "private_group", "Cy", "Me")]
+    files = {"result.json": {"chats": {"list": chats}, "left_chats": {"list": left}}}
+    talk = "Ann: hi|Me: hi|Ann: hi|Me: hi|Cy: hi|Me: hi"
+    entries = check(files, talk, channel=1, bot=2, notes=1, alone=2)
+    assert each("conversation", entries) == ["Ann 5", "Ann 6", "Gone"]
+
+
+def test_a_topic_of_a_forum_of_telegram_is_a_conversation(check):
+    messages = [
+        {"id": 10, "type": "service", "action": "topic_created", "title": "Food", "text": ""},
+        {"id": 11, "from": "Ann", "text": "soup?", "reply_to_message_id": 10},
+        {"id": 12, "from": "Bob", "text": "hello all"},
+        {"id": 13, "from": "Bob", "text": "bread", "reply_to_message_id": 11},
+        {"id": 14, "from": "Ann", "text": "hello"},
+    ]
+    files = {"result.json": {"name": "Home", "messages": messages}}
+    entries = check(files, "Ann: soup?|Bob: bread|Bob: hello all|Ann: hello", app=1)
+    assert each("conversation", entries) == ["Home / Food", "Home"]
+
+
+def test_instagrams_files_are_newest_first_and_make_one_conversation(check):
+    def file(*texts):
+        message = {"sender_name": "A"}
+        messages = [message | {"timestamp_ms": 10**12 + int(t), "content": t} for t in texts]
+        return {"participants": [], "title": "Zoe", "messages": messages}
+
+    files = {"zoe_1/message_1.json": file("4", "3"), "zoe_1/message_2.json": file("2", "1")}
+    entries = check(files, "A: 1|A: 2|A: 3|A: 4", "--keep", "alone")
+    assert each("conversation", entries) == ["Zoe"]
+
+
+def test_slack_has_names_in_a_file_of_their_own_and_threads_are_conversations(check):
+    users = [
+        {"id": "U1", "name": "ann.l", "profile": {"display_name": "", "real_name": "Ann Lee"}},
+        {"id": "U2", "name": "bob", "profile": {"display_name": "Bob"}},
+    ]
+    day = [
+        {"type": "message", "ts": "1795513441.0001", "user": "U1", "text": "hi <@U2>"},
+        {"type": "message", "ts": "1795513442.0001", "user": "U2", "text": "so", "thread_ts": "7"},
+        {"type": "message", "ts": "1795513443.0001", "user": "U2", "text": "ok"},
+    ]
+    files = {"general/2026-11-24.json": day, "users.json": users}
+    entries = check(files, "Ann Lee: hi @Bob|Bob: ok|Bob: so", "--keep", "alone")
+    assert each("conversation", entries) == ["general", "general / 7"]
+
+
+# ---- lists, CSV, training sets ------------------------------------------------------------------
+@table("author", ["author", "sender", "username", "user", "from", "name", "Nick"])
+@table("text", ["message", "text", "content", "Body"])
+def test_a_list_of_messages_under_the_keys_of_other_programs(check, author, text):
+    log = [{"date": "26/12/24", "time": "6:06", author: name, text: "hi"} for name in "AB"]
+    for content in log, {"messages": log}, "\n".join(map(json.dumps, log)):
+        entries = check({"a.json": content}, "A: hi|B: hi")
+        assert each("time", entries) == ["2024-12-26T06:06:00"]
+
+
+@table("delimiter", [",", ";", "\t"])
+@table("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_csv_with_a_header(check, delimiter, encoding):
+    long = "é" * 200_000
+    lines = [
+        "No,Date,Chat,From,Text",
+        '7,24/11/26 10:45,Home,B,"3,\nand ""all"""',
+        f"8,24/11/26 10:44,Home,A,{long}",
+        "9,24-Nov-26 10:44 AM,Home,B,1",
+        ",,,,",
+    ]
+    content = "\r\n".join(lines).replace(",", delimiter).encode(encoding)
+    talk = f'B: 1|A: {long}|B: 3{delimiter}\nand "all"'
+    entries = check({"a.csv": content}, talk, media=1)
+    assert each("time", entries) == ["2026-11-24T10:44:00", "2026-11-24T10:45:00"]
+    assert from_export.notes[-1] == "nothing was understood in No of a"
+
+
+def test_texts_without_authors_and_times_are_messages_and_never_copies(check):
+    files = {f"{folder}/a.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
+    check(files, "None: ok|None: ok|None: ok|None: ok")
+
+
+ROLES = ["system", "user", "assistant", "user", "assistant"]
+TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", strict=True)]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@table(
+    ("row", "pairs"),
+    [
+        ({"prompt": "a", "completion": "b"}, [("a", "b")]),
+        ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
+        ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
+        ({"question": "a", "answer": "b", "id": 7, "input": "c"}, [("a", "b")]),
+        ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
+        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
+        ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
+        ({"messages": TURNS[2:]}, [("b\n\nc", "d")]),
+        ({"conversations": SHAREGPT}, [("a", "b")]),
+    ],
+)
+def test_a_training_set_becomes_pairs(home, main, row, pairs):
+    for content in json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n":
+        (home / "a.jsonl").write_text(content)
+        main("a.jsonl", "--replace")
+        assert [(pair["prompt"], pair["completion"]) for pair in written(home)] == pairs * 2
+
+
+def test_chats_and_training_sets_do_not_mix(home, main):
+    (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "chats and training sets" in main("chat.txt", "set.jsonl")
+    assert main("set.jsonl").splitlines()[-1].strip() == "VERSION=sample python build_train.py"
+
+
+# ---- WhatsApp -----------------------------------------------------------------------------------
+@table(
     ("clock", "headers"),
     [
         ("00:04:00", "11/24/26, 12:04 AM - "),
@@ -79,42 +465,28 @@ ANDROID, IPHONE = "24/11/26, 10:44 - {}", "[24/11/26, 10:44:25] {}"
         ("22:44:25", "\u200f[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] "),
     ],
 )
-def test_a_message_of_whatsapp_begins_with_a_date_in_any_form(convert, clock, headers):
+def test_a_message_begins_with_a_date_in_any_form(check, clock, headers):
     for header in headers.split("|"):
-        result = convert({"a.txt": f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"})
-        entries = gives(result, "Ann: hi: you\n[1] second line", "Bob: ok")
-        assert entries[0]["time"] == f"2026-11-24T{clock}", header
+        chat = f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"
+        entries = check({"a.txt": chat}, "Ann: hi: you\n[1] second line|Bob: ok")
+        assert each("time", entries) == [f"2026-11-24T{clock}"], header
 
 
-@pytest.mark.parametrize(
-    ("dates", "first", "else_"),
-    [
-        ("1/2/26 13/2/26", "2026-02-01", ""),  # no month is 13
-        ("1/2/26 2/13/26", "2026-01-02", ""),
-        ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03", ""),  # so time goes on
-        ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03", ""),
-        ("1/5/26 5/4/26 4/4/26 3/4/26", "2026-04-03", ""),  # or back
-        ("26-04-03 26-04-04 26-05-01", "2026-04-03", ""),
-        ("1/2/26 2/2/26", "2026-02-01", "mdy"),  # nothing decides
-    ],
-)
-def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, first, else_):
-    chat = "\n".join(f"{day}, 9:44 - {'AB'[i % 2]}: hi" for i, day in enumerate(dates.split()))
-    assert convert({"chat.txt": chat})[0][0]["time"][:10] == first
-    assert [note[-3:] for note in from_export.notes] == ([else_] if else_ else [])
+ANDROID, IPHONE = "24/11/26, 10:44 - ", "[24/11/26, 10:44:25] "
 
 
-def test_where_nothing_decides_american_capitals_or_the_setting_do(convert):
-    chat = "1/2/26, 9:44 AM - A: a\n1/2/26, 9:44 AM - B: b"
-    assert convert({"chat.txt": chat})[0][0]["time"][:10] == "2026-01-02"
-    assert convert({"chat.txt": chat}, dates="dmy")[0][0]["time"][:10] == "2026-02-01"
+def chat_of(*messages, form=ANDROID):
+    return "\n".join(form + message for message in messages)
 
 
-@pytest.mark.parametrize(
+OF_PEOPLE = ["see <https://a.b>", "std::vector<int>", "</h1>", "3 < 4 > 2", "so <big grin>"]
+OF_PEOPLE += ["the image omitted a lot", "oh. (it is)"]
+
+
+@table(
     ("text", "words"),
     [
-        *[(text, text) for text in ("see <https://a.b>", "std::vector<int>", "</h1>", "3 < 4 > 2")],
-        *[(text, text) for text in ("so <big grin>", "the image omitted a lot", "oh. (it is)")],
+        *((text, text) for text in OF_PEOPLE),
         ("ok \u200e<This message was edited>", "ok"),
         ("gut <Diese Nachricht wurde bearbeitet.>", "gut"),
         ("<Media omitted>\nlook here", "look here"),
@@ -126,12 +498,11 @@ def test_where_nothing_decides_american_capitals_or_the_setting_do(convert):
         ("@\u2068Bob\u2069 hi", "@Bob hi"),
     ],
 )
-def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, words):
-    chat = f"{ANDROID.format('Ann: ')}{text}\n{ANDROID.format('Bob: ok')}"
-    assert said(convert({"chat.txt": chat})[0]) == [f"Ann: {words}", "Bob: ok"]
+def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, words):
+    check({"a.txt": chat_of(f"Ann: {text}", "Bob: ok")}, f"Ann: {words}|Bob: ok")
 
 
-@pytest.mark.parametrize(
+@table(
     ("form", "kind", "texts"),
     [
         (ANDROID, "media", ["<Media omitted>", "<Без медиафайлов>", "<המדיה לא נכללה>", "null"]),
@@ -152,327 +523,102 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(convert, text, 
         (IPHONE, "poll", ["\u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"]),
         (IPHONE, "location", ["\u200eLocation: https://maps.google.com/?q=48.2,16.3"]),
     ],
-)  # fmt: skip
-def test_what_whatsapp_wrote_is_left_out_in_many_languages(convert, form, kind, texts):
-    lines = [f"Ann: {text}" for text in texts] + ["A: a", "B: b"]
-    result = convert({"chat.txt": "\ufeff" + "\r\n".join(map(form.format, lines))})
-    gives(result, "A: a", "B: b", **{kind: len(texts)})
+)
+def test_what_whatsapp_wrote_is_left_out_in_many_languages(check, form, kind, texts):
+    chat = chat_of(*(f"Ann: {text}" for text in texts), "A: a", "B: b", form=form)
+    check({"a.txt": "\ufeff" + chat.replace("\n", "\r\n")}, "A: a|B: b", **{kind: len(texts)})
 
 
-def test_a_line_of_whatsapp_without_an_author_is_a_notice(convert):
+def test_a_line_without_an_author_is_a_notice_of_the_app(check):
     notices = [
         "Messages and calls are end-to-end encrypted. Tap to learn more.",
         'Ann changed the subject from "Plans: May" to "Plans: June"',
         "Ann ha creato il gruppo “Gita: mare”",
     ]
-    chat = "\n".join(map(ANDROID.format, [*notices, "A: a", "B: b"]))
-    gives(convert({"chat.txt": chat}), "A: a", "B: b", app=3)
+    check({"a.txt": chat_of(*notices, "A: a", "B: b")}, "A: a|B: b", app=3)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<Média kihagyva innen>\nnézd",
-        "nézd <Média kihagyva innen>",
-        "nézd\u200ekép kihagyva",
-        "1.pdf (fájl innen)\nnézd",
-    ],
-)
-def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(convert, text):
-    lines = [ANDROID.format(f"{name}: {text}") for name in "ABC"]
-    assert of("message", convert({"chat.txt": "\n".join(lines)})[0]) == ["nézd"] * 3
-    once = of("message", convert({"chat.txt": "\n".join(lines[:2])})[0])
-    assert once == [text.replace("\u200e", "")] * 2
+UNKNOWN = [
+    "<Média kihagyva innen>\nnézd",
+    "nézd <Média kihagyva innen>",
+    "nézd\u200ekép kihagyva",
+    "1.pdf (fájl innen)\nnézd",
+]
 
 
-# ---- authors -----------------------------------------------------------------------------------
-def test_authors_lose_what_is_no_name_and_a_phone_number_becomes_a_person(convert):
-    names = {
-        "+43 660 0000001": "Person 1",
-        "\u202a+43 660 0000001\u202c": "Person 1",
-        "~\u202fAnn": "Ann",
-        "+1 (555) 010\u20110002": "Person 2",
-        "\u202a+44\xa07700\xa0900000\u202c": "Person 3",
-        "A\x1b[2Jn\u202e  Lee": "A[2Jn Lee",
-        "\U0001f468\u200d\U0001f33e": "\U0001f468\u200d\U0001f33e",
-    }
-    chat = "\n".join(ANDROID.format(f"{name}: hi") for name in names)
-    assert of("author", convert({"chat.txt": chat})[0]) == list(names.values())
+@table("text", UNKNOWN)
+def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(check, text):
+    check({"a.txt": chat_of(*(f"{name}: {text}" for name in "ABC"))}, "A: nézd|B: nézd|C: nézd")
+    shown = text.replace("\u200e", "")
+    check({"a.txt": chat_of(f"A: {text}", f"B: {text}")}, f"A: {shown}|B: {shown}")
 
 
-def test_bots_are_known_by_name(convert):
-    log = "[10:00:00] <ann> hi\n[10:00:01] <Nightbot> buy!\n[10:00:02] <bob> ok"
-    gives(convert({"a.log": log}), "ann: hi", "bob: ok", bot=1)
-    assert len(convert({}, keep=["bot"])[0]) == 3
-
-
-# ---- the apps ----------------------------------------------------------------------------------
-def telegram(text, name="Ann", **more):
-    return {"type": "message", "from": name, "from_id": "user1", "text": text} | more
-
-
-def test_telegram_keeps_what_people_wrote(convert):
-    messages = [
-        telegram("ciao", id=1, date="2026-11-24T10:44:00", date_unixtime="1795513440"),
-        telegram(["see ", {"type": "link", "text": "https://a.it"}, "!"], "Bob"),
-        telegram("caption", photo="photos/1.jpg"),
-        {"type": "message", "from": "Bob", "text_entities": [{"type": "plain", "text": "parts"}]},
-        telegram("who?", None),
-        telegram("", type="service", action="invite_members"),
-        telegram("", media_type="sticker", sticker_emoji="🙂"),
-        telegram("news", forwarded_from="A channel"),
-        telegram("found", via_bot="@gif"),
-        telegram("a post", "News", from_id="channel7"),
-        telegram("", poll={"question": "When?"}),
-    ]
-    result = convert({"result.json": {"name": "Ann", "id": 7, "messages": messages}})
-    talk = ["Ann: ciao", "Bob: see https://a.it!", "Ann: caption", "Bob: parts", "None: who?"]
-    entries = gives(result, *talk, app=1, media=1, forwarded=1, bot=1, channel=1, poll=1)
-    assert entries[0]["conversation"] == "Ann"
-    assert entries[0]["time"] == "2026-11-24T09:44:00"  # not the clock of the phone
-
-
-def test_telegrams_export_of_everything_gives_the_talks_between_people(convert):
-    def chat(name, form, number, *names):
-        messages = [telegram("hi", who) for who in names]
-        return {"name": name, "type": form, "id": number, "messages": messages}
-
-    chats = [
-        chat("News", "public_channel", 1, "News"),
-        chat("Helper", "bot_chat", 2, "Helper", "Me"),
-        chat(None, "saved_messages", 3, "Me"),
-        chat("Only mine", "private_supergroup", 4, "Me", "Me"),
-        chat("Ann", "personal_chat", 5, "Ann", "Me"),
-        chat("Ann", "personal_chat", 6, "Ann", "Me"),
-    ]
-    gone = [chat("Gone", "private_group", 8, "Cy", "Me")]
-    result = convert({"result.json": {"chats": {"list": chats}, "left_chats": {"list": gone}}})
-    talk = ["Ann: hi", "Me: hi"] * 2 + ["Cy: hi", "Me: hi"]
-    entries = gives(result, *talk, channel=1, bot=2, notes=1, alone=2)
-    assert of("conversation", entries[::2]) == ["Ann 5", "Ann 6", "Gone"]
-
-
-def test_a_topic_of_a_forum_is_a_conversation(convert):
-    messages = [
-        telegram("", type="service", action="topic_created", id=10, title="Food"),
-        telegram("soup?", id=11, reply_to_message_id=10),
-        telegram("hello all", "Bob", id=12),
-        telegram("bread", "Bob", id=13, reply_to_message_id=11),
-        telegram("hello", id=14),
-    ]
-    result = convert({"result.json": {"name": "Home", "messages": messages}})
-    entries = gives(result, "Ann: soup?", "Bob: bread", "Bob: hello all", "Ann: hello", app=1)
-    assert of("conversation", entries) == ["Home / Food"] * 2 + ["Home"] * 2
-
-
-def test_discord(convert):
-    def message(name, content, form="Default", **more):
-        author = {"name": name, "nickname": "N", "isBot": name == "robot"}
-        when = "2026-11-24T10:44:25.1234567+01:00"
-        return {"type": form, "timestamp": when, "content": content, "author": author} | more
-
-    messages = [
-        message("ann", "hi"),
-        message("bob", "yes?", "Reply"),
-        message("ann", "Joined the server.", "GuildMemberJoin"),
-        message("robot", "beep"),
-        message("bob", "", attachments=[{"url": "a.png"}]),
-        message("bob", "", forwardedMessage={"content": "old"}),
-    ]
-    export = {"guild": {"name": "G"}, "channel": {"name": "general"}, "messages": messages}
-    result = convert({"a.json": export})
-    entries = gives(result, "ann: hi", "bob: yes?", app=1, bot=1, media=1, forwarded=1)
-    assert entries[0]["conversation"] == "G / general"
-    assert entries[0]["time"] == "2026-11-24T09:44:25"
-
-
-def test_instagram_is_newest_first_in_several_files_and_latin_1(convert):
-    zoe, moji = "Zo\u00c3\u00ab", "\u00f0\u009f\u0098\u0082"
-
-    def message(minute, name, text, **more):
-        when = 1795513440000 + 60000 * minute
-        return {"timestamp_ms": when, "sender_name": name, "content": text} | more
-
-    newer = [
-        message(9, "Bob", "bye"),
-        message(8, zoe, f"Reacted {moji} to your message "),
-        message(7, zoe, f"{zoe} hat einen Anhang gesendet."),
-        message(6, "Bob", "Liked a message"),
-        message(6, "Bob", "You sent me soup"),
-        message(5, zoe, None, photos=[{"uri": "a.jpg"}]),
-        message(5, zoe, "x", is_unsent=True),
-        message(4, "Bob", "Audio call ended", call_duration=3),
-        message(4, zoe, f"third {moji}"),
-    ]
-    older = [message(3, zoe, "second"), message(2, "Bob", "first")]
-    exports = [{"participants": [], "title": zoe, "messages": part} for part in (newer, older)]
-    names = "zoe_1/message_1.json", "zoe_1/message_2.json"
-    result = convert(dict(zip(names, exports, strict=True)))
-    talk = ["Bob: first", "Zoë: second", "Zoë: third 😂", "Bob: You sent me soup", "Bob: bye"]
-    entries = gives(result, *talk, app=3, media=1, deleted=1, call=1)
-    assert set(of("conversation", entries)) == {"Zoë"}
-
-
-def test_messengers_encrypted_chats_have_keys_of_their_own(convert):
-    names, when = ["Bob", "Zoë"], 1795513440000
-    messages = [
-        {"senderName": "Zoë", "text": "später", "timestamp": when + 1000, "type": "text"},
-        {"senderName": "Bob", "text": "früher", "timestamp": when, "type": "text"},
-        {"senderName": "Bob", "text": "", "timestamp": when, "isUnsent": True},
-    ]
-    export = {"participants": names, "threadName": "Zoë_12", "messages": messages}
-    entries = gives(convert({"Zoë_12.json": export}), "Bob: früher", "Zoë: später", deleted=1)
-    assert entries[0]["conversation"] == "Zoë"
-
-
-def test_twitch_downloader(convert):
-    def comment(name, text, seconds, notice=None):
-        commenter = name and {"display_name": name, "name": name.lower()}
-        message = {"body": text, "user_notice_params": {"msg-id": notice}}
-        return {"content_offset_seconds": seconds, "commenter": commenter, "message": message}
-
-    comments = [
-        comment("Ann", "hi", 5),
-        comment("Bob", "subscribed!", 66, "resub"),
-        comment(None, "gone", 68),
-        comment("Bob", "later", 69) | {"created_at": "2026-11-24T10:44:25Z"},
-    ]
-    result = convert({"vod.json": {"streamer": {}, "comments": comments, "video": {}}})
-    entries = gives(result, "Ann: hi", "None: gone", "Bob: later", app=1)
-    times = ["1970-01-01T00:00:05", "1970-01-01T00:01:08", "2026-11-24T10:44:25"]
-    assert of("time", entries) == times
-
-
-@pytest.mark.parametrize(
-    ("day", "log"),
-    [
-        ("2026-11-24", "# Log started: 2026-11-24 10:00:00 +0100\n"
-         "[10:44:25] <@Ann> hi\n[10:45] <+bob> ok"),
-        ("2026-11-24", "[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok"),
-        ("2026-11-24", "--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
-         "10:45 -!- cy joined\n10:45 <@bob> ok"),
-        ("2026-11-24", "2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
-         "2026-11-24 10:45:00\tbob\tok"),
-        ("2026-11-24", "**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n\n"
-         "Nov 24 10:44:25 <Ann>\thi\nNov 24 10:45:00 <bob>\tok"),
-        ("1970-01-01", "[10:44:25] Ann: hi\n[10:45:00] bob: ok"),
-        ("2026-11-24", "[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok"),
-    ],
-)  # fmt: skip
-def test_logs_of_irc_and_twitch(convert, day, log):
-    entries, left_out = convert({"a.log": log})
-    assert said(entries) == ["Ann: hi", "bob: ok"] and set(left_out) <= {"app"}
-    assert of("time", entries) == [f"{day}T10:44:25", f"{day}T10:45:00"]
-
-
-def test_a_log_goes_on_after_midnight_and_may_have_its_day_in_its_name(convert):
-    late = "[23:59:50] <ann> late\n[00:00:10] <bob> early\n[00:00:05] <ann> a clock goes wrong"
-    entries, _ = convert({"#home/2026-11-24.log": late, "#home/2026-11-26.log": "[10:44] <a> hi"})
-    times = ["24T23:59:50", "25T00:00:05", "25T00:00:10", "26T10:44:00"]
-    assert [time[8:] for time in of("time", entries)] == times
-    assert set(of("conversation", entries)) == {"#home"}
-
-
-def test_slack_has_names_in_a_file_of_their_own(convert):
-    def message(user, text, second, **more):
-        when = f"17955134{second}.0001"
-        return {"type": "message", "user": user, "text": text, "ts": when} | more
-
-    thread = {"thread_ts": "1795513446.0001"}
-    day = [
-        message("U1", "hi <@U2> &amp; all, <https://a.b|look> <https://c.d>", 41),
-        message("U3", "me too", 43, user_profile={"real_name": "Cy"}),
-        message("U1", "has joined", 44, subtype="channel_join"),
-        message("U1", "beep", 45, bot_id="B1"),
-        message("U1", "soup?", 46, **thread),
-        message("U2", "yes", 47, **thread),
-    ]
-    users = [
-        {"id": "U1", "name": "ann.l", "profile": {"display_name": "", "real_name": "Ann Lee"}},
-        {"id": "U2", "name": "bob", "profile": {"display_name": "Bob"}},
-    ]
-    result = convert({"general/2026-11-24.json": day, "users.json": users})
-    talk = ["Ann Lee: hi @Bob & all, look https://c.d", "Cy: me too", "Ann Lee: soup?", "Bob: yes"]
-    entries = gives(result, *talk, app=1, bot=1)
-    assert of("conversation", entries)[1:3] == ["general", "general / 1795513446.0001"]
-
-
-def test_signal_export(convert):
+# ---- Signal, logs, iMessage ---------------------------------------------------------------------
+def test_signal_export(check):
     chat = """\
 [2026-11-24 10:44:25] Me: hello  \n(- Ann: 👍 -)
 [2026-11-24 10:44:30] Ann: \n\n> hello\n\nhi, 1 > 0  \n![a](media/a.jpg)
 [2026-11-24 10:44:35] Ann: (media not exported)
 [2026-11-24 10:44:40] Ann: (This message was deleted)
 """
-    result = convert({"Ann/chat.md": chat, "Note to Self/chat.md": chat[: chat.index("(- ")]})
-    entries = gives(result, "Me: hello", "Ann: hi, 1 > 0", media=1, deleted=1, notes=1)
-    assert entries[0]["conversation"] == "Ann"
+    files = {"Ann/chat.md": chat, "Note to Self/chat.md": "[2026-11-24 10:44:25] Me: soup\n"}
+    entries = check(files, "Me: hello|Ann: hi, 1 > 0", media=1, deleted=1, notes=1)
+    assert each("conversation", entries) == ["Ann"]
 
 
-def test_imessage_exporter(convert):
-    chat = [
-        "Nov 24, 2026 10:44:25 AM (Read by you)\nMe\none\n\ntwo\nTapbacks:\nLoved by Ann\n",
-        "Nov 24, 2026  1:44:30 PM\nAnn\nbetter\nEdited 15 seconds later: best",
-        "This message responded to an earlier message.",
-        "    Nov 24, 2026  1:45:00 PM\n    Me\n    an answer\n",
-        "Nov 24, 2026  1:45:00 PM\nMe\nan answer\n",
-        "Nov 24, 2026  1:46:00 PM You named the conversation Home\n",
-        "Nov 24, 2026  1:47:00 PM\nAnn\n/Users/me/Library/Messages/Attachments/a/b.heic\n",
-    ]
-    talk = ["Me: one\n\ntwo", "Ann: best", "Me: an answer"]
-    entries = gives(convert({"+15550100.txt": "\n".join(chat)}), *talk, app=1, media=1)
-    assert [time[11:] for time in of("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
-    assert entries[0]["conversation"] == "Person 1"
+LOGS = {  # program: (log, notices in it)
+    "mIRC": ("# Log started: 2026-11-24 10:00 +0100\n[10:44:25] <@Ann> hi\n[10:45] <+bob> ok", 1),
+    "days": ("[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok", 0),
+    "irssi": ("--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
+              "10:45 -!- cy joined\n10:45 <@bob> ok", 2),
+    "WeeChat": ("2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
+                "2026-11-24 10:45:00\tbob\tok", 1),
+    "HexChat": ("**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n"
+                "Nov 24 10:44:25 <Ann>\thi\nNov 24 10:45:00 <bob>\tok", 1),
+    "Chatty": ("# Log started: 2026-11-24 10:00:00\n[10:44:25] Ann: hi\n[10:45:00] bob: ok", 1),
+    "Twitch": ("[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok", 0),
+}  # fmt: skip
 
 
-def test_google_chat(convert):
-    def message(name, text, **more):
-        creator = {"name": name, "email": "a@b.c", "user_type": "Bot" if name == "B" else "Human"}
-        when = "Tuesday, November 24, 2026 at 10:44:25\u202fPM UTC"
-        return {"creator": creator, "created_date": when, "text": text} | more
-
-    messages = [message("Ann", "hi"), message("Bob", "ok"), message("B", "beep")]
-    messages.append(message("Bob", "", message_state="DELETED"))
-    result = convert({"DM abc/messages.json": {"messages": messages}})
-    entries = gives(result, "Ann: hi", "Bob: ok", bot=1, deleted=1)
-    assert of("time", entries) == ["2026-11-24T22:44:25"] * 2
-    assert entries[0]["conversation"] == "DM abc"
+@table("program", LOGS)
+def test_logs_of_irc_and_twitch(check, program):
+    log, notices = LOGS[program]
+    entries = check({"a.log": log}, "Ann: hi|bob: ok", app=notices)
+    assert each("time", entries) == ["2026-11-24T10:44:25", "2026-11-24T10:45:00"]
 
 
-def test_matrix(convert):
-    def event(name, form="m.room.message", **content):
-        event = {"type": form, "sender": f"@{name}:a.org", "content": content}
-        return event | {"origin_server_ts": 1795513440000}
-
-    answers, edits = {"m.in_reply_to": {"event_id": "$1"}}, {"rel_type": "m.replace"}
-    answer = "> <@ann:a.org> hi\n> all\n\nyes\n> no quotation"
-    messages = [
-        event("ann", msgtype="m.text", body="hi"),
-        event("bob", msgtype="m.text", body=answer, **{"m.relates_to": answers}),
-        event("ann", msgtype="m.text", body="* hi!", **{"m.relates_to": edits}),
-        event("ann", msgtype="m.notice", body="beep"),
-        event("ann", msgtype="m.image", body="a.png"),
-        event("cy", "m.room.member", membership="join"),
-        event("ann"),
-    ]
-    result = convert({"export.json": {"room_name": "Home", "messages": messages}})
-    talk = ["ann: hi", "bob: yes\n> no quotation"]
-    entries = gives(result, *talk, app=2, bot=1, media=1, deleted=1)
-    assert entries[0]["conversation"] == "Home"
+def test_a_log_goes_on_after_midnight(check):
+    log = "[23:59:50] a: late\n[00:00:10] b: early\n[00:00:05] a: a clock goes wrong"
+    entries = check({"a.log": log}, "a: late|a: a clock goes wrong|b: early")
+    times = ["1970-01-01T23:59:50", "1970-01-02T00:00:05", "1970-01-02T00:00:10"]
+    assert each("time", entries) == times
 
 
-# ---- lists, CSV, training sets -----------------------------------------------------------------
-def test_a_list_of_messages_under_the_keys_of_other_programs(convert):
-    for author in ("author", "sender", "username", "user", "from", "name", "Nick"):
-        for text in ("message", "text", "content", "Body"):
-            log = [{"date": "26/12/24", "time": "6:06", author: name, text: "hi"} for name in "AB"]
-            for content in (log, {"messages": log}, "\n".join(map(json.dumps, log))):
-                entries, _ = convert({"a.json": content})
-                assert said(entries) == ["A: hi", "B: hi"]
-                assert entries[0]["time"] == "2024-12-26T06:06:00"
+def test_a_log_may_have_its_day_in_its_name(check):
+    files = {f"#home/2026-11-{day}.log": "[10:44] <a> hi\n[10:44] <b> ok" for day in (24, 26)}
+    entries = check(files, "a: hi|b: ok|a: hi|b: ok")
+    assert each("time", entries) == ["2026-11-24T10:44:00", "2026-11-26T10:44:00"]
+    assert each("conversation", entries) == ["#home"]
 
 
-@pytest.mark.parametrize(
+def test_imessage_exporter(check):
+    chat = """\
+Nov 24, 2026 10:44:25 AM (Read by you)\nMe\none\n\ntwo\nTapbacks:\nLoved by Ann\n
+Nov 24, 2026  1:44:30 PM\nAnn\nbetter\nEdited 15 seconds later: best
+This message responded to an earlier message.
+    Nov 24, 2026  1:45:00 PM\n    Me\n    an answer\n
+Nov 24, 2026  1:45:00 PM\nMe\nan answer\n
+Nov 24, 2026  1:46:00 PM You named the conversation Home\n
+Nov 24, 2026  1:47:00 PM\nAnn\n/Users/me/Library/Messages/Attachments/a/b.heic
+"""
+    talk = "Me: one\n\ntwo|Ann: best|Me: an answer"
+    entries = check({"+15550100.txt": chat}, talk, app=1, media=1)
+    assert [when[11:] for when in each("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
+    assert each("conversation", entries) == ["Person 1"]
+
+
+# ---- times --------------------------------------------------------------------------------------
+@table(
     ("time", "values"),
     [
         ("2026-11-24T09:44:00", [1795513440, "1795513440.5", 1795513440000, 1795513440000000]),
@@ -482,156 +628,101 @@ def test_a_list_of_messages_under_the_keys_of_other_programs(convert):
         (None, ["no time", float("inf"), float("nan"), "99.99.2026, 10:44", "24.11.2026, 10:99"]),
     ],
 )
-def test_times_of_lists(convert, values, time):
+def test_a_time_may_be_written_in_many_ways(check, values, time):
     for value in values:
-        log = [{"timestamp": value, "user": {"name": name, "id": 7}, "text": "hi"} for name in "AB"]
-        assert of("time", convert({"a.json": log})[0]) == [time, time], value
+        log = [{"timestamp": value, "user": name, "text": "hi"} for name in "AB"]
+        assert each("time", check({"a.json": log}, "A: hi|B: hi")) == [time], value
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_with_a_header(convert, delimiter):
-    long = "é" * 200_000
-    text = 'No,Date,Chat,From,Text\n7,24/11/26 10:45,Home,B,"3,\nand ""all"""\n'
-    text += f"8,24/11/26 10:44,Home,A,{long}\n9,24-Nov-26 10:44 AM,Home,B,1\n,,,,\n"
-    text = text.replace(",", delimiter)
-    windows = ["\ufeff" + text.replace("\n", "\r\n"), text.encode("utf-16"), text.encode("cp1252")]
-    for content in [text, *windows]:
-        result = convert({"a.csv": content})
-        entries = gives(result, "B: 1", f"A: {long}", f'B: 3{delimiter}\nand "all"', media=1)
-        assert of("time", entries)[0] == "2026-11-24T10:44:00"
-        assert from_export.notes[-1] == "nothing was understood in No of a"
-
-
-ROLES = ["system", "user", "assistant", "user", "assistant"]
-TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", strict=True)]
-SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-
-
-@pytest.mark.parametrize(
-    ("row", "pairs"),
+@table(
+    ("dates", "first"),
     [
-        ({"prompt": "a", "completion": "b"}, [("a", "b")]),
-        ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
-        ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
-        ({"question": "a", "answer": "b", "id": 7}, [("a", "b")]),
-        ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
-        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
-        ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
-        ({"messages": TURNS[2:]}, [("b\n\nc", "d")]),
-        ({"conversations": SHAREGPT}, [("a", "b")]),
+        ("1/2/26 13/2/26", "2026-02-01"),  # no month is 13
+        ("1/2/26 2/13/26", "2026-01-02"),
+        ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03"),  # so time goes on
+        ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03"),
+        ("1/5/26 5/4/26 4/4/26 3/4/26", "2026-04-03"),  # or back
+        ("26-04-03 26-04-04 26-05-01", "2026-04-03"),
     ],
 )
-def test_a_training_set_becomes_pairs(row, pairs):
-    for content in (json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n"):
-        read = from_export.read("a.jsonl", content.encode())[1]
-        assert [(pair["prompt"], pair["completion"]) for pair in read] == pairs * 2
+def test_the_order_of_day_and_month_is_that_of_the_whole_file(home, main, dates, first):
+    lines = [f"{day}, 9:44 - {'AB'[i % 2]}: hi\n" for i, day in enumerate(dates.split())]
+    (home / "chat.txt").write_text("".join(lines))
+    assert "nothing decides" not in main("chat.txt")
+    assert written(home)[0]["time"][:10] == first
 
 
-def test_texts_without_questions_are_messages(convert):
-    entries, _ = convert({"a.json": [{"text": "hi"}, {"text": "you"}]})
-    assert entries == [{"conversation": "a", "message": text} for text in ("hi", "you")]
+@table(
+    ("clock", "flags", "day"),
+    [
+        ("9:44", [], "2026-02-01"),
+        ("9:44 AM", [], "2026-01-02"),  # an American phone
+        ("9:44 AM", ["--dates", "dmy"], "2026-02-01"),
+    ],
+)
+def test_where_nothing_decides_capitals_or_the_setting_do_and_it_is_told(check, clock, flags, day):
+    chat = f"1/2/26, {clock} - A: a\n1/2/26, {clock} - B: b"
+    assert each("time", check({"a.txt": chat}, "A: a|B: b", *flags)) == [f"{day}T09:44:00"]
+    other = "mdy" if clock == "9:44" else "dmy"
+    assert [note[-11:] for note in from_export.notes] == ([] if flags else [f"--dates {other}"])
 
 
-# ---- several files -----------------------------------------------------------------------------
-def test_a_message_that_two_exports_hold_is_read_once(convert):
-    old = "24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: hi\n24/11/26, 10:45 - Bob: ok"
-    new = old + "\n24/11/26, 10:46 - Ann: more\n24/11/26, 10:46 - Ann: more"
-    entries, left_out = convert({"Ann.txt": old, "Ann (1).txt": new})
-    assert said(entries) == ["Ann: hi"] * 2 + ["Bob: ok"] + ["Ann: more"] * 2
-    assert left_out == {"copy": 3}
+# ---- leave out ----------------------------------------------------------------------------------
+AUTHORS = {
+    "+43 660 0000001": "Person 1",
+    "\u202a+43 660 0000001\u202c": "Person 1",
+    "~\u202fAnn": "Ann",
+    "+1 (555) 010\u20110002": "Person 2",
+    "\u202a+44\xa07700\xa0900000\u202c": "Person 3",
+    "A\x1b[2Jn\u202e  Lee": "A[2Jn Lee",
+    "\U0001f468\u200d\U0001f33e": "\U0001f468\u200d\U0001f33e",
+}
 
 
-def test_without_times_nothing_is_a_copy(convert):
-    files = {f"{folder}/a.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
-    assert of("message", convert(files)[0]) == ["ok"] * 4
+def test_authors_lose_what_is_no_name_and_a_phone_number_becomes_a_person(check):
+    talk = "|".join(f"{author}: hi" for author in AUTHORS.values())
+    check({"a.txt": chat_of(*(f"{name}: hi" for name in AUTHORS))}, talk)
 
 
-def test_conversations_are_named_by_file_or_folder(convert):
-    chat = "24/11/26, 10:44 - A: a\n24/11/26, 10:44 - B: b"
-    names = ["Chat WhatsApp con Ann.txt", "Чат WhatsApp с Bob.txt", "Cy/_chat.txt", "Cy/notes.txt"]
-    entries, _ = convert({name: chat for name in names})
-    expected = {"Chat WhatsApp con Ann", "Cy", "notes", "Чат WhatsApp с Bob"}
-    assert set(of("conversation", entries)) == expected
+def test_bots_are_known_by_name_and_a_kind_that_is_kept_is_not_left_out(check):
+    log = {"a.log": "[10:00:00] <ann> hi\n[10:00:01] <Nightbot> buy!\n[10:00:02] <bob> ok"}
+    check(log, "ann: hi|bob: ok", bot=1)
+    check(log, "ann: hi|Nightbot: buy!|bob: ok", "--keep", "bot")
 
 
-# ---- the command -------------------------------------------------------------------------------
-CHAT = """\
-24/11/26, 10:44 - Messages and calls are end-to-end encrypted.
-24/11/26, 10:44 - Ann Lee: hi
-24/11/26, 10:45 - Bob: ok
-24/11/26, 10:46 - Ann Lee: <Media omitted>
-25/11/26, 10:46 - Ann Lee: soup?
-"""
-FOLDER = "my project/data/raw"
-OUTPUT = f"{FOLDER}/messages_sample.json"
-DEEP = '{"messages": [{"creator": {}, "text": %s}]}' % ("[" * 700 + "]" * 700)
+def test_a_message_that_two_exports_hold_is_read_once(check):
+    old = "24/11/26, 10:44 - A: hi\n24/11/26, 10:44 - A: hi\n24/11/26, 10:45 - B: ok"
+    new = old + "\n24/11/26, 10:46 - A: more\n24/11/26, 10:46 - A: more"
+    talk = "A: hi|A: hi|B: ok|A: more|A: more"
+    check({"Ann.txt": old, "Ann (1).txt": new}, talk, copy=3)
 
 
-@pytest.fixture
-def home(tmp_path):
-    """A project of the script alone, in a folder whose name holds a space, and an export."""
-    (tmp_path / FOLDER).mkdir(parents=True)
-    (tmp_path / FOLDER / "from_export.py").write_bytes(SCRIPT.read_bytes())
-    (tmp_path / "chat.txt").write_text(CHAT, "utf-8")
-    return tmp_path
+# ---- write --------------------------------------------------------------------------------------
+def test_another_export_is_not_written_over_unless_told(home, main):
+    assert "3 entries" in main("chat.txt")
+    assert "3 entries" in main("chat.txt")  # the same one
+    (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
+    assert "FIX: add --replace" in main("chat.txt") and len(written(home)) == 3
+    assert "4 entries" in main("chat.txt", "--version", "two") and len(written(home)) == 3
+    assert "4 entries" in main("chat.txt", "--replace") and len(written(home)) == 4
 
 
-@pytest.fixture
-def export(home, run):
-    """Return export("chat.txt", …): the finished run on files of `home`."""
-
-    def export(*arguments, **kwargs):
-        return run(home / FOLDER, "from_export.py", *arguments, cwd=home, **kwargs)
-
-    return export
+def test_a_second_run_on_the_same_name_is_refused(home, main):
+    with open(home / RAW / ".messages_sample.json.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing" in main("chat.txt")
+        assert "3 entries" in main("chat.txt", "--version", "two")
+    assert "3 entries" in main("chat.txt")
 
 
-@pytest.fixture
-def main(home, monkeypatch, capsys):
-    """Return main("chat.txt", …): what a run in this process printed, or the error of its end."""
-
-    def main(*arguments):
-        from_export.notes.clear()
-        monkeypatch.chdir(home)
-        monkeypatch.setattr(from_export, "RAW", home / FOLDER)
-        monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "sample", *arguments])
-        try:
-            from_export.main()
-        except SystemExit as end:
-            return end.code
-        return capsys.readouterr().out
-
-    return main
-
-
-def written(home):
-    """Return {"messages_sample.json": content, …}, of all versions."""
-    return {path.name: path.read_text("utf-8") for path in (home / FOLDER).glob("messages_*")}
-
-
-def pack(path, **members):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-
-
-def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
-    members = {"_chat.txt": CHAT, "__MACOSX/._chat.txt": "x", "a.jpg": "x"}
-    pack(home / "WhatsApp Chat with Bob.zip", **members)
-    result = export("WhatsApp Chat with Bob.zip")
-    assert result.returncode == 0 and result.stderr == ""
-    lines = (home / OUTPUT).read_text().splitlines()
-    assert lines[0] == "[" and lines[-1] == "]" and len(lines) == 5
-    assert json.loads(lines[1].removesuffix(",")) == {
-        "conversation": "WhatsApp Chat with Bob",
-        "time": "2026-11-24T10:44:00",
-        "author": "Ann Lee",
-        "message": "hi",
-    }
-    assert [" ".join(line.split()) for line in result.stdout.splitlines()] == [
-        "read 1 WhatsApp, WhatsApp Chat with Bob.zip/_chat.txt",
+# ---- tell ---------------------------------------------------------------------------------------
+def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, main):
+    files = {"_chat.txt": CHAT, "__MACOSX/._chat.txt": "x", "a.jpg": "x"}
+    (home / "Chat with Bob.zip").write_bytes(packed(files))
+    assert [" ".join(line.split()) for line in main("Chat with Bob.zip").splitlines()] == [
+        "read 1 WhatsApp, Chat with Bob.zip/_chat.txt",
         "conversations 1",
-        "3 WhatsApp Chat with Bob",
+        "3 Chat with Bob",
         "authors 2",
         "2 Ann Lee",
         "1 Bob",
@@ -644,6 +735,12 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, export):
         "VERSION=sample python build_train.py --only-author 'Ann Lee'",
         "VERSION=sample python build_train.py",
     ]
+    lines = (home / RAW / "messages_sample.json").read_text().splitlines()
+    when = '"time": "2026-11-24T10:45:00"'
+    assert lines[0] == "[" and lines[-1] == "]" and len(lines) == 5
+    assert lines[2] == (
+        f'{{"conversation": "Chat with Bob", {when}, "author": "Bob", "message": "ok"}},'
+    )
 
 
 def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
@@ -653,183 +750,55 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
     assert "--only-author Me\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "what"),
-    [
-        ("notes.txt", "Dear diary\n", "notes.txt is a text that begins with 'Dear diary'"),
-        ("a.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
-        ("a.json", '{"messages": [{"type": "mess', "a text that begins with '{\"messages"),
-        ("a.json", "[" * 100000, "not as its app writes it"),
-        ("a.json", '{"songs": [], "title": "x"}', "JSON with the keys songs, title"),
-        ("a.json", "[1, null]", "JSON with the keys (none)"),
-        ("a.json", '[{"previous_messages": ["a"], "message": "b"}]', "copy it into data/raw"),
-        ("a.json", '{"chats": {"list": 7}}', "not as its app writes it"),
-        ("a.json", DEEP, "not as its app writes it"),
-        ("a.txt", "", "a.txt is empty"),
-        ("a.txt", b"\x00\x01\x02", "a.txt is no text"),
-        ("a.txt", "\x1b[2J\u202e", "begins with '\\x1b[2J\\u202e'"),
-        ("a.zip", b"PK\x05\x06" + bytes(18), "holds no such file"),
-    ],
-)
-def test_what_no_reader_knows_gets_an_error(home, main, name, content, what):
-    (home / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    error = main(name)
-    assert what in error and "; known are Telegram, Discord" in error
-    assert "FIX: export the chat again" in error and written(home) == {}
-
-
-def test_what_cannot_be_read_is_told_and_nothing_is_written(home, main):
-    (home / "chat.txt").write_text("24/11/26, 10:44 - Ann: hi\n24/11/26, 10:44 - Ann: you")
-    assert "nothing is left that people said to each other" in main("chat.txt")
-    os.mkfifo(home / "pipe.txt")
-    assert "pipe.txt is not there, or no file" in main("pipe.txt")
-    assert "x.zip is not there, or no file" in main("elsewhere/x.zip")
-    assert "FIX: export VERSION=x" in main("chat.txt", "--version", "../x")
-    assert main("chat.txt", "--keep", "apps") == main() == 2 and written(home) == {}
-
-
-def test_a_path_without_its_quotes_is_told_with_them(home, main):
-    for name in "Chat - Ann.zip", "my chat.txt":
-        (home / name).write_text(CHAT)
-    error = main("chat.txt", "Chat", "-", "Ann.zip", "my", "chat.txt", "--dates", "dmy")
-    command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'my chat.txt'"
-    assert error.startswith("error: Chat is not there")
-    assert error.endswith(f"FIX: {command} --dates dmy")
-
-
-def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
-    folder = home / "Downloads"
-    (folder / "deep er").mkdir(parents=True)
-    (folder / "deep er/chat.txt").write_text(CHAT)
-    (folder / "bill.txt").write_text("Dear customer")
-    (folder / ".hidden.txt").write_text(CHAT)
-    (folder / "loop").symlink_to(folder)
-    assert "1  Downloads/bill.txt: a text" in main("Downloads")
-    assert len(json.loads((home / OUTPUT).read_text())) == 3
-    assert main("Downloads/deep er", "Downloads/bill.txt").startswith("error: Downloads/bill.txt")
-    (home / FOLDER / "chat.txt").write_text(CHAT)  # what the script wrote there is no export
-    assert "3 entries" in main(FOLDER, "--version", "two")
-
-
-def test_chats_and_training_sets_do_not_mix(home, main):
-    (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert "chats and training sets" in main("chat.txt", "set.jsonl")
-    assert main("set.jsonl").splitlines()[-1].strip() == "VERSION=sample python build_train.py"
-    assert json.loads((home / OUTPUT).read_text()) == [{"prompt": "a", "completion": "b"}]
-
-
-def test_another_export_is_not_written_over_unless_told(home, main):
-    first = main("chat.txt") and written(home)
-    assert "3 entries" in main("chat.txt") and written(home) == first
-    (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
-    assert "FIX: add --replace" in main("chat.txt") and written(home) == first
-    assert "5 entries" in main("chat.txt", "--replace", "--keep", "app")
-    assert "4 entries" in main("chat.txt", "--version", "two") and len(written(home)) == 2
-
-
-# ---- whole or not at all, and nowhere else -----------------------------------------------------
-def test_a_second_run_on_the_same_name_is_refused(home, main):
-    with open(home / FOLDER / ".messages_sample.json.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is writing" in main("chat.txt")
-        assert "3 entries" in main("chat.txt", "--version", "two")
-    assert "3 entries" in main("chat.txt")
-
-
-def test_a_full_disk_leaves_what_was_there(home, main):
-    assert main("chat.txt") and (first := written(home))
-    (home / "chat.txt").write_text(CHAT * 1000)
-    limited = 'ulimit -f 4; VERSION=sample exec "$0" "$@" chat.txt --replace'
-    command = ["bash", "-c", limited, sys.executable, home / FOLDER / "from_export.py"]
-    result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
-    assert result.returncode == 1 and "File too large" in result.stderr.splitlines()[-1]
-    assert written(home) == first
-
-
-def test_ctrl_c_ends_it_quietly(home, export):
-    (home / "chat.txt").write_text(CHAT * 20000)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = export("chat.txt", start=subprocess.Popen, **pipes)
-    while not (home / FOLDER / ".messages_sample.json.lock").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate() == (b"", b"\n") and process.returncode == 130
-    assert written(home) == {}
-
-
-def test_nothing_of_a_zip_is_unpacked(home, main):
-    pack(home / "a.zip", **{"../../outside.txt": CHAT, f"{home}/b.txt": CHAT.replace("Bob", "Cy")})
-    before = {path for path in home.rglob("*") if FOLDER not in str(path)}
-    assert "3 entries" in main("a.zip")
-    assert {path for path in home.rglob("*") if FOLDER not in str(path)} == before
-
-
-def test_a_zip_that_would_not_fit_into_memory_is_refused(home, monkeypatch):
-    pack(home / "bomb.zip", **{f"{number}.txt": bytes(1 << 20) for number in range(3)})
-    monkeypatch.setattr(from_export, "MOST_BYTES", 3 << 20)
-    assert len(list(from_export.files_in(home / "bomb.zip"))) == 3
-    monkeypatch.setattr(from_export, "MOST_BYTES", (3 << 20) - 1)
-    with pytest.raises(SystemExit, match=r"bomb.zip holds over .* FIX: unzip it"):
-        list(from_export.files_in(home / "bomb.zip"))
-
-
-def test_a_zip_that_is_damaged_or_has_a_password_is_told(home, main):
-    pack(home / "a.zip", **{"chat.txt": CHAT})
-    content = (home / "a.zip").read_bytes()
-    (home / "a.zip").write_bytes(content.replace(b"Ann Lee", b"Ann Lea"))
-    assert "cannot be unpacked: Bad CRC-32" in main("a.zip")
-    locked = bytearray(content)
-    locked[6] |= 1
-    locked[content.index(b"PK\x01\x02") + 8] |= 1
-    (home / "a.zip").write_bytes(locked)
-    assert "cannot be unpacked" in main("a.zip")
-
-
-# ---- untrusted text, odd surroundings ----------------------------------------------------------
+# ---- untrusted text, odd surroundings -----------------------------------------------------------
 def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, main):
     texts = {"A\x1b[2J\u202e'; rm -rf ~; '": "\ud800\x07\x9b\x00hi", "B": "ok"}
     log = [{"author": name, "text": text} for name, text in texts.items()] * 2
     (home / "a\x1b[2J.json").write_text(json.dumps(log))
-    out = main("a\x1b[2J.json")
-    assert all(c.isprintable() or c == "\n" for c in out)
-    assert said(json.loads((home / OUTPUT).read_text()))[0] == "A[2J'; rm -rf ~; ': ?hi"
-    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"''\n""" in out
+    printed = main("a\x1b[2J.json")
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    assert said(written(home))[0] == "A[2J'; rm -rf ~; ': ?hi"
+    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"''\n""" in printed
 
 
-def test_the_same_bytes_in_any_surroundings(home, export, main):
-    (home / "chat.txt").write_text(CHAT.replace("Bob", "Zoë 🙂"), "utf-8")
-    assert main("chat.txt") and (first := written(home))
-    for folder in (home, home / FOLDER):  # files beside the script are not its modules
-        for name in ("json", "signal", "csv", "dateutil", "argparse"):
-            (folder / f"{name}.py").write_text("raise SystemExit('ran')")
-    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
-    result = export("chat.txt", env=env, stdin=subprocess.DEVNULL)
-    assert result.returncode == 0 and result.stderr == "" and written(home) == first
-
-
-def test_given_nothing_it_shows_an_example(export):
-    result = export()
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and "FIX: python data/raw/from" in result.stderr
-
-
-def test_without_the_environment_it_says_so(home):
-    command = [sys.executable, "-I", "-S", home / FOLDER / "from_export.py", "chat.txt"]
-    result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
-    assert result.returncode == 1 and result.stderr.endswith(
-        "FIX: source venv/bin/activate; pip install -r requirements.txt\n"
-    )
-
-
-TEXTS = " ", "\n", "!", "<", "a <", "\u200e<", "(1 ", "1", "1/", "1/2/26, 10:44", ":", "\t", "«"
-
-
-@pytest.mark.parametrize("head", [ANDROID.format("Ann: "), "[10:44:25] <ann> ", "from,text\na,"])
+@table("head", [f"{ANDROID}Ann: ", "[10:44:25] <ann> ", "from,text\na,"])
 def test_no_text_takes_long(head):
-    for text in TEXTS:
+    texts = " ", "\n", "!", "<", "a <", "\u200e<", "(1 ", "1", "1/", "1/2/26, 10:44", ":", "\t", "«"
+    for text in texts:
         content = head + text * (50_000 // len(text))
         start = time.process_time()
         _, messages = from_export.read("a.txt", content.encode())
         messages = from_export.read_times(messages, None, "a")
         from_export.sort_out([("a.txt", "", messages)], set())
         assert time.process_time() - start < 2, text
+
+
+def test_the_same_bytes_in_any_surroundings(home, run, main):
+    (home / "chat.txt").write_text(CHAT.replace("Bob", "Zoë 🙂"), "utf-8")
+    main("chat.txt")
+    first = written(home)
+    for folder in (home, home / RAW):  # files beside the script are not its modules
+        for name in ("json", "signal", "csv", "dateutil", "argparse"):
+            (folder / f"{name}.py").write_text("raise SystemExit('ran')")
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
+    result = run(home / RAW, "from_export.py", "chat.txt", cwd=home, env=env)
+    assert result.returncode == 0 and result.stderr == "" and written(home) == first
+
+
+def test_ctrl_c_ends_it_quietly(home, run):
+    (home / "chat.txt").write_text(CHAT * 20000)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    start = {"cwd": home, "start": subprocess.Popen} | pipes
+    process = run(home / RAW, "from_export.py", "chat.txt", **start)
+    while not (home / RAW / ".messages_sample.json.lock").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == (b"", b"\n") and process.returncode == 130
+    assert written(home) == []
+
+
+def test_without_the_environment_it_says_so(home):
+    command = [sys.executable, "-I", "-S", home / RAW / "from_export.py", "chat.txt"]
+    result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
+    assert result.returncode == 1
+    assert last_error(result).endswith("source venv/bin/activate; pip install -r requirements.txt")

@@ -119,6 +119,7 @@ WRONG = {
         "VERSION=v1 python build_train.py; for the sample: export VERSION=sample"),
     "other version": (None, {"VERSION": "v1"}, "", "VERSION=v1 python build_train.py"),
     "no name": (None, {"VERSION": "my chat"}, "", "export VERSION=my_chat"),
+    "empty name": (None, {"VERSION": ""}, "", "export VERSION=v1"),
     "not trained": (remove(FUSED), {}, "", "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
     "no base": (
         remove(FUSED), {"MODEL": "zephyr"}, "",

@@ -140,13 +140,20 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
     assert "3 entries" in main(RAW, "--version", "two")
 
 
-def test_a_path_without_its_quotes_is_told_with_them(home, main):
-    for name in "Chat - Ann.zip", "my chat.txt":
+QUOTES = [  # (what was typed, where it stops, what should have been typed)
+    ("Chat - Ann.zip my chat.txt", "Chat", "'Chat - Ann.zip' 'my chat.txt'"),
+    ("“Chat - Ann.zip” chat.txt", "“Chat", "'Chat - Ann.zip' chat.txt"),
+]
+
+
+@table(("typed", "word", "meant"), QUOTES)
+def test_a_path_without_its_quotes_is_told_with_them(home, main, typed, word, meant):
+    for name in "Chat - Ann.zip", "my chat.txt", "chat.txt":
         (home / name).write_text(CHAT)
-    error = main("chat.txt", "Chat", "-", "Ann.zip", "my", "chat.txt", "--dates", "dmy")
-    command = "python from_export.py --version sample chat.txt 'Chat - Ann.zip' 'my chat.txt'"
-    assert error.startswith("error: Chat is not there")
-    assert error.endswith(f"FIX: {command} --dates dmy")
+    error = main(*typed.split(), "--dates", "dmy")
+    assert error.startswith(f"error: {word} is not there")
+    command = f"python from_export.py --version sample {meant} --dates dmy"
+    assert error.endswith(f"FIX: {command}")
 
 
 def test_nothing_of_a_zip_is_unpacked(home, main):

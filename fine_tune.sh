@@ -626,8 +626,9 @@ def follow(s, done, output):
 
 def keep_checkpoint(name, iteration):
     """Move a checkpoint that is complete to where a resumed run looks for it."""
-    shutil.copy(RUN / "adapter/adapter_config.json", WORK)
-    (RUN / "adapter" / name).rename(RUN / f"{iteration:07d}_adapters.safetensors")
+    with contextlib.suppress(FileNotFoundError):  # two trainers that do not know of each other
+        shutil.copy(RUN / "adapter/adapter_config.json", WORK)
+        (RUN / "adapter" / name).rename(RUN / f"{iteration:07d}_adapters.safetensors")
 
 
 def judge(s, iteration, code):

@@ -18,11 +18,11 @@
 [ -n "${BASH_VERSION:-}" ] || { echo "error: not run by bash. FIX: ./fine_tune.sh" >&2 && exit 02; }
 
 fail() {
-  trap - EXIT
   echo "error: $1. FIX: $2" >&2
   exit 1
 }
 misread() { # a line of the settings that bash cannot read, and its number: ITERS = 100
+  trap - EXIT
   read -r name value <<<"${1//[=:\$\"\']/ }"
   fail "line $2 of fine_tune.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
 }

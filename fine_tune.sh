@@ -145,7 +145,7 @@ def fail(what, fix, code=1):
 
 
 @contextlib.contextmanager
-def readable(what, fix):
+def or_fail(what, fix):
     """Whatever goes wrong with a file that is not ours becomes an error that names it."""
     try:
         yield
@@ -247,7 +247,8 @@ def check():
         need(name, DATA / name, "VERSION", BUILD)
     size = read_base()
     train, valid = read_rows(DATA / "train.jsonl"), read_rows(DATA / "valid.jsonl")
-    longest = check_rows(s, size, train, valid)
+    longest = count_longest(s, train, valid)
+    check_sizes(s, size, len(train), longest)
     print(f"base model  {MODEL}")
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
@@ -295,7 +296,7 @@ def refuse_other_base():
     """VERSION=a_b MODEL=c and VERSION=a MODEL=b_c have the same folder."""
     config = ADAPTER / "adapter_config.json"
     if config.exists():
-        with readable(config, f"mv {ADAPTER} {ADAPTER}.mine"):
+        with or_fail(config, f"mv {ADAPTER} {ADAPTER}.mine"):
             other = Path(json.loads(config.read_bytes())["model"]).name
         if other != MODEL:
             fail(f"{ADAPTER} is that of the base {other}", f"another VERSION than {VERSION}")
@@ -315,7 +316,7 @@ def read_base():
     """Return the sizes in config.json and the bytes of the weights; refuse what is not whole."""
     import safetensors
 
-    with readable(f"the base model in {BASE}", DOWNLOAD):
+    with or_fail(f"the base model in {BASE}", DOWNLOAD):
         config = json.loads((BASE / "config.json").read_bytes())
         text = config.get("text_config", config)
         size = SimpleNamespace(hidden=text["hidden_size"], layers=text["num_hidden_layers"])
@@ -340,20 +341,27 @@ def read_base():
 
 
 def read_rows(path):
-    """Return the rows of a file as conversations.
+    """Return the rows of a file as conversations."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        with or_fail(f"{path}, line {number},", BUILD):
+            rows.append(read_row(line.decode()))
+    return rows
+
+
+def read_row(line):
+    """Return a row as a conversation.
 
     {"prompt": "hi", "completion": "ho"}, {"messages": […]} → [{"role": …, "content": …}, …]
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        with readable(f"{path}, line {number},", BUILD):
-            row = json.loads(line.decode())
-            turns = {"user": "prompt", "assistant": "completion"}
-            chat = row.get("messages")
-            chat = chat or [{"role": role, "content": row[part]} for role, part in turns.items()]
-            "".join(turn["content"] for turn in chat).encode()  # fails if one has no text
-            rows.append(chat)
-    return rows
+    row = json.loads(line)
+    chat = row.get("messages")
+    if not chat:
+        prompt = {"role": "user", "content": row["prompt"]}
+        chat = [prompt, {"role": "assistant", "content": row["completion"]}]
+    for turn in chat:
+        turn["content"].encode()  # fails if it is no text
+    return chat
 
 
 def encode(tokenizer, chat):
@@ -366,21 +374,30 @@ def encode(tokenizer, chat):
     return tokens, len(prompt)
 
 
-def check_rows(s, size, train, valid):
-    """Return the most tokens in a row; refuse rows that cannot be trained on rightly."""
+def count_longest(s, train, valid):
+    """Return the most tokens in a row.
+
+    No row has more tokens than bytes. So of the rows to train on it counts those of more bytes than
+    a row may have tokens, and the 100 of most bytes at least.
+    """
     from mlx_lm.utils import load_tokenizer
 
-    # No row has more tokens than bytes, so the long ones are all that can be too long.
-    lengths = [len(str(chat).encode()) for chat in train]
-    enough = min(s.MAX_SEQ_LENGTH, *sorted(lengths)[-100:])
-    long_rows = [chat for chat, length in zip(train, lengths) if length >= enough]
+    sizes = [len(str(chat).encode()) for chat in train]
+    least = min(s.MAX_SEQ_LENGTH, *sorted(sizes)[-100:])
+    long_rows = [chat for chat, size in zip(train, sizes) if size >= least]
     endless = f"the chat template of {MODEL} takes more than a minute"
     signal.signal(signal.SIGALRM, lambda *_: fail(endless, "another base model"))
     signal.alarm(60)  # a template is a program
-    with readable(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or another base model"):
+    chat_model = "another base: a chat model, as those with -it or -Instruct in their names"
+    with or_fail(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or {chat_model}"):
         tokenizer = load_tokenizer(BASE, {"trust_remote_code": False})
         longest = max(len(encode(tokenizer, chat)[0]) for chat in valid + long_rows)
     signal.alarm(0)
+    return longest
+
+
+def check_sizes(s, size, rows, longest):
+    """Refuse settings that these rows, or this base model, cannot be trained with rightly."""
     if s.NUM_LAYERS == 0 or s.NUM_LAYERS > size.layers:  # mlx-lm takes 0 for all
         what = f"NUM_LAYERS={s.NUM_LAYERS} is not one of the {size.layers} layers of {MODEL}"
         fail(what, f"NUM_LAYERS={size.layers} ./fine_tune.sh")
@@ -388,11 +405,10 @@ def check_rows(s, size, train, valid):
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
         fail(what, f"MAX_SEQ_LENGTH={longest} ./fine_tune.sh")
     # Seen on CUDA from 1.5 times 2^31 logits: a wrong loss, NaN gradients, no error.
-    most = min(len(train), 2**31 // size.vocabulary // longest)
+    most = min(rows, 2**31 // size.vocabulary // longest)
     if s.BATCH_SIZE > most:
         what = f"of these rows a batch can have {most} at most"
         fail(what, f"BATCH_SIZE={most} ./fine_tune.sh")
-    return longest
 
 
 # ---- what it takes -------------------------------------------------------------------------------
@@ -442,9 +458,9 @@ def check_memory(s, size, longest):
     info = mx.device_info()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     allowed = info.get("max_recommended_working_set_size") or info.get("total_memory") or machine
-    bytes = memory(s, size, longest)
-    print(f"memory      about {bytes / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
-    if bytes < allowed or not s.CHECK_MEMORY:
+    needed = memory(s, size, longest)
+    print(f"memory      about {needed / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
+    if needed < allowed or not s.CHECK_MEMORY:
         return
     little = {"NUM_LAYERS": min(8, size.layers), "EMBEDDINGS": 0}
     changes = {}
@@ -614,14 +630,20 @@ def follow(s, done, output):
                 recent.append((loss, speed))
                 bar.update()
                 if iteration % min(10, s.EVAL_EVERY) == 0 or iteration == s.ITERS:
-                    loss, speed = (sum(column) / len(recent) for column in zip(*recent))
+                    report(iteration, recent, losses, bar)
                     recent = []
-                    print(f"{iteration},{loss:.3f},{speed:.0f}", file=losses)
-                    text = f"{iteration:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
-                    bar.write(text, file=sys.stdout)
             elif found := re.match(r" *save +((\d+)_adapters.safetensors)", line):
                 keep_checkpoint(found[1], done + int(found[2]))
     return iteration
+
+
+def report(iteration, recent, losses, bar):
+    """Write down and show the mean of the recent batches: [(6.5, 1500), (6.1, 1700)]."""
+    loss = sum(loss for loss, _ in recent) / len(recent)
+    speed = sum(speed for _, speed in recent) / len(recent)
+    print(f"{iteration},{loss:.3f},{speed:.0f}", file=losses)
+    text = f"{iteration:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
+    bar.write(text, file=sys.stdout)
 
 
 def keep_checkpoint(name, iteration):
@@ -704,13 +726,13 @@ def make_batches(tokenizer, most=2048):
         batch, rows = rows[-count:], rows[:-count]
         width = math.ceil(len(batch[-1][0]) / 32) * 32  # few widths: CUDA compiles for each
         inputs = [tokens + [0] * (width - len(tokens)) for tokens, _ in batch]
-        places = [
-            (row, place - 1, tokens[place])
-            for row, (tokens, start) in enumerate(batch)
-            for place in range(start, len(tokens))
-        ]
-        row, place, target = (mx.array(column) for column in zip(*places))
-        batches.append((mx.array(inputs), (row, place), target))
+        numbers, places, targets = [], [], []
+        for number, (tokens, start) in enumerate(batch):
+            numbers += [number] * (len(tokens) - start)
+            places += range(start - 1, len(tokens) - 1)  # each foretells the next token
+            targets += tokens[start:]
+        where = mx.array(numbers), mx.array(places)
+        batches.append((mx.array(inputs), where, mx.array(targets)))
     return batches
 
 

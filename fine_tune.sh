@@ -22,13 +22,13 @@ fail() {
   exit 1
 }
 misread() { # a line of the settings that bash cannot read, and its number: ITERS = 100
-  exec 2>&3
-  read -r name value <<<"${1/=/ }"
-  fail "line $2 of fine_tune.sh, $1, is not NAME=value" "write there: $name=\"$value\""
+  trap - EXIT
+  read -r name value <<<"${1//[=:\$\"\']/ }"
+  fail "line $2 of fine_tune.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
 }
-set +o posix          # as `sh` on a Mac is
-exec 3>&2 2>/dev/null # our own words about such a line are enough
+set +o posix # as `sh` on a Mac is
 trap 'misread "$BASH_COMMAND" "$LINENO"' ERR
+trap 'fail "a quote in the settings of fine_tune.sh has no end" "write each as NAME=\"value\""' EXIT
 given=$(export -p) # ITERS=60 ./fine_tune.sh wins over the line below
 set -a             # Python sees them too
 
@@ -53,16 +53,18 @@ LAUNCH=                        # several machines: "mlx.launch --hostfile hosts.
 RESUME=0                       # 1 goes on with an interrupted run of the same settings and data
 # ------------------------------------------------------------------------------------------------
 
-trap - ERR
+trap - ERR EXIT
 eval "$given" 2>/dev/null || true # of all that this sets, only settings have changed
 set +a
-exec 2>&3 3>&-
 set -euo pipefail
 
 command -v mlx_lm.lora >/dev/null ||
   fail "mlx_lm.lora was not found, so the virtual environment is not active" \
     "source venv/bin/activate (README.md, Install, says how it is made)"
-unset PYTHONIOENCODING "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
+unset "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}" "${!TQDM@}"
+for name in "${!PYTHON@}"; do
+  [ "$name" = PYTHONPATH ] || unset "$name"
+done
 export SCRIPT=$0
 export HF_HUB_OFFLINE=1 PYTHONUTF8=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 export TRANSFORMERS_VERBOSITY=critical # its warnings hold what a config says, raw
@@ -71,11 +73,12 @@ export CARD=${CUDA_VISIBLE_DEVICES:-}
 export CUDA_VISIBLE_DEVICES=${CARD:-0}
 trap '' INT # until Python is there to hear it
 exec python3 - "$@" <<'PYTHON'
-import contextlib, fcntl, json, math, os, re, shutil, signal, subprocess, sys, threading
+import contextlib, errno, fcntl, json, math, os, re, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 
-VERSION, MODEL = os.environ["VERSION"], os.environ["MODEL"]
+VERSION, MODEL = os.environ.get("VERSION", ""), os.environ.get("MODEL", "")
+LAUNCH = os.environ.get("LAUNCH", "").split()
 BASE, DATA = Path("models/base", MODEL), Path("data/for_train", VERSION)
 NAME = f"adapter-{VERSION}_{MODEL}"
 ADAPTER = Path("models/adapters", NAME)
@@ -84,26 +87,29 @@ WORK = Path(f"models/adapters/.{NAME}.partial")  # becomes ADAPTER when all is d
 RUN = WORK / "run"  # what is needed until then: the data, the checkpoints, the losses
 FINISHING = threading.Lock()  # who holds it is not interrupted
 DOWNLOAD = f"hf download mlx-community/{MODEL} --local-dir {BASE}"
+if tiny := re.fullmatch("tiny-gemma-3(-([0-9])bit)?", MODEL):
+    DOWNLOAD = "python tests/tiny_base.py" + (f" --bits {tiny[2]}" if tiny[2] else "")
 BUILD = f"VERSION={VERSION} MODEL={MODEL} python build_train.py"
 
-LEAST = {  # that each setting can be; where it stands without a point, whole numbers alone
-    "ITERS": 1,
-    "BATCH_SIZE": 1,
-    "MAX_SEQ_LENGTH": 1,
-    "RANK": 1,
-    "EVAL_EVERY": 1,
-    "GRAD_CHECKPOINT": 0,
-    "EMBEDDINGS": 0,
-    "MASK_PROMPT": 0,
-    "SEED": 0,
-    "CHECK_MEMORY": 0,
-    "RESUME": 0,
-    "NUM_LAYERS": -1,
-    "LEARNING_RATE": 0.0,
-    "SCALE": 0.1,
-    "DROPOUT": 0.0,
+# For each setting the least and the most that it can be, and a value for those who need one. It is
+# a whole number if its least is.
+LIMITS = {
+    "ITERS": (1, math.inf, "auto"),
+    "BATCH_SIZE": (1, math.inf, 2),
+    "MAX_SEQ_LENGTH": (1, math.inf, 1024),
+    "RANK": (1, math.inf, 32),
+    "EVAL_EVERY": (1, math.inf, 200),
+    "GRAD_CHECKPOINT": (0, 1, 1),
+    "EMBEDDINGS": (0, 1, 0),
+    "MASK_PROMPT": (0, 1, 1),
+    "SEED": (0, 10**9, 0),
+    "CHECK_MEMORY": (0, 1, 0),
+    "RESUME": (0, 1, 1),
+    "NUM_LAYERS": (-1, math.inf, -1),
+    "LEARNING_RATE": (1e-9, math.inf, "auto"),
+    "SCALE": (0.1, math.inf, 10.0),
+    "DROPOUT": (0.0, 0.9, 0.1),
 }
-AUTO = ["ITERS", "LEARNING_RATE"]
 
 # The matrices that are adapted, as Gemma, Llama, Mistral, Qwen and Phi name them; a name that a
 # model does not have does no harm. With EMBEDDINGS=0 mlx-lm finds all but the embeddings itself.
@@ -120,7 +126,7 @@ def main(*arguments):
     check_words(arguments)
     os.chdir(Path(os.environ["SCRIPT"]).resolve().parent)
     lock = take_lock()
-    if finish_last_run() and os.environ["RESUME"] == "1":
+    if finish_last_run() and os.environ.get("RESUME") == "1":
         return
     s = check()
     done = set_up(s, " ".join(arguments))
@@ -133,12 +139,13 @@ def main(*arguments):
 
 
 def fail(what, fix, code=1):
+    what = str(what).rstrip(".")
     print(re.sub("[^ -~]", "?", f"error: {what}. FIX: {fix}"), file=sys.stderr)
     sys.exit(code)
 
 
 @contextlib.contextmanager
-def readable(what, fix):
+def or_fail(what, fix):
     """Whatever goes wrong with a file that is not ours becomes an error that names it."""
     try:
         yield
@@ -151,11 +158,19 @@ def hear_ctrl_c():
     signal.sigwait({signal.SIGINT})
     with FINISHING:
         done = max(checkpoints(), default=0)
-        print("\ninterrupted: the adapter of before, if any, is as it was", file=sys.stderr)
-        if done:
-            how = "RESUME=1 in front of the same command goes on"
-            print(f"{how} from the checkpoint after {done} batches", file=sys.stderr)
-        os._exit(130)
+        try:
+            print("\ninterrupted: the adapter of before, if any, is as it was", file=sys.stderr)
+            if done:
+                how = "RESUME=1 in front of the same command goes on"
+                print(f"{how} from the checkpoint after {done} batches", file=sys.stderr)
+        finally:  # the other end of a pipe, as in 2>&1 | tee, hears Ctrl-C too
+            os._exit(130)
+
+
+def make_room():
+    """Return what mends a full disk."""
+    again = "RESUME=1 ./fine_tune.sh" if checkpoints() else "./fine_tune.sh"
+    return f"make room on the disk of models/adapters, then {again}"
 
 
 def progress(what, steps, done=0):
@@ -168,6 +183,7 @@ def progress(what, steps, done=0):
 # ---- one run at a time, whole or not at all ------------------------------------------------------
 def take_lock():
     """Return a file that is locked as long as this program or its trainer lives."""
+    ADAPTER.parent.mkdir(parents=True, exist_ok=True)
     lock = open(f"models/adapters/.{NAME}.lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,9 +220,9 @@ def finish_last_run():
 # ---- checks before a model is loaded -------------------------------------------------------------
 def check_words(arguments):
     """Refuse arguments that mlx_lm.lora shall not get, and names that are none."""
-    for argument in arguments:
-        passed = argument.startswith(("--report-to", "--project-name"))
-        if not passed and re.match("-|.*=", argument):
+    passed = ("--report-to", "--project-name")
+    for before, argument in zip(["", *arguments], arguments):
+        if before not in passed and not argument.startswith(passed):
             fail(f"it takes no {argument}", "settings go in front: ITERS=60 ./fine_tune.sh", 2)
     for name in ("VERSION", "MODEL"):
         text = os.environ[name]
@@ -221,12 +237,18 @@ def check():
     """Check all that can be checked before a model is loaded; return the settings."""
     s = read_settings()
     refuse_other_base()
+    if LAUNCH and not shutil.which(LAUNCH[0]):
+        example = 'LAUNCH="mlx.launch --hostfile hosts.json --" ./fine_tune.sh'
+        fail(f"LAUNCH: there is no command {LAUNCH[0]}", example)
+    if BASE.is_symlink() and not BASE.exists():
+        fail(f"{BASE} is a link to {BASE.readlink()}, which is not there", "connect its disk")
     need("base model", BASE / "config.json", "MODEL", DOWNLOAD)
     for name in ("train.jsonl", "valid.jsonl"):
         need(name, DATA / name, "VERSION", BUILD)
     size = read_base()
     train, valid = read_rows(DATA / "train.jsonl"), read_rows(DATA / "valid.jsonl")
-    longest = check_rows(s, size, train, valid)
+    longest = count_longest(s, train, valid)
+    check_sizes(s, size, len(train), longest)
     print(f"base model  {MODEL}")
     print(f"data        {VERSION}: {len(train)} rows to train on, the longest of {longest} tokens")
     print(f"            {len(valid)} rows to choose a checkpoint by")
@@ -239,24 +261,28 @@ def check():
 def read_settings():
     """Return the settings as s.ITERS, …; 10,000 is refused with 10000 as the fix."""
     s = SimpleNamespace()
-    for name, least in LEAST.items():
-        text = os.environ[name]
-        try:
-            value = type(least)(text)
-            right = least <= value < math.inf
-        except ValueError:
-            value = text
-            right = text == "auto" and name in AUTO
-        if not right:
-            if isinstance(least, int):
-                kind, meant = "whole number", text.replace(",", "")
-            else:
-                kind, meant = "number", text.replace(",", ".")
-            if meant == text:
-                meant = "auto" if name in AUTO else least
-            fail(f"{name}={text} is not a {kind} from {least}", f"{name}={meant} ./fine_tune.sh")
+    for name, (least, most, usual) in LIMITS.items():
+        text = os.environ.get(name, "")
+        value = text if text == usual else read_number(text, least, most)
+        if value is None:
+            whole = isinstance(least, int)
+            meant = text.replace(",", "" if whole else ".")
+            if read_number(meant, least, most) is None:
+                meant = usual
+            what = f"{name}={text} is not a {'whole ' * whole}number from {least}"
+            what += f" to {most}" if most < math.inf else ""
+            fail(what, f"{name}={meant} ./fine_tune.sh")
         setattr(s, name, value)
     return s
+
+
+def read_number(text, least, most):
+    """Return the number, of the same kind as `least`; None if it is none or out of bounds."""
+    try:
+        number = type(least)(text)
+    except ValueError:
+        return None
+    return number if least <= number <= most and number < math.inf else None
 
 
 def in_words(s):
@@ -270,7 +296,7 @@ def refuse_other_base():
     """VERSION=a_b MODEL=c and VERSION=a MODEL=b_c have the same folder."""
     config = ADAPTER / "adapter_config.json"
     if config.exists():
-        with readable(config, f"mv {ADAPTER} {ADAPTER}.mine"):
+        with or_fail(config, f"mv {ADAPTER} {ADAPTER}.mine"):
             other = Path(json.loads(config.read_bytes())["model"]).name
         if other != MODEL:
             fail(f"{ADAPTER} is that of the base {other}", f"another VERSION than {VERSION}")
@@ -290,7 +316,7 @@ def read_base():
     """Return the sizes in config.json and the bytes of the weights; refuse what is not whole."""
     import safetensors
 
-    with readable(f"the base model in {BASE}", DOWNLOAD):
+    with or_fail(f"the base model in {BASE}", DOWNLOAD):
         config = json.loads((BASE / "config.json").read_bytes())
         text = config.get("text_config", config)
         size = SimpleNamespace(hidden=text["hidden_size"], layers=text["num_hidden_layers"])
@@ -298,6 +324,9 @@ def read_base():
         size.vocabulary = int(text.get("vocab_size") or 262208)
         inner = text.get("intermediate_size") or 4 * size.hidden
         size.inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+
+        if not (0 < size.layers <= 1000 and size.hidden > 0):
+            raise ValueError("no model has so many layers, or so few numbers in them")
 
         shards = {"model.safetensors"}
         index = BASE / "model.safetensors.index.json"
@@ -312,20 +341,27 @@ def read_base():
 
 
 def read_rows(path):
-    """Return the rows of a file as conversations.
+    """Return the rows of a file as conversations."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        with or_fail(f"{path}, line {number},", BUILD):
+            rows.append(read_row(line.decode()))
+    return rows
+
+
+def read_row(line):
+    """Return a row as a conversation.
 
     {"prompt": "hi", "completion": "ho"}, {"messages": […]} → [{"role": …, "content": …}, …]
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        with readable(f"{path}, line {number},", BUILD):
-            row = json.loads(line)
-            turns = {"user": "prompt", "assistant": "completion"}
-            rows.append(
-                row.get("messages")
-                or [{"role": role, "content": row[part]} for role, part in turns.items()]
-            )
-    return rows
+    row = json.loads(line)
+    chat = row.get("messages")
+    if not chat:
+        prompt = {"role": "user", "content": row["prompt"]}
+        chat = [prompt, {"role": "assistant", "content": row["completion"]}]
+    for turn in chat:
+        turn["content"].encode()  # fails if it is no text
+    return chat
 
 
 def encode(tokenizer, chat):
@@ -338,32 +374,41 @@ def encode(tokenizer, chat):
     return tokens, len(prompt)
 
 
-def check_rows(s, size, train, valid):
-    """Return the most tokens in a row; refuse rows that cannot be trained on rightly."""
+def count_longest(s, train, valid):
+    """Return the most tokens in a row.
+
+    No row has more tokens than bytes. So of the rows to train on it counts those of more bytes than
+    a row may have tokens, and the 100 of most bytes at least.
+    """
     from mlx_lm.utils import load_tokenizer
 
-    # No row has more tokens than bytes, so the long ones are all that can be too long.
-    lengths = [len(str(chat).encode()) for chat in train]
-    enough = min(s.MAX_SEQ_LENGTH, *sorted(lengths)[-100:])
-    long_rows = [chat for chat, length in zip(train, lengths) if length >= enough]
+    sizes = [len(str(chat).encode()) for chat in train]
+    least = min(s.MAX_SEQ_LENGTH, *sorted(sizes)[-100:])
+    long_rows = [chat for chat, size in zip(train, sizes) if size >= least]
     endless = f"the chat template of {MODEL} takes more than a minute"
     signal.signal(signal.SIGALRM, lambda *_: fail(endless, "another base model"))
     signal.alarm(60)  # a template is a program
-    with readable(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or another base model"):
+    chat_model = "another base: a chat model, as those with -it or -Instruct in their names"
+    with or_fail(f"the tokenizer of {BASE}", f"{DOWNLOAD}, or {chat_model}"):
         tokenizer = load_tokenizer(BASE, {"trust_remote_code": False})
         longest = max(len(encode(tokenizer, chat)[0]) for chat in valid + long_rows)
     signal.alarm(0)
-    if s.NUM_LAYERS > size.layers:
-        fail(f"{MODEL} has {size.layers} layers", f"NUM_LAYERS={size.layers} ./fine_tune.sh")
+    return longest
+
+
+def check_sizes(s, size, rows, longest):
+    """Refuse settings that these rows, or this base model, cannot be trained with rightly."""
+    if s.NUM_LAYERS == 0 or s.NUM_LAYERS > size.layers:  # mlx-lm takes 0 for all
+        what = f"NUM_LAYERS={s.NUM_LAYERS} is not one of the {size.layers} layers of {MODEL}"
+        fail(what, f"NUM_LAYERS={size.layers} ./fine_tune.sh")
     if longest > s.MAX_SEQ_LENGTH:
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
         fail(what, f"MAX_SEQ_LENGTH={longest} ./fine_tune.sh")
     # Seen on CUDA from 1.5 times 2^31 logits: a wrong loss, NaN gradients, no error.
-    most = min(len(train), 2**31 // size.vocabulary // longest)
+    most = min(rows, 2**31 // size.vocabulary // longest)
     if s.BATCH_SIZE > most:
         what = f"of these rows a batch can have {most} at most"
         fail(what, f"BATCH_SIZE={most} ./fine_tune.sh")
-    return longest
 
 
 # ---- what it takes -------------------------------------------------------------------------------
@@ -380,6 +425,10 @@ def settle(s, size, rows):
     print(f"run         {s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
     if s.ITERS < epoch:
         print(f"            more lowers the loss, up to one epoch: ITERS={epoch}")
+    if s.ITERS > 2 * epoch:
+        measured = "(8,000 rows at 1, 2, 4 epochs: 3.33, 3.39, 3.86; 500 rows: 3.66, 3.78, 5.47)"
+        what = f"more than one epoch made held-out chats worse {measured}"
+        print(f"warning: {what}. FIX: ITERS={epoch} ./fine_tune.sh", file=sys.stderr)
     if s.LEARNING_RATE == "auto":
         s.LEARNING_RATE = float(f"{2e-4 * (640 / size.hidden) ** 0.78:.1e}")
         reason = f"2e-4 x (640 / {size.hidden})^0.78, by the model's hidden size"
@@ -409,9 +458,9 @@ def check_memory(s, size, longest):
     info = mx.device_info()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     allowed = info.get("max_recommended_working_set_size") or info.get("total_memory") or machine
-    bytes = memory(s, size, longest)
-    print(f"memory      about {bytes / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
-    if bytes < allowed or not s.CHECK_MEMORY:
+    needed = memory(s, size, longest)
+    print(f"memory      about {needed / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
+    if needed < allowed or not s.CHECK_MEMORY:
         return
     little = {"NUM_LAYERS": min(8, size.layers), "EMBEDDINGS": 0}
     changes = {}
@@ -450,7 +499,7 @@ def config(s, done):
         "optimizer_config": {"adam": unbiased, "adamw": unbiased},
         "learning_rate": s.LEARNING_RATE,
         "lr_schedule": {"name": "linear_schedule", "arguments": line, "warmup": warmup},
-        "seed": s.SEED,
+        "seed": s.SEED + done,  # else a resumed run would see the first batches again
         "iters": left,
         "steps_per_report": 1,
         "save_every": s.EVAL_EVERY,
@@ -462,7 +511,7 @@ def config(s, done):
 
 def record(s, arguments):
     """Return the text of lora_config.yaml: where the run came from, and its settings."""
-    about = {"base model": MODEL, "launcher": os.environ["LAUNCH"], "arguments": arguments}
+    about = {"base model": MODEL, "launcher": " ".join(LAUNCH), "arguments": arguments}
     about["settings"] = in_words(s)
     for name in ("train.jsonl", "valid.jsonl"):
         with open(DATA / name, "rb") as file:
@@ -506,10 +555,10 @@ def check_resumed(s, text):
     anew = "RESUME=0 ./fine_tune.sh starts anew"
     had = re.search('# settings: "(.*)"', before)[1].split()
     other = " ".join(word for word in had if word not in in_words(s).split())
-    if other:
-        fail(f"the interrupted run had {other}", f"{other} RESUME=1 ./fine_tune.sh; {anew}")
     lines = before.splitlines()
-    changed = [line.split(":")[0][2:] for line in text.splitlines() if line not in lines]
+    changed = [line.split(":")[0].lstrip("# ") for line in text.splitlines() if line not in lines]
+    if other and "train.jsonl" not in changed:  # ITERS=auto follows the data
+        fail(f"the interrupted run had {other}", f"{other} RESUME=1 ./fine_tune.sh; {anew}")
     if changed:
         fail(f"{', '.join(changed)}: not as in the interrupted run", anew)
 
@@ -533,7 +582,7 @@ ONE_CARD = """
 def train(s, done, lock, arguments):
     """Run mlx_lm.lora, or several by LAUNCH, and keep its checkpoints."""
     (RUN / "config.yaml").write_text(config(s, done))
-    command = ["sh", "-c", WATCHED, "sh", *os.environ["LAUNCH"].split()]
+    command = ["sh", "-c", WATCHED, "sh", *LAUNCH]
     command += ["sh", "-c", ONE_CARD, "sh", "mlx_lm.lora", "--train", *arguments]
     command += ["--config", RUN / "config.yaml", "--model", BASE]
     command += ["--data", RUN / "data", "--adapter-path", RUN / "adapter"]
@@ -581,20 +630,27 @@ def follow(s, done, output):
                 recent.append((loss, speed))
                 bar.update()
                 if iteration % min(10, s.EVAL_EVERY) == 0 or iteration == s.ITERS:
-                    loss, speed = (sum(column) / len(recent) for column in zip(*recent))
+                    report(iteration, recent, losses, bar)
                     recent = []
-                    print(f"{iteration},{loss:.3f},{speed:.0f}", file=losses)
-                    text = f"{iteration:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
-                    bar.write(text, file=sys.stdout)
             elif found := re.match(r" *save +((\d+)_adapters.safetensors)", line):
                 keep_checkpoint(found[1], done + int(found[2]))
     return iteration
 
 
+def report(iteration, recent, losses, bar):
+    """Write down and show the mean of the recent batches: [(6.5, 1500), (6.1, 1700)]."""
+    loss = sum(loss for loss, _ in recent) / len(recent)
+    speed = sum(speed for _, speed in recent) / len(recent)
+    print(f"{iteration},{loss:.3f},{speed:.0f}", file=losses)
+    text = f"{iteration:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
+    bar.write(text, file=sys.stdout)
+
+
 def keep_checkpoint(name, iteration):
     """Move a checkpoint that is complete to where a resumed run looks for it."""
-    shutil.copy(RUN / "adapter/adapter_config.json", WORK)
-    (RUN / "adapter" / name).rename(RUN / f"{iteration:07d}_adapters.safetensors")
+    with contextlib.suppress(FileNotFoundError):  # two trainers that do not know of each other
+        shutil.copy(RUN / "adapter/adapter_config.json", WORK)
+        (RUN / "adapter" / name).rename(RUN / f"{iteration:07d}_adapters.safetensors")
 
 
 def judge(s, iteration, code):
@@ -606,6 +662,8 @@ def judge(s, iteration, code):
     said = re.findall(r"\S.*", log.read_text()) or ["it said nothing"]
     why = ([line for line in said[-20:] if "rror" in line] or said)[-1]
     fix = f"look at the end of {log}"
+    if re.search("unable to write|no space", why, re.IGNORECASE):
+        fix = make_room()
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
         fix = "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh; then RANK=8 or NUM_LAYERS=8 too"
     what = f"mlx_lm.lora ended with code {code} after {iteration} of {s.ITERS} batches"
@@ -616,7 +674,11 @@ def judge(s, iteration, code):
 def choose():
     """Return the checkpoint with the lowest loss."""
     print("scoring     each checkpoint on valid.jsonl: nats per token of the replies")
-    scores = score()
+    try:
+        scores = score()
+    except RuntimeError as error:  # of MLX: memory ran out, or a file is damaged
+        fix = "close other programs, then RESUME=1 ./fine_tune.sh; RESUME=0 starts anew"
+        fail(f"scoring failed: {error}", fix)
     good = {n: loss for n, loss in scores.items() if n and math.isfinite(loss)}
     if not good:
         fail("all weights became NaN or infinite", "a smaller LEARNING_RATE or SCALE")
@@ -664,13 +726,13 @@ def make_batches(tokenizer, most=2048):
         batch, rows = rows[-count:], rows[:-count]
         width = math.ceil(len(batch[-1][0]) / 32) * 32  # few widths: CUDA compiles for each
         inputs = [tokens + [0] * (width - len(tokens)) for tokens, _ in batch]
-        places = [
-            (row, place - 1, tokens[place])
-            for row, (tokens, start) in enumerate(batch)
-            for place in range(start, len(tokens))
-        ]
-        row, place, target = (mx.array(column) for column in zip(*places))
-        batches.append((mx.array(inputs), (row, place), target))
+        numbers, places, targets = [], [], []
+        for number, (tokens, start) in enumerate(batch):
+            numbers += [number] * (len(tokens) - start)
+            places += range(start - 1, len(tokens) - 1)  # each foretells the next token
+            targets += tokens[start:]
+        where = mx.array(numbers), mx.array(places)
+        batches.append((mx.array(inputs), where, mx.array(targets)))
     return batches
 
 
@@ -717,6 +779,9 @@ if __name__ == "__main__":
     except BrokenPipeError:  # nobody reads any more
         os._exit(1)
     except OSError as error:
-        what = f"{error.filename or WORK} cannot be read or written: {error.strerror}"
-        fail(what, "make room on the disk of models/adapters, then RESUME=1 ./fine_tune.sh")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail("the disk of models/adapters is full", make_room())
+        file = error.filename or WORK
+        what = f"{file} cannot be read or written: {error.strerror}"
+        fail(what, f"ls -ld {file} shows what is there and whose it is")
 PYTHON

@@ -15,7 +15,13 @@ fail() {
   echo "error: $1. FIX: $2" >&2
   exit "${3:-1}"
 }
-trap 'fail "line $LINENO, $BASH_COMMAND, is not NAME=value" "${BASH_COMMAND// /}"' ERR
+misread() { # a line of the settings that bash cannot read, and its number: FUSED_BITS = 8
+  trap - EXIT
+  read -r name value <<<"${1//[=:\$\"\']/ }"
+  fail "line $2 of fuse.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
+}
+trap 'misread "$BASH_COMMAND" "$LINENO"' ERR
+trap 'fail "a quote in the settings of fuse.sh has no end" "write each as NAME=\"value\""' EXIT
 given=$(declare -p VERSION MODEL FUSED_BITS 2>/dev/null || true)
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -25,23 +31,29 @@ FUSED_BITS=auto                # 16, 8, base (as many as it has), auto (8 if mem
 # -------------------------------------------------------------------------------------------------
 
 eval "$given" # what the environment sets wins over the lines above
-trap - ERR
+trap - ERR EXIT
 set +Cfx -euo pipefail # BASH_ENV may have set others
 IFS=$' \t\n'
 trap '' PIPE XFSZ # a closed pipe and a full disk shall not end us without our words
-unset CDPATH PYTHONOPTIMIZE PYTHONIOENCODING "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}"
+unset CDPATH "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}" "${!TQDM@}"
+for name in "${!PYTHON@}"; do
+  [ "$name" = PYTHONPATH ] || unset "$name"
+done
 export LC_ALL=C PYTHONUTF8=1 PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 say() { echo "$*" 2>/dev/null || true; }
 
 # ---- checks before a model is loaded ------------------------------------------------------------
 [ $# = 0 ] || fail "it takes no $1" "settings go in front: FUSED_BITS=16 ./fuse.sh" 2
 for setting in VERSION MODEL; do
-  good=${!setting##*/} # the last part of a path
+  value=${!setting:-}
+  good=${value%/}
+  good=${good##*/} # the last part of a path
   good=${good//[!A-Za-z0-9._-]/_}
-  [[ ${!setting} =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
-    fail "$setting=${!setting} is not a name" "export $setting=${good#[.-]}"
+  good=${good#"${good%%[!.-]*}"} # without dots and dashes at its beginning
+  [[ $value =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
+    fail "$setting=$value is not a name" "export $setting=${good:-v1}"
 done
-[[ $FUSED_BITS =~ ^(auto|base|16|8)$ ]] ||
+[[ ${FUSED_BITS:=} =~ ^(auto|base|16|8)$ ]] ||
   fail "FUSED_BITS=$FUSED_BITS is not auto, base, 16 or 8" "FUSED_BITS=auto ./fuse.sh"
 command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" \
   "source venv/bin/activate (made by: python3 -m venv venv, then pip install -r requirements.txt)"
@@ -55,7 +67,15 @@ HIDDEN=models/fused/.fused-${VERSION}_$MODEL
 PARTIAL=$HIDDEN.partial # all is made here; FUSED itself changes at the very end
 RETRAIN="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 DOWNLOAD="hf download mlx-community/$MODEL --local-dir $BASE"
+bits=${MODEL#tiny-gemma-3-}
+case $MODEL in
+  tiny-gemma-3) DOWNLOAD="python tests/tiny_base.py" ;;
+  tiny-gemma-3-[0-9]bit) DOWNLOAD="python tests/tiny_base.py --bits ${bits%bit}" ;;
+esac
 
+if [ -L "$BASE" ] && [ ! -e "$BASE" ]; then
+  fail "$BASE is a link to $(readlink "$BASE"), which is not there" "connect its disk"
+fi
 if [ ! -f "$BASE/config.json" ]; then
   fix=""
   for folder in models/base/*/; do

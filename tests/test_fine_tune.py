@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
@@ -76,15 +77,15 @@ def call(project, monkeypatch, capsys):
     call("check", RANK="8") → what it printed, and its exit code
     """
 
-    def call(function, *arguments, **settings):
+    def call(function, *arguments, program=PROGRAM, **settings):
         names = {"VERSION": "sample", "MODEL": "tiny-gemma-3"}
         for name, value in (SETTINGS | names | settings).items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(project)
-        exec(PROGRAM, program := {"__name__": "fine_tune"})
+        exec(program, names := {"__name__": "fine_tune"})
         handler, code = signal.getsignal(signal.SIGALRM), 0
         try:
-            program[function](*arguments)
+            names[function](*arguments)
         except SystemExit as end:
             code = end.code
         finally:
@@ -118,31 +119,41 @@ def test_another_interpreter_says_what_to_type(project, shell):
     assert result.returncode in (1, 2) and "FIX: ./fine_tune.sh" in result.stdout + result.stderr
 
 
+def edit(project, line):
+    """Put this line of the settings in the place of ITERS=auto; return its number."""
+    script = re.sub(r"^ITERS=.*$", line, SCRIPT, flags=re.MULTILINE)
+    (project / "fine_tune.sh").write_text(script)
+    return script[: script.index(f"\n{line}\n")].count("\n") + 2
+
+
+def test_a_setting_edited_by_hand_counts(project, train):
+    edit(project, 'ITERS="100"  # note')
+    assert "run         100 batches" in train(ITERS=None, RESUME="1").stdout  # nothing to resume
+
+
 @pytest.mark.parametrize(
-    ("line", "outcome"),
+    ("line", "error"),
     [
-        ('ITERS="100"  # note', "run         100 batches"),
+        ("ITERS = 100", 'ITERS = 100, is not NAME=value. FIX: write there: ITERS="100"'),
+        ("ITERS= 100", 'ITERS= 100, is not NAME=value. FIX: write there: ITERS="100"'),
+        ("ITERS: 100", 'ITERS: 100, is not NAME=value. FIX: write there: ITERS="100"'),
+        ("$ITERS=100", '$ITERS=100, is not NAME=value. FIX: write there: ITERS="100"'),
+        ('MODEL = "a b"', 'MODEL = "a b", is not NAME=value. FIX: write there: MODEL="a b"'),
+        ("LAUNCH=ls -l", 'LAUNCH=ls -l, is not NAME=value. FIX: write there: LAUNCH="ls -l"'),
         (
-            "ITERS = 100",
-            ', ITERS = 100, is not NAME=value. FIX: write there: ITERS="100"',
+            'MODEL="gemma',
+            "a quote in the settings of fine_tune.sh has no end. FIX: write each as N",
         ),
-        (
-            "ITERS= 100",
-            ', ITERS= 100, is not NAME=value. FIX: write there: ITERS="100"',
-        ),
-        ("LAUNCH=ls -l", ' LAUNCH=ls -l, is not NAME=value. FIX: write there: LAUNCH="ls -l"'),
+        ("ITERS=$(", "a quote in the settings of fine_tune.sh has no end. FIX: write each as N"),
+        ("iters=100", "ITERS= is not a whole number from 1. FIX: ITERS=auto ./fine_tune.sh"),
     ],
 )
-def test_a_setting_edited_by_hand(project, train, line, outcome):
-    script = project / "fine_tune.sh"
-    script.write_text(re.sub(r"^ITERS=.*$", line, SCRIPT, flags=re.MULTILINE))
-    result = train(ITERS=None, RESUME="1")  # there is no run to go on with
-    assert result.returncode == 1 and outcome in result.stdout + last_error(result)
-    if "is not NAME" in outcome:
-        number = SCRIPT[: SCRIPT.index("\nITERS=")].count("\n") + 2
-        assert (
-            result.stderr.startswith(f"error: line {number} of ") and result.stderr.count("\n") == 1
-        )
+def test_a_setting_edited_wrongly(project, train, line, error):
+    number = edit(project, line)
+    if "is not NAME" in error:
+        error = f"line {number} of fine_tune.sh, {error}"
+    result = train(ITERS=None)
+    assert result.returncode == 1 and last_error(result).startswith(f"error: {error}")
 
 
 def test_without_the_virtual_environment(project, tmp_path):
@@ -152,9 +163,9 @@ def test_without_the_virtual_environment(project, tmp_path):
     assert_error(result, "mlx_lm.lora was not found", "source venv/bin/activate")
 
 
-@pytest.mark.parametrize("argument", ["--iters", "--trust-remote-code", "ITERS=7"])
+@pytest.mark.parametrize("argument", ["--iters", "--trust-remote-code", "ITERS=7", "7"])
 def test_arguments_that_do_not_go_through(call, argument):
-    result = call("check_words", [argument])
+    result = call("check_words", ["--report-to", "wandb", argument])
     assert result.returncode == 2
     assert last_error(result).startswith(f"error: it takes no {argument}. FIX: settings go in ")
 
@@ -166,8 +177,24 @@ def test_when_nobody_reads_the_output_any_more_it_ends_quietly(project, run):
     assert process.stderr.read() == b"" and process.wait() == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("MODEL", "me/gemma", "export MODEL=gemma"),
+        ("MODEL", "./models/base/gemma/", "export MODEL=gemma"),
+        ("VERSION", "\x1b[31m/v2", "export VERSION=v2"),
+        ("VERSION", "my chat", "export VERSION=my_chat"),
+        ("VERSION", "", "export VERSION=v1"),
+    ],
+)
+def test_a_name_that_is_none(call, name, value, fix):
+    assert_error(call("check_words", [], **{name: value}), f"{name} is not a name", fix)
+
+
 # ---- one run at a time, and what a killed one left ---------------------------------------------
 def test_a_second_run_of_the_same_adapter_is_refused(project, call):
+    shutil.rmtree((project / LOCK).parent)  # it makes the folder
+    assert call("take_lock").returncode == 0
     with (project / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_error(call("take_lock"), f"another run is writing {ADAPTER}", "wait until it is")
@@ -202,78 +229,28 @@ def test_to_resume_a_run_that_lacked_nothing_but_its_place_ends_well(project, tr
 
 # ---- errors before a model is loaded -----------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "value", "fix"),
+    ("setting", "what", "fix"),
     [
-        ("MODEL", "me/gemma", "export MODEL=gemma"),
-        ("MODEL", "./models/base/gemma/", "export MODEL=gemma"),
-        ("VERSION", "\x1b[31m/v2", "export VERSION=v2"),
-        ("VERSION", "my chat", "export VERSION=my_chat"),
-        ("VERSION", "", "export VERSION=v1"),
+        ("ITERS=abc", "is not a whole number from 1", "auto"),
+        ("ITERS=10,000", "is not a whole number from 1", "10000"),
+        ("LEARNING_RATE=0,1", "is not a number from 1e-09", "0.1"),
+        ("LEARNING_RATE=nan", "is not a number from 1e-09", "auto"),
+        ("SCALE=inf", "is not a number from 0.1", "10.0"),
+        ("DROPOUT=1,5", "is not a number from 0.0 to 0.9", "0.1"),
+        ("BATCH_SIZE=0", "is not a whole number from 1", "2"),
+        ("RESUME=yes", "is not a whole number from 0 to 1", "1"),
+        ("SEED=4294967296", "is not a whole number from 0 to 1000000000", "0"),
+        ("NUM_LAYERS=99", "is not one of the 6 layers of tiny-gemma-3", "6"),
+        ("NUM_LAYERS=0", "is not one of the 6 layers of tiny-gemma-3", "6"),
     ],
 )
-def test_a_name_that_is_none(call, name, value, fix):
-    assert_error(call("check_words", [], **{name: value}), f"{name} is not a name", fix)
+def test_a_wrong_setting(call, setting, what, fix):
+    name, value = setting.split("=")
+    assert_error(call("check", **{name: value}), f"{setting} {what}. ", f"{name}={fix} ./fine_tune")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "what", "fix"),
-    [
-        ("MODEL", "tiny-gema-3", "there is no base model in models/base/tiny-gema-3",
-         "export MODEL=tiny-gemma-3, or export MODEL=tiny-gemma-3-4bit, or "
-         "hf download mlx-community/tiny-gema-3 --local-dir models/base/tiny-gema-3"),
-        ("VERSION", "v1", "there is no train.jsonl in data/for_train/v1",
-         "VERSION=v1 MODEL=tiny-gemma-3 python build_train.py, or export VERSION=sample"),
-        ("ITERS", "abc", "ITERS=abc is not a whole number from 1", "ITERS=auto ./fine_tune.sh"),
-        ("ITERS", "10,000", "ITERS=10,000 is not a whole n", "ITERS=10000 ./fine_tune.sh"),
-        ("LEARNING_RATE", "0,1", "LEARNING_RATE=0,1 is not a number", "LEARNING_RATE=0.1 ./fine"),
-        ("RANK", "\x1b[2J8", "RANK=?[2J8 is not a whole number", "RANK=1 ./fine_tune.sh"),
-        ("BATCH_SIZE", "0", "BATCH_SIZE=0 is not a whole number from 1", "BATCH_SIZE=1 ./fine_tu"),
-        ("BATCH_SIZE", "9", "of these rows a batch can have 8 at most", "BATCH_SIZE=8 ./fine_tu"),
-        ("SCALE", "inf", "SCALE=inf is not a number from 0.1", "SCALE=0.1 ./fine_tune.sh"),
-        ("NUM_LAYERS", "99", "tiny-gemma-3 has 6 layers", "NUM_LAYERS=6 ./fine_tune.sh"),
-        ("MAX_SEQ_LENGTH", "9", "a row has 39 tokens", "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
-    ],
-)  # fmt: skip
-def test_a_wrong_setting(call, name, value, what, fix):
-    assert_error(call("check", **{name: value}), what, fix)
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "error"),
-    [
-        ("config.json", "[3]", "AttributeError"),
-        ("config.json", '{"hidden_size": 64}', "KeyError"),
-        ("model.safetensors", None, "SafetensorError"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "FileNot"),
-        ("tokenizer.json", "{}", ""),
-        ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"),
-    ],
-)
-def test_a_damaged_or_hostile_base_model(project, call, file, text, error):
-    if text is None:
-        cut_off(project / BASE / file)
-    else:
-        (project / BASE / file).write_text(text)
-    result = call("check")
-    assert_error(result, "", f"hf download mlx-community/tiny-gemma-3 --local-dir {BASE}")
-    assert f" cannot be used: {error}" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ('{"prompt": 3}', "KeyError"),
-        ("[" * 100_000, "RecursionError"),
-        ("\xff", "UnicodeDecodeError"),
-        ("", "JSONDecodeError"),
-    ],
-    ids=["no reply", "deep", "not UTF-8", "empty"],
-)
-def test_a_row_that_cannot_be_trained_on(project, call, line, error):
-    good = json.dumps(as_prompt("a", "b"))
-    (project / DATA / "valid.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
-    what = f"{DATA}/valid.jsonl, line 2, cannot be used: {error}"
-    assert_error(call("check"), what, "VERSION=sample MODEL=tiny-gemma-3 python build_train.py")
+def write(file, text):
+    return lambda project: (project / file).write_text(text, "latin-1")
 
 
 def change_config(project, **values):
@@ -286,27 +263,122 @@ def put_adapter_of_another_base(project):
     (project / ADAPTER / "adapter_config.json").write_text('{"model": "models/base/other"}')
 
 
+def link_to_a_disk_that_is_not_there(project):
+    shutil.rmtree(project / BASE)
+    (project / BASE).symlink_to("/Volumes/X/tiny")
+
+
+def row(line):
+    good = json.dumps(as_prompt("a", "b"))
+    return write(f"{DATA}/valid.jsonl", f"{good}\n{line}\n")
+
+
 # It begins a reply otherwise than it writes one.
 TEMPLATE = """{% for m in messages %}{{ m.content }}!{% endfor %}
 {%- if add_generation_prompt %}?{% endif %}"""
+DOWNLOAD = f"hf download mlx-community/tiny-gema-3 --local-dir {BASE.replace('mm', 'm')}"
+TINY = "python tests/tiny_base.py"
+BUILD = "VERSION=sample MODEL=tiny-gemma-3 python build_train.py"
+A_ROW = f"{DATA}/valid.jsonl, line 2, cannot be used: "
+A_BASE = f"the base model in {BASE} cannot be used: "
+TOKENIZER = f"the tokenizer of {BASE} cannot be used: "
+INDEX = f"{BASE}/model.safetensors.index.json"
+REFUSED = {  # the harm done to the project, the settings, the error, its fix
+    "MODEL mistyped": (None, {"MODEL": "tiny-gema-3"},
+        "there is no base model in models/base/tiny-gema-3",
+        f"export MODEL=tiny-gemma-3, or export MODEL=tiny-gemma-3-4bit, or {DOWNLOAD}"),
+    "tiny not built": (lambda p: shutil.rmtree(p / "models/base"), {},
+        f"there is no base model in {BASE}", TINY),
+    "tiny not built at 4 bits": (lambda p: shutil.rmtree(p / "models/base"),
+        {"MODEL": "tiny-gemma-3-4bit"}, "there is no base model in", f"{TINY} --bits 4"),
+    "disk unplugged": (link_to_a_disk_that_is_not_there, {},
+        f"{BASE} is a link to /Volumes/X/tiny, which is not there", "connect its disk"),
+    "VERSION forgotten": (None, {"VERSION": "v1"}, "there is no train.jsonl in data/for_train/v1",
+        "VERSION=v1 MODEL=tiny-gemma-3 python build_train.py, or export VERSION=sample"),
+    "no launcher": (None, {"LAUNCH": "mpirun -n 2"}, "LAUNCH: there is no command mpirun",
+        'LAUNCH="mlx.launch --hostfile hosts.json --" ./fine_tune.sh'),
+    "config a list": (write(f"{BASE}/config.json", "[3]"), {}, f"{A_BASE}AttributeError", TINY),
+    "config lacks sizes": (write(f"{BASE}/config.json", '{"hidden_size": 64}'), {},
+        f"{A_BASE}KeyError", TINY),
+    "no hidden size": (lambda p: change_config(p, hidden_size=0), {}, f"{A_BASE}ValueError", TINY),
+    "10^9 layers": (lambda p: change_config(p, num_hidden_layers=10**9), {},
+        f"{A_BASE}ValueError", TINY),
+    "weights cut off": (lambda p: cut_off(p / BASE / "model.safetensors"), {},
+        f"{A_BASE}SafetensorError", TINY),
+    "shard missing": (write(INDEX, '{"weight_map": {"a": "model-2.safetensors"}}'), {},
+        f"{A_BASE}FileNotFoundError", TINY),
+    "tokenizer empty": (write(f"{BASE}/tokenizer.json", "{}"), {}, TOKENIZER, TINY),
+    "template fails": (write(f"{BASE}/chat_template.jinja", "{{ 1 / 0 }}"), {},
+        f"{TOKENIZER}ZeroDivisionError", TINY),
+    "template ambiguous": (write(f"{BASE}/chat_template.jinja", TEMPLATE), {},
+        "the chat template of tiny-gemma-3 does not tell which tokens are", "another base model"),
+    "code": (lambda p: change_config(p, model_file="evil.py"), {},
+        "tiny-gemma-3 brings code of its own, which is never run", "another base model"),
+    "adapter of another base": (put_adapter_of_another_base, {},
+        f"{ADAPTER} is that of the base other", "another VERSION"),
+    "row without a reply": (row('{"prompt": "3"}'), {}, f"{A_ROW}KeyError", BUILD),
+    "turn without text": (row('{"messages": [{"role": "user"}]}'), {}, f"{A_ROW}KeyError", BUILD),
+    "row deep": (row("[" * 100_000), {}, f"{A_ROW}RecursionError", BUILD),
+    "row not UTF-8": (row("\xff"), {}, f"{A_ROW}UnicodeDecodeError", BUILD),
+    "row with half a character": (row('{"prompt": "\\ud800", "completion": "a"}'), {},
+        f"{A_ROW}UnicodeEncodeError", BUILD),
+    "row with a mark of order": (row("\xef\xbb\xbf{}"), {}, f"{A_ROW}JSONDecodeError", BUILD),
+    "row empty": (row(""), {}, f"{A_ROW}JSONDecodeError", BUILD),
+    "row too long": (None, {"MAX_SEQ_LENGTH": "9"}, "a row has 39 tokens",
+        "MAX_SEQ_LENGTH=39 ./fine_tune.sh"),
+    "few rows": (None, {"BATCH_SIZE": "9"}, "of these rows a batch can have 8 at most",
+        "BATCH_SIZE=8 ./fine_tune.sh"),
+    "logits": (lambda p: change_config(p, vocab_size=9_999_999),  # more than CUDA can count
+        {"BATCH_SIZE": "8"}, "of these rows a batch can have 5 at most",
+        "BATCH_SIZE=5 ./fine_tune.sh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("harm", "settings", "what", "fix"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_trained_rightly_is_refused(project, call, harm, settings, what, fix):
+    if harm:
+        harm(project)
+    assert_error(call("check", **settings), what, fix)
+
+
+def test_an_endless_chat_template_is_refused(project, call):
+    loop = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (project / BASE / "chat_template.jinja").write_text(loop)
+    hasty = PROGRAM.replace("signal.alarm(60)", "signal.alarm(1)")
+    result = call("check", program=hasty)
+    assert_error(result, "the chat template of tiny-gemma-3 takes more", "another base model")
+
+
+ROOM = "make room on the disk of models/adapters, then ./fine_tune.sh"
+
+
+def replace_by_a_folder(project):
+    (project / DATA / "valid.jsonl").unlink()
+    (project / DATA / "valid.jsonl").mkdir()
 
 
 @pytest.mark.parametrize(
     ("harm", "what", "fix"),
     [
-        (lambda p: (p / BASE / "chat_template.jinja").write_text(TEMPLATE),
-         "the chat template of tiny-gemma-3 does not tell which tokens are", "another base model"),
-        (lambda p: change_config(p, model_file="evil.py"),
-         "tiny-gemma-3 brings code of its own, which is never run", "another base model"),
-        (lambda p: change_config(p, vocab_size=9_999_999),  # more logits than CUDA can count
-         "of these rows a batch can have 5 at most", "BATCH_SIZE=5 ./fine_tune.sh"),
-        (put_adapter_of_another_base, f"{ADAPTER} is that of the base other", "another VERSION"),
+        (lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+         "the disk of models/adapters is full", ROOM),
+        (replace_by_a_folder, f"{DATA}/valid.jsonl cannot be read or written: Is a directory",
+         f"ls -ld {DATA}/valid.jsonl shows what is there"),
     ],
-    ids=["template", "code", "logits", "adapter"],
+    ids=["full disk", "folder"],
 )  # fmt: skip
-def test_what_cannot_be_trained_rightly_is_refused(project, call, harm, what, fix):
-    harm(project)
-    assert_error(call("check", BATCH_SIZE="8"), what, fix)
+def test_a_file_that_cannot_be_read_or_written(project, harm, what, fix):
+    settings = SETTINGS | {"VERSION": "sample", "MODEL": "tiny-gemma-3"}
+    settings["SCRIPT"] = str(project / "fine_tune.sh")
+    result = subprocess.run(
+        [sys.executable, "-"],
+        env=os.environ | settings,
+        input=PROGRAM,
+        preexec_fn=lambda: harm(project),
+        capture_output=True,
+        text=True,
+    )
+    assert_error(result, what, fix)
 
 
 # ---- what it takes -----------------------------------------------------------------------------
@@ -319,6 +391,13 @@ def test_the_learning_rate_follows_the_size_of_the_model(project, call, hidden_s
     said = call("check").stdout
     assert f"rate        {rate} = 2e-4 x (640 / {hidden_size})^0.78" in said
     assert f"LEARNING_RATE={rate} " in said
+
+
+def test_more_than_two_epochs_are_warned_of(call):
+    assert call("check", ITERS="8").stderr == ""  # 8 rows, 2 in a batch
+    warning = call("check", ITERS="9").stderr
+    assert warning.startswith("warning: more than one epoch made held-out chats worse (8,000 rows")
+    assert warning.endswith(". FIX: ITERS=4 ./fine_tune.sh\n")
 
 
 GEMMA_3 = {  # layers, hidden, intermediate; GB of 4-bit weights
@@ -501,7 +580,7 @@ def is_over(project):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -509,8 +588,10 @@ def wait_until(condition):
 
 def start_and_kill(project, run, number):
     """Send a signal to fine_tune.sh, to it alone, after the first checkpoint."""
-    process = run(project, "fine_tune.sh", env=FAST | LONG, start=subprocess.Popen)
+    options = {"start": subprocess.Popen, "stderr": subprocess.PIPE}
+    process = run(project, "fine_tune.sh", env=FAST | LONG, **options)
     wait_until(lambda: list(project.glob(CHECKPOINTS)))
+    process.stderr.close()  # nobody reads it, as after Ctrl-C in ./fine_tune.sh 2>&1 | tee log
     os.kill(process.pid, number)
     code = process.wait()
     wait_until(lambda: is_over(project))
@@ -518,10 +599,12 @@ def start_and_kill(project, run, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_trainer_ends_with_its_script(project, run, number):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, -15), (signal.SIGHUP, -1), (signal.SIGINT, 130)]
+)
+def test_the_trainer_ends_with_its_script(project, run, number, code):
     older = put_older_adapter(project)
-    assert start_and_kill(project, run, number) == -number
+    assert start_and_kill(project, run, number) == code
     assert contents(project / ADAPTER) == older
 
 
@@ -531,6 +614,10 @@ def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     changed = train(**LONG, RESUME="1", RANK="4")  # FAST has another
     fix = "RANK=8 RESUME=1 ./fine_tune.sh; RESUME=0 ./fine_tune.sh starts anew"
     assert_error(changed, "the interrupted run had RANK=8", fix)
+    write_data(project, train=TRAIN[1:])
+    changed = train(**LONG, RESUME="1", RANK="4")
+    assert_error(changed, "settings, train.jsonl, ", "RESUME=0 ./fine_tune.sh starts anew")
+    write_data(project)
     # Pretend that all but 8 of the batches are done.
     newest = max(project.glob(CHECKPOINTS))
     newest.rename(newest.with_name("0003992_adapters.safetensors"))
@@ -544,25 +631,45 @@ def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     first, last, updates = config["lr_schedule"]["arguments"]  # the rest of the line
     assert (first, last) == (pytest.approx(1e-3 * 8 / 4000), 0)
     assert updates + config["lr_schedule"]["warmup"] == 8
+    assert config["seed"] == 3992  # other batches than the first again
+
+
+LOOK = f"look at the end of {WORK}/training.log"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "error"),
+    ("launcher", "error", "fix"),
     [
-        ('echo "$@"', "mlx_lm.lora ended with code 0 after 0 of 4 "),
-        ('"$@" & sleep 1; kill -9 $!', "mlx_lm.lora ended with code 0 after 0 of 4 "),
-        ('"$@" & "$@"; wait', "mlx_lm.lora ended with code 0 after 8 of 4 "),  # each alone
-        ("exit 7", "mlx_lm.lora ended with code 7 after 0 of 4 batches: it said nothing"),
+        ('echo "$@"', "code 0 after 0 of 4 batches: ", LOOK),
+        ('"$@" & sleep 1; kill -9 $!', "code 0 after 0 of 4 batches: ", LOOK),
+        ('"$@" & "$@"; wait', "code 0 after 8 of 4 batches: ", LOOK),  # each trains alone
+        ("exit 7", "code 7 after 0 of 4 batches: it said nothing", LOOK),
+        ("echo 'Error: [write] Unable to write'; exit 1", "code 1 after 0 of 4 batches: Error: ",
+         ROOM),
+        ("echo 'Error: [METAL] Insufficient Memory'; exit 1", "code 1 after 0 of 4 batches: Error",
+         "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh"),
     ],
-    ids=["only says", "killed", "no group", "fails"],
-)
-def test_a_launcher_that_fails(project, train, launcher, error):
+    ids=["only says", "killed", "no group", "fails", "full disk", "memory"],
+)  # fmt: skip
+def test_a_launcher_that_fails(project, train, launcher, error, fix):
     older = put_older_adapter(project)
     (project / "launch").write_text("#!/bin/sh\n" + launcher)
     (project / "launch").chmod(0o755)
-    assert_error(train(LAUNCH="./launch", ITERS="4", EVAL_EVERY="4"), error)
+    result = train(LAUNCH="./launch", ITERS="4", EVAL_EVERY="4")
+    assert_error(result, f"mlx_lm.lora ended with {error}", fix)
     assert contents(project / ADAPTER) == older
+
+
+def test_a_checkpoint_that_cannot_be_scored(project, call):
+    (project / WORK / "run").mkdir(parents=True)
+    shutil.copy(project / DATA / "valid.jsonl", project / WORK / "run")
+    lora = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    config = {"num_layers": -1, "lora_parameters": lora}
+    (project / WORK / "adapter_config.json").write_text(json.dumps(config))
+    (project / WORK / "run/0000004_adapters.safetensors").write_bytes(b"12345678 no weights")
+    fix = "close other programs, then RESUME=1 ./fine_tune.sh; RESUME=0 starts anew"
+    assert_error(call("choose"), "scoring failed: ", fix)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -251,9 +252,14 @@ def nan_adapter(project):
     mx.save_safetensors(path, weights)
 
 
+def link_to_a_disk_that_is_not_there(project):
+    shutil.rmtree(project / BASE)
+    (project / BASE).symlink_to("/Volumes/X")
+
+
 BASE = f"models/base/{COARSE}"
 RETRAIN = f"VERSION=sample MODEL={COARSE} ./fine_tune.sh"
-DOWNLOAD = f"hf download mlx-community/{COARSE} --local-dir {BASE}"
+DOWNLOAD = "python tests/tiny_base.py --bits 2"
 NO_BASE = "there is no base model in models/base"
 DAMAGED = "the adapter cannot be used: "
 ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
@@ -263,8 +269,14 @@ ERRORS = {  # harm, settings, how the last line of stderr begins, its fix
         "export MODEL=tiny-gemma-3-4bit, or hf download mlx-community/gemma-3-text-27b-it-4bit"),
     "MODEL mistyped": (None, {"MODEL": "tiny"}, f"{NO_BASE}/tiny. ",
         "export MODEL=tiny-gemma-3"),
-    "MODEL a path": (None, {"MODEL": BASE}, f"MODEL={BASE} is not a name", "export MODEL=tiny"),
-    "VERSION no name": (None, {"VERSION": ".x"}, "VERSION=.x is not a name", "export VERSION=x"),
+    "tiny not built": (lambda p: shutil.rmtree(p / "models/base"), {},
+        f"there is no base model in {BASE}", "python tests/tiny_base.py --bits 2"),
+    "disk unplugged": (link_to_a_disk_that_is_not_there, {},
+        f"{BASE} is a link to /Volumes/X, which is not there", "connect its disk"),
+    "MODEL a path": (None, {"MODEL": f"{BASE}/"}, f"MODEL={BASE}/ is not a name",
+        f"export MODEL={COARSE}"),
+    "VERSION no name": (None, {"VERSION": "--x"}, "VERSION=--x is not a name", "export VERSION=x"),
+    "VERSION empty": (None, {"VERSION": ""}, "VERSION= is not a name", "export VERSION=v1"),
     "unknown bits": (None, {"FUSED_BITS": "7"}, "FUSED_BITS=7 is not auto, base, 16 or 8",
         "FUSED_BITS=auto ./fuse.sh"),
     "no adapter": (lambda p: shutil.rmtree(p / ADAPTER), {}, f"there is no adapter in {ADAPTER}",
@@ -348,15 +360,24 @@ def test_it_takes_no_arguments(template, run):
 
 
 @pytest.mark.parametrize(
-    ("line", "fix"),
-    [("FUSED_BITS = 8", "FUSED_BITS=8"), ("VERSION=my chat", "VERSION=mychat")],
+    ("line", "error"),
+    [
+        ("FUSED_BITS = 8", 'FUSED_BITS = 8, is not NAME=value. FIX: write there: FUSED_BITS="8"'),
+        ("VERSION=my chat", 'is not NAME=value. FIX: write there: VERSION="my chat"'),
+        ('MODEL = "a b"', 'is not NAME=value. FIX: write there: MODEL="a b"'),
+        (
+            'MODEL="gemma',
+            'a quote in the settings of fuse.sh has no end. FIX: write each as NAME="',
+        ),
+        ("fused_bits=8", "FUSED_BITS= is not auto, base, 16 or 8. FIX: FUSED_BITS=auto ./fuse.sh"),
+    ],
 )
-def test_a_setting_edited_wrongly(template, run, tmp_path, line, fix):
+def test_a_setting_edited_wrongly(template, run, tmp_path, line, error):
     script = (template / "fuse.sh").read_text()
-    (tmp_path / "fuse.sh").write_text(script.replace("\nFUSED_BITS=", f"\n{line}\nFUSED_BITS="))
+    script = re.sub("^FUSED_BITS=.*$", line, script, flags=re.MULTILINE)
+    (tmp_path / "fuse.sh").write_text(script)
     result = run(tmp_path, "fuse.sh")
-    assert result.returncode == 1
-    assert last_error(result).endswith(f" is not NAME=value. FIX: {fix}")
+    assert result.returncode == 1 and error in last_error(result)
 
 
 @pytest.mark.parametrize("program", [*filter(shutil.which, ["dash", "zsh", "python3"])])

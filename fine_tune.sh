@@ -14,8 +14,8 @@
 #         losses.csv, training.log
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
-# sh, zsh and, because of the 02, Python too stop here and show this line.
-[ -n "${BASH_VERSION:-}" ] || { echo "error: not run by bash. FIX: ./fine_tune.sh" >&2 && exit 02; }
+# sh, zsh, source and, because of the 02, Python too stop here and show this line.
+[ "${BASH_SOURCE-}" = "$0" ] || { echo "error: not started. FIX: ./fine_tune.sh" >&2 && return 02; }
 
 fail() {
   echo "error: $1. FIX: $2" >&2
@@ -23,12 +23,15 @@ fail() {
 }
 misread() { # a line of the settings that bash cannot read, and its number: ITERS = 100
   trap - EXIT
-  read -r name value <<<"${1//[=:\$\"\']/ }"
+  read -r name value <<<"$(tr "=:\$\"'" ' ' <<<"${1%%#*}")"
   fail "line $2 of fine_tune.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
 }
 set +o posix # as `sh` on a Mac is
 trap 'misread "$BASH_COMMAND" "$LINENO"' ERR
-trap 'fail "a quote in the settings of fine_tune.sh has no end" "write each as NAME=\"value\""' EXIT
+no_end() {
+  fail "a quote or bracket in the settings of fine_tune.sh has no end" 'write each as NAME="value"'
+}
+trap no_end EXIT
 given=$(export -p) # ITERS=60 ./fine_tune.sh wins over the line below
 set -a             # Python sees them too
 
@@ -50,7 +53,7 @@ EVAL_EVERY=200                 # batches between checkpoints; at the end valid.j
 SEED=0                         # another whole number, another order of the batches
 CHECK_MEMORY=1                 # 0 trains though it seems not to fit; a Mac may crash
 LAUNCH=                        # several machines: "mlx.launch --hostfile hosts.json --"
-RESUME=0                       # 1 goes on with an interrupted run of the same settings and data
+RESUME=auto                    # after an interrupted run: 1 goes on with it, 0 starts anew
 # ------------------------------------------------------------------------------------------------
 
 trap - ERR EXIT
@@ -104,7 +107,7 @@ LIMITS = {
     "MASK_PROMPT": (0, 1, 1),
     "SEED": (0, 10**9, 0),
     "CHECK_MEMORY": (0, 1, 0),
-    "RESUME": (0, 1, 1),
+    "RESUME": (0, 1, "auto"),
     "NUM_LAYERS": (-1, math.inf, -1),
     "LEARNING_RATE": (1e-9, math.inf, "auto"),
     "SCALE": (0.1, math.inf, 10.0),
@@ -160,9 +163,11 @@ def hear_ctrl_c():
         done = max(checkpoints(), default=0)
         try:
             print("\ninterrupted: the adapter of before, if any, is as it was", file=sys.stderr)
+            how = "there is no checkpoint yet, the same command starts anew"
             if done:
                 how = "RESUME=1 in front of the same command goes on"
-                print(f"{how} from the checkpoint after {done} batches", file=sys.stderr)
+                how += f" from the checkpoint after {done} batches"
+            print(how, file=sys.stderr)
         finally:  # the other end of a pipe, as in 2>&1 | tee, hears Ctrl-C too
             os._exit(130)
 
@@ -224,13 +229,13 @@ def check_words(arguments):
     for before, argument in zip(["", *arguments], arguments):
         if before not in passed and not argument.startswith(passed):
             fail(f"it takes no {argument}", "settings go in front: ITERS=60 ./fine_tune.sh", 2)
-    for name in ("VERSION", "MODEL"):
-        text = os.environ[name]
+    names = ("VERSION", VERSION, "v1"), ("MODEL", MODEL, "gemma-3-text-27b-it-4bit")
+    for name, text, usual in names:
         if not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9._-]*", text):
             last = text.rstrip("/").split("/")[-1]  # of a path or a repository
             meant = re.sub("[^A-Za-z0-9._-]", "_", last).lstrip(".-")
             what = f"{name} is not a name of letters, digits, '.', '_' and '-'"
-            fail(what, f"export {name}={meant or 'v1'}")
+            fail(what, f"export {name}={meant or usual}")
 
 
 def check():
@@ -262,7 +267,9 @@ def read_settings():
     """Return the settings as s.ITERS, …; 10,000 is refused with 10000 as the fix."""
     s = SimpleNamespace()
     for name, (least, most, usual) in LIMITS.items():
-        text = os.environ.get(name, "")
+        if name not in os.environ:
+            fail(f"the settings of fine_tune.sh have no {name}", f"write there: {name}={usual}")
+        text = os.environ[name]
         value = text if text == usual else read_number(text, least, most)
         if value is None:
             whole = isinstance(least, int)
@@ -532,11 +539,14 @@ def set_up(s, arguments):
     Return how many of its batches are done.
     """
     text = record(s, arguments)
-    if s.RESUME:
+    if s.RESUME == 1:
         check_resumed(s, text)
         done = max(checkpoints())
         print(f"resuming    after {done} of {s.ITERS} batches; the optimizer starts anew")
         return done
+    if s.RESUME == "auto" and checkpoints():
+        what = f"an interrupted run has a checkpoint after {max(checkpoints())} batches"
+        fail(what, "RESUME=1 ./fine_tune.sh goes on from it, RESUME=0 ./fine_tune.sh starts anew")
     shutil.rmtree(WORK, ignore_errors=True)
     # Without a valid.jsonl beside it mlx-lm leaves out its own validation, whose loss counts the
     # prompts and the padding too.
@@ -625,6 +635,7 @@ def follow(s, done, output):
                 iteration += 1
                 loss, speed = float(found[1]), int(found[2].replace(",", ""))
                 if not math.isfinite(loss):
+                    shutil.rmtree(RUN)  # to resume it would lead there again
                     what = f"the loss became NaN or infinite at iteration {iteration}"
                     fail(what, "a smaller LEARNING_RATE or SCALE")
                 recent.append((loss, speed))
@@ -665,7 +676,8 @@ def judge(s, iteration, code):
     if re.search("unable to write|no space", why, re.IGNORECASE):
         fix = make_room()
     if re.search("memory|alloc", why, re.IGNORECASE) or code == -signal.SIGKILL:
-        fix = "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh; then RANK=8 or NUM_LAYERS=8 too"
+        less = "GRAD_CHECKPOINT=1 BATCH_SIZE=1"
+        fix = f"RESUME=0 {less} ./fine_tune.sh; then RANK=8 or NUM_LAYERS=8 too"
     what = f"mlx_lm.lora ended with code {code} after {iteration} of {s.ITERS} batches"
     fail(f"{what}: {why[:200]}", fix)
 
@@ -681,6 +693,7 @@ def choose():
         fail(f"scoring failed: {error}", fix)
     good = {n: loss for n, loss in scores.items() if n and math.isfinite(loss)}
     if not good:
+        shutil.rmtree(RUN)
         fail("all weights became NaN or infinite", "a smaller LEARNING_RATE or SCALE")
     best = min(good, key=good.get)
     print(f"kept        iteration {best}: validation loss {good[best]:.3f}, base {scores[0]:.3f}")

@@ -8,8 +8,8 @@
 # Writes  models/fused/fused-${VERSION}_$MODEL, and in it fused_from.json: what it was made from
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
-# sh, zsh and, because of the 02, Python too stop here and show this line.
-[ -n "${BASH_VERSION:-}" ] || { echo "error: this is for bash. FIX: ./fuse.sh" >&2 && exit 02; }
+# sh, zsh, source and, because of the 02, Python too stop here and show this line.
+[ "${BASH_SOURCE-}" = "$0" ] || { echo "error: not started. FIX: ./fuse.sh" >&2 && return 02; }
 
 fail() {
   echo "error: $1. FIX: $2" >&2
@@ -17,11 +17,11 @@ fail() {
 }
 misread() { # a line of the settings that bash cannot read, and its number: FUSED_BITS = 8
   trap - EXIT
-  read -r name value <<<"${1//[=:\$\"\']/ }"
+  read -r name value <<<"$(tr "=:\$\"'" ' ' <<<"${1%%#*}")"
   fail "line $2 of fuse.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
 }
 trap 'misread "$BASH_COMMAND" "$LINENO"' ERR
-trap 'fail "a quote in the settings of fuse.sh has no end" "write each as NAME=\"value\""' EXIT
+trap 'fail "a quote or bracket in the settings of fuse.sh has no end" "write NAME=\"value\""' EXIT
 given=$(declare -p VERSION MODEL FUSED_BITS 2>/dev/null || true)
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -45,13 +45,14 @@ say() { echo "$*" 2>/dev/null || true; }
 # ---- checks before a model is loaded ------------------------------------------------------------
 [ $# = 0 ] || fail "it takes no $1" "settings go in front: FUSED_BITS=16 ./fuse.sh" 2
 for setting in VERSION MODEL; do
+  [ $setting = VERSION ] && usual=v1 || usual=gemma-3-text-27b-it-4bit
   value=${!setting:-}
   good=${value%/}
   good=${good##*/} # the last part of a path
   good=${good//[!A-Za-z0-9._-]/_}
   good=${good#"${good%%[!.-]*}"} # without dots and dashes at its beginning
   [[ $value =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
-    fail "$setting=$value is not a name" "export $setting=${good:-v1}"
+    fail "$setting=$value is not a name" "export $setting=${good:-$usual}"
 done
 [[ ${FUSED_BITS:=} =~ ^(auto|base|16|8)$ ]] ||
   fail "FUSED_BITS=$FUSED_BITS is not auto, base, 16 or 8" "FUSED_BITS=auto ./fuse.sh"
@@ -83,8 +84,14 @@ if [ ! -f "$BASE/config.json" ]; then
   done
   fail "there is no base model in $BASE" "$fix$DOWNLOAD"
 fi
-[ -f "$ADAPTER/adapters.safetensors" ] ||
-  fail "there is no adapter in $ADAPTER" "$RETRAIN, or export another VERSION"
+if [ ! -f "$ADAPTER/adapters.safetensors" ]; then
+  fix=$RETRAIN
+  for folder in models/adapters/adapter-*_"$MODEL"/; do
+    name=$(basename "$folder" "_$MODEL")
+    [ ! -d "$folder" ] || fix+=", or export VERSION=${name#adapter-}"
+  done
+  fail "there is no adapter in $ADAPTER" "$fix"
+fi
 
 # ---- what runs, and how it ends -----------------------------------------------------------------
 run() { # a command that ends when this script does, even by kill -9

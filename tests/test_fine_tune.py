@@ -111,6 +111,18 @@ def put_older_adapter(project):
 
 
 # ---- how it is called --------------------------------------------------------------------------
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_source_does_not_close_the_terminal(project, shell):
+    if not shutil.which(shell):
+        pytest.skip("not installed")
+    command = [shell, "-c", "source ./fine_tune.sh; echo open"]
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert (last_error(result), result.stdout) == (
+        "error: not started. FIX: ./fine_tune.sh",
+        "open\n",
+    )
+
+
 @pytest.mark.parametrize("shell", ["sh", "dash", "zsh", sys.executable])
 def test_another_interpreter_says_what_to_type(project, shell):
     if not shutil.which(shell):
@@ -142,10 +154,10 @@ def test_a_setting_edited_by_hand_counts(project, train):
         ("LAUNCH=ls -l", 'LAUNCH=ls -l, is not NAME=value. FIX: write there: LAUNCH="ls -l"'),
         (
             'MODEL="gemma',
-            "a quote in the settings of fine_tune.sh has no end. FIX: write each as N",
+            "a quote or bracket in the settings of fine_tune.sh has no end. FIX: write",
         ),
-        ("ITERS=$(", "a quote in the settings of fine_tune.sh has no end. FIX: write each as N"),
-        ("iters=100", "ITERS= is not a whole number from 1. FIX: ITERS=auto ./fine_tune.sh"),
+        ("ITERS=$(", "a quote or bracket in the settings of fine_tune.sh has no end. FIX: write"),
+        ("iters=100", "the settings of fine_tune.sh have no ITERS. FIX: write there: ITERS=auto"),
     ],
 )
 def test_a_setting_edited_wrongly(project, train, line, error):
@@ -154,6 +166,11 @@ def test_a_setting_edited_wrongly(project, train, line, error):
         error = f"line {number} of fine_tune.sh, {error}"
     result = train(ITERS=None)
     assert result.returncode == 1 and last_error(result).startswith(f"error: {error}")
+
+
+def test_an_apostrophe_alone(project, train):
+    edit(project, "ITERS='100  # note")
+    assert last_error(train(ITERS=None)).endswith('. FIX: write there: ITERS="100"')
 
 
 def test_without_the_virtual_environment(project, tmp_path):
@@ -238,7 +255,7 @@ def test_to_resume_a_run_that_lacked_nothing_but_its_place_ends_well(project, tr
         ("SCALE=inf", "is not a number from 0.1", "10.0"),
         ("DROPOUT=1,5", "is not a number from 0.0 to 0.9", "0.1"),
         ("BATCH_SIZE=0", "is not a whole number from 1", "2"),
-        ("RESUME=yes", "is not a whole number from 0 to 1", "1"),
+        ("RESUME=yes", "is not a whole number from 0 to 1", "auto"),
         ("SEED=4294967296", "is not a whole number from 0 to 1000000000", "0"),
         ("NUM_LAYERS=99", "is not one of the 6 layers of tiny-gemma-3", "6"),
         ("NUM_LAYERS=0", "is not one of the 6 layers of tiny-gemma-3", "6"),
@@ -567,6 +584,7 @@ def test_nan_ends_the_run_and_spares_the_older_adapter(project, train, iters, er
     result = train(ITERS=iters, LEARNING_RATE="1e38", SCALE="1e10")
     assert_error(result, error, "a smaller LEARNING_RATE or SCALE")
     assert contents(project / ADAPTER) == older
+    assert not list(project.glob(CHECKPOINTS))  # so the next run is not asked to go on with it
 
 
 def is_over(project):
@@ -611,6 +629,8 @@ def test_the_trainer_ends_with_its_script(project, run, number, code):
 @pytest.mark.slow
 def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     assert start_and_kill(project, run, signal.SIGKILL) == -signal.SIGKILL
+    again = train(**LONG)  # would begin at the beginning
+    assert_error(again, "an interrupted run has a checkpoint after ", "RESUME=1 ./fine_tune.sh go")
     changed = train(**LONG, RESUME="1", RANK="4")  # FAST has another
     fix = "RANK=8 RESUME=1 ./fine_tune.sh; RESUME=0 ./fine_tune.sh starts anew"
     assert_error(changed, "the interrupted run had RANK=8", fix)
@@ -648,7 +668,7 @@ LOOK = f"look at the end of {WORK}/training.log"
         ("echo 'Error: [write] Unable to write'; exit 1", "code 1 after 0 of 4 batches: Error: ",
          ROOM),
         ("echo 'Error: [METAL] Insufficient Memory'; exit 1", "code 1 after 0 of 4 batches: Error",
-         "GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh"),
+         "RESUME=0 GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh"),
     ],
     ids=["only says", "killed", "no group", "fails", "full disk", "memory"],
 )  # fmt: skip

@@ -48,19 +48,20 @@ from pathlib import Path
 try:
     from tqdm import tqdm
 except ImportError as error:
-    sys.exit(f"error: {error}. FIX: source venv/bin/activate; pip install -r requirements.txt")
+    sys.exit(f"error: {error}. FIX: source venv/bin/activate (see README.md, Install)")
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
+DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
 parser = argparse.ArgumentParser(
     description="Make the training data from a chat.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     allow_abbrev=False,
 )
 parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python build_train.py --help\n")
-add, env = parser.add_argument, os.environ.get
+add, env = parser.add_argument, (DEFAULTS | os.environ).get
 # fmt: off
-add("--version", default=env("VERSION", "v1"), help="which data: data/raw/messages_VERSION.json")
-add("--model", default=env("MODEL", "gemma-3-text-27b-it-4bit"), help="whose tokenizer to use")
+add("--version", default=env("VERSION"), help="which data: data/raw/messages_VERSION.json")
+add("--model", default=env("MODEL"), help="whose tokenizer to use")
 add("--prompt", default="{context}\n\nWrite the next message of this chat[, as {author}].",
     help="template of a prompt; what stands in [] goes if the model does not see names")
 add("--question-prompt", default="{context}\n\nAsk the next question in this chat[, as {author}].",
@@ -88,9 +89,28 @@ def fail(what, fix):
     sys.exit(f"error: {what}. FIX: {fix}")
 
 
-def settings(arguments=None):
+def with_quotes(words):
+    """Return the words as they were meant: ["--off", "too", "short"] → ["--off", "too short"]."""
+    meant = []
+    for word in words:
+        word = word.strip("“”‘’")
+        after_flag = meant and meant[-1].startswith("--") and "=" not in meant[-1]
+        if not meant or after_flag or word.startswith("--"):
+            meant.append(word)
+        else:
+            meant[-1] += f" {word}"
+    return meant
+
+
+def settings(words):
     """Return the settings of this run; end it if one of them cannot be."""
-    s = parser.parse_args(arguments)
+    s, rest = parser.parse_known_args(words)
+    meant = with_quotes(words)
+    if rest and meant != words:
+        command = shlex.join(["python", "build_train.py", *meant])
+        parser.exit(2, f"error: it takes no {rest[0]} by itself. FIX: {command}\n")
+    elif rest:
+        parser.error(f"it takes no {rest[0]}")
     s.prompt = s.prompt.replace("\\n", "\n")
     s.question_prompt = s.question_prompt.replace("\\n", "\n")
     s.shape = s.shape or ("turns" if s.only_author else "prompt")
@@ -109,7 +129,9 @@ def settings(arguments=None):
     for variable, name in ("VERSION", s.version), ("MODEL", s.model):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             what = f"{variable} is {name!a}, not a name of letters, digits, '.', '_' and '-'"
-            fail(what, f"export {variable}={re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'v1'}")
+            last = name.rstrip("/").split("/")[-1]  # of a path or a repository
+            meant = re.sub("[^A-Za-z0-9.-]+", "_", last).strip("._-")
+            fail(what, f"export {variable}={meant or DEFAULTS[variable]}")
     return s
 
 
@@ -909,7 +931,7 @@ def build(s, raw, folder):
 
 
 def main():
-    s = settings()
+    s = settings(sys.argv[1:])
     os.chdir(Path(__file__).resolve().parent)
     folder = Path("data/for_train", s.version)
     try:

@@ -63,7 +63,7 @@ set -euo pipefail
 
 command -v mlx_lm.lora >/dev/null ||
   fail "mlx_lm.lora was not found, so the virtual environment is not active" \
-    "source venv/bin/activate (README.md, Install, says how it is made)"
+    "source venv/bin/activate (see README.md, Install)"
 unset "${!HF_@}" "${!TRANSFORMERS@}" "${!MLXLM@}" "${!TQDM@}"
 for name in "${!PYTHON@}"; do
   [ "$name" = PYTHONPATH ] || unset "$name"
@@ -788,7 +788,7 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ImportError as error:
-        fail(error, "source venv/bin/activate (README.md, Install, says how it is made)")
+        fail(error, "source venv/bin/activate (see README.md, Install)")
     except BrokenPipeError:  # nobody reads any more
         os._exit(1)
     except OSError as error:

@@ -57,7 +57,7 @@ done
 [[ ${FUSED_BITS:=} =~ ^(auto|base|16|8)$ ]] ||
   fail "FUSED_BITS=$FUSED_BITS is not auto, base, 16 or 8" "FUSED_BITS=auto ./fuse.sh"
 command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" \
-  "source venv/bin/activate (made by: python3 -m venv venv, then pip install -r requirements.txt)"
+  "source venv/bin/activate (see README.md, Install)"
 # The script may be called by a link, as in ~/bin.
 cd "$(python3 -c 'import os, sys; print(os.path.dirname(os.path.realpath(sys.argv[1])))' "$0")"
 
@@ -151,7 +151,7 @@ def fail(what, fix):
 try:
     import mlx.core as mx
 except ImportError as error:  # mlx_lm.fuse is that of another Python
-    fail(error.msg, "source venv/bin/activate; pip install -r requirements.txt")
+    fail(error.msg, "source venv/bin/activate (see README.md, Install)")
 try:
     config = json.loads((base / "config.json").read_bytes())
     if config.get("text_config", config).get("num_hidden_layers", 0) > 1000:

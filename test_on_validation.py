@@ -54,7 +54,7 @@ try:
     from sklearn.pipeline import make_pipeline
     from tqdm import tqdm
 except ImportError as e:
-    sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
+    sys.exit(f"error: {e}. FIX: source venv/bin/activate (see README.md, Install)")
 
 ROOT = Path(__file__).resolve().parent
 ME = "python test_on_validation.py"
@@ -150,13 +150,12 @@ def read_json(path, key):
         return None
 
 
-def missing(variable, value, what, others, fix):
-    """Fail for lack of it; the variable that names it may have been forgotten."""
-    there = sorted({path.parent.name for path in others if re.fullmatch(NAME, path.parent.name)})
-    if len(there) == 1 and value == DEFAULTS[variable] and not env(variable):
-        export = f"export {variable}={there[0]}"
-        fix = f"{fix}; for the sample: {export}" if there == ["sample"] else export
-    fail(f"there is no {what} (there: {', '.join(there) or 'none'})", fix)
+def missing(what, file, variable, make):
+    """Fail for lack of a file; the fix names the folders that have one."""
+    there = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
+    fixes = [f"export {variable}={name}" for name in there if re.fullmatch(NAME, name)]
+    fixes.insert(0 if variable == "VERSION" else len(fixes), make)  # one's own data first
+    fail(f"there is no {what} in {file.parent}", ", or ".join(fixes))
 
 
 def load(fix, folder, adapter=None):
@@ -183,8 +182,7 @@ def find_models(args, base, adapter, fused):
         download = "python tests/tiny_base.py"
     train = f"{run} ./fine_tune.sh, or test the base model alone: {run} {ME} --models base"
     if not base.is_dir():
-        others = base.parent.glob("*/config.json")
-        missing("MODEL", args.model, f"base model in {base}", others, download)
+        missing("base model", base / "config.json", "MODEL", download)
     asked = set(args.models.split(","))
     if len(asked) == 3 and not fused.exists():
         asked.remove("fused")
@@ -507,7 +505,8 @@ def learned(table, count):
     pair = f"than the base: loss {new} instead of {old}"
     if count < FEW:
         better = "Better" if gain > 0 else "No better"
-        return f"{better} {pair}, but too few rows to be sure: {count} ({FEW} would do)."
+        more = f"{FEW} would do, see build_train.py --valid-size"
+        return f"{better} {pair}, but too few rows to be sure: {count} ({more})."
     if gain > 2 * error:
         return f"Better {pair}."
     if gain < -2 * error:
@@ -716,9 +715,7 @@ def main():
     args = settings()
     valid = Path(f"data/for_train/{args.version}/valid.jsonl")
     if not valid.is_file():
-        others = Path("data/for_train").glob("*/valid.jsonl")
-        build = f"VERSION={args.version} python build_train.py"
-        missing("VERSION", args.version, f"valid.jsonl in {valid.parent}", others, build)
+        missing("valid.jsonl", valid, "VERSION", f"VERSION={args.version} python build_train.py")
     final = Path("data/results", f"{args.version}_{args.model}")
     with hold(final):
         return test(args, valid, final)

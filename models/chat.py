@@ -61,7 +61,8 @@ def arguments():
         parser.error("--temperature is 0 to 2, --max-tokens 1 or more")
     for variable, name in ("VERSION", args.version), ("MODEL", args.model):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            good = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-") or DEFAULTS[variable]
+            last = name.rstrip("/").split("/")[-1]  # of a path or a repository
+            good = re.sub(r"[^A-Za-z0-9._-]+", "_", last).lstrip("._-") or DEFAULTS[variable]
             what = f"{variable} is {name!a}, not letters, digits, '.', '_' and '-'"
             fail(what, f"export {variable}={good}")
     return args
@@ -86,14 +87,12 @@ def note(text):
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def missing(what, folder, variable, fix):
-    """Fail for lack of a folder; the variable that names it may have been forgotten."""
+def missing(what, folder, variable, make):
+    """Fail for lack of a folder; the fix names those that are there."""
     there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
-    is_default = folder.name == DEFAULTS[variable] and not os.environ.get(variable)
-    if is_default and len(there) == 1:
-        export = f"export {variable}={there[0]}"
-        fix = f"{fix}; for the sample: {export}" if there == ["sample"] else export
-    fail(f"there is no {what} in {folder} (there: {', '.join(there) or 'none'})", fix)
+    fixes = [f"export {variable}={name}" for name in there]
+    fixes.insert(0 if variable == "VERSION" else len(fixes), make)  # one's own data first
+    fail(f"there is no {what} in {folder}", ", or ".join(fixes))
 
 
 def read_settings(version):
@@ -231,7 +230,7 @@ def load(parts):
     try:
         import mlx_lm  # here, because it takes a second
     except ImportError as e:
-        fail(e, "source venv/bin/activate; pip install -r requirements.txt")
+        fail(e, "source venv/bin/activate (see README.md, Install)")
     note("loading " + " with ".join(str(folder) for folder, _ in parts))
     signal.signal(signal.SIGALRM, give_up)
     folder, fix = parts[0]

@@ -161,7 +161,11 @@ USAGE = [
     (["--prompt", "hello"], "need {context}"),
     (["--shape", "turns"], "--shape turns needs --only-author"),
     (["--off", "lnik"], "--off names 'lnik', and the rules are: empty, "),
-    (["--model", "mlx-community/gemma"], "FIX: export MODEL=mlx_community_gemma"),
+    (["--only-author", "‘Ann", "Lee’"], " --only-author 'Ann Lee'"),
+    (["--off", "too", "short", "--gap", "3"], " --off 'too short' --gap 3"),
+    (["--frob", "3"], "FIX: python build_train.py --help"),
+    (["--model", "mlx-community/gemma"], "FIX: export MODEL=gemma"),
+    (["--model", ""], "FIX: export MODEL=gemma-3-text-27b-it-4bit"),
     (["--version", "my chat"], "FIX: export VERSION=my_chat"),
     (["--version", "…"], "FIX: export VERSION=v1"),
 ]

@@ -116,16 +116,15 @@ WRONG = {
     "no data": (remove(DATA), {}, "", BUILD),
     "VERSION forgotten": (
         None, {"VERSION": None}, "",
-        "VERSION=v1 python build_train.py; for the sample: export VERSION=sample"),
-    "other version": (None, {"VERSION": "v1"}, "", "VERSION=v1 python build_train.py"),
+        "VERSION=v1 python build_train.py, or export VERSION=sample"),
     "no name": (None, {"VERSION": "my chat"}, "", "export VERSION=my_chat"),
+    "a repository": (None, {"MODEL": "me/gemma"}, "", "export MODEL=gemma"),
     "empty name": (None, {"VERSION": ""}, "", "export VERSION=v1"),
     "not trained": (remove(FUSED), {}, "", "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"),
     "no base": (
-        remove(FUSED), {"MODEL": "zephyr"}, "",
+        remove(FUSED, f"{BASE}-4bit"), {"MODEL": "zephyr"}, "",
+        "export MODEL=tiny-gemma-3, or "
         "hf download mlx-community/zephyr --local-dir models/base/zephyr"),
-    "MODEL forgotten": (
-        remove(FUSED, f"{BASE}-4bit"), {"MODEL": None}, "", "export MODEL=tiny-gemma-3"),
     "no settings": ((DATA / "settings.json").unlink, {}, "", BUILD),
     "settings a list": (settings([1]), {}, "", BUILD),
     "settings cut": (settings({"shape": "turns"}), {}, "", BUILD),

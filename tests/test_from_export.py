@@ -808,4 +808,4 @@ def test_without_the_environment_it_says_so(home):
     command = [sys.executable, "-I", "-S", home / RAW / "from_export.py", "chat.txt"]
     result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
     assert result.returncode == 1
-    assert last_error(result).endswith("source venv/bin/activate; pip install -r requirements.txt")
+    assert last_error(result).endswith("source venv/bin/activate (see README.md, Install)")

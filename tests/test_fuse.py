@@ -399,7 +399,7 @@ def test_modules_come_from_pythonpath_too_and_one_that_fails_to_is_told(project,
     (tmp_path / "mlx.py").touch()
     error = last_error(fuse(PYTHONPATH=str(tmp_path)))
     assert error.startswith("error: No module named 'mlx.core'")
-    assert error.endswith("FIX: source venv/bin/activate; pip install -r requirements.txt")
+    assert error.endswith("FIX: source venv/bin/activate (see README.md, Install)")
     assert older_model_is_as_it_was(project)
 
 

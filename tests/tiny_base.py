@@ -24,7 +24,7 @@ try:
     from mlx_lm.models.gemma3_text import Model, ModelArgs
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 except ImportError as error:
-    sys.exit(f"error: {error}. FIX: source venv/bin/activate; pip install -r requirements.txt")
+    sys.exit(f"error: {error}. FIX: source venv/bin/activate (see README.md, Install)")
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]

@@ -49,7 +49,7 @@ try:
     from dateutil import parser as date_parser
     from tqdm import tqdm
 except ImportError as e:
-    sys.exit(f"error: {e}. FIX: source venv/bin/activate; pip install -r requirements.txt")
+    sys.exit(f"error: {e}. FIX: source venv/bin/activate (see README.md, Install)")
 
 warnings.filterwarnings("ignore", category=date_parser.UnknownTimezoneWarning)
 
@@ -206,6 +206,8 @@ def read(name, content):
 def decode(content):
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as Excel writes it
         return content.decode("utf-16", "replace")
+    if content.startswith(b"PK"):
+        raise UnknownFileError("a .zip that is not whole: copy it or export the chat again")
     if b"\0" in content[:1000]:
         raise UnknownFileError("no text")
     try:

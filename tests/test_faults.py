@@ -72,7 +72,8 @@ STAGES = {
         ["fine_tune.sh"],
         ADAPTER,
         [f"{DATA}/train.jsonl", f"{DATA}/valid.jsonl", *MODEL, f"{ADAPTER}/adapter_config.json"],
-        {"ITERS": "2", "EVAL_EVERY": "1", "RANK": "4"},
+        # RESUME=0, as after an interrupted run with a checkpoint it asks what to do.
+        {"ITERS": "2", "EVAL_EVERY": "1", "RANK": "4", "RESUME": "0"},
         {"RANK": "8"},
     ),
     "fuse": Stage(

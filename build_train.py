@@ -102,15 +102,20 @@ def with_quotes(words):
     return meant
 
 
+def check_quotes(words, unknown):
+    """End the run for a word that is no setting; propose quotes if those are what it lacks."""
+    quoted = with_quotes(words)
+    if quoted == words:
+        parser.error(f"it takes no {unknown}")
+    command = shlex.join(["python", "build_train.py", *quoted])
+    parser.exit(2, f"error: it takes no {unknown} by itself. FIX: {command}\n")
+
+
 def settings(words):
     """Return the settings of this run; end it if one of them cannot be."""
     s, rest = parser.parse_known_args(words)
-    meant = with_quotes(words)
-    if rest and meant != words:
-        command = shlex.join(["python", "build_train.py", *meant])
-        parser.exit(2, f"error: it takes no {rest[0]} by itself. FIX: {command}\n")
-    elif rest:
-        parser.error(f"it takes no {rest[0]}")
+    if rest:
+        check_quotes(words, rest[0])
     s.prompt = s.prompt.replace("\\n", "\n")
     s.question_prompt = s.question_prompt.replace("\\n", "\n")
     s.shape = s.shape or ("turns" if s.only_author else "prompt")

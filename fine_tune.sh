@@ -23,6 +23,7 @@ fail() {
 }
 misread() { # a line of the settings that bash cannot read, and its number: ITERS = 100
   trap - EXIT
+  # Without the note behind it, and with spaces for signs: 'ITERS : "100"  # note' → ITERS, 100.
   read -r name value <<<"$(tr "=:\$\"'" ' ' <<<"${1%%#*}")"
   fail "line $2 of fine_tune.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
 }
@@ -94,8 +95,8 @@ if tiny := re.fullmatch("tiny-gemma-3(-([0-9])bit)?", MODEL):
     DOWNLOAD = "python tests/tiny_base.py" + (f" --bits {tiny[2]}" if tiny[2] else "")
 BUILD = f"VERSION={VERSION} MODEL={MODEL} python build_train.py"
 
-# For each setting the least and the most that it can be, and a value for those who need one. It is
-# a whole number if its least is.
+# The least and the most that each setting can be, and the value that an error proposes. Where the
+# least is a whole number, the setting is one; where the proposal is a word, the word will do too.
 LIMITS = {
     "ITERS": (1, math.inf, "auto"),
     "BATCH_SIZE": (1, math.inf, 2),
@@ -163,11 +164,11 @@ def hear_ctrl_c():
         done = max(checkpoints(), default=0)
         try:
             print("\ninterrupted: the adapter of before, if any, is as it was", file=sys.stderr)
-            how = "there is no checkpoint yet, the same command starts anew"
             if done:
                 how = "RESUME=1 in front of the same command goes on"
-                how += f" from the checkpoint after {done} batches"
-            print(how, file=sys.stderr)
+                print(f"{how} from the checkpoint after {done} batches", file=sys.stderr)
+            else:
+                print("there is no checkpoint yet, the same command starts anew", file=sys.stderr)
         finally:  # the other end of a pipe, as in 2>&1 | tee, hears Ctrl-C too
             os._exit(130)
 
@@ -225,7 +226,7 @@ def finish_last_run():
 # ---- checks before a model is loaded -------------------------------------------------------------
 def check_words(arguments):
     """Refuse arguments that mlx_lm.lora shall not get, and names that are none."""
-    passed = ("--report-to", "--project-name")
+    passed = ("--report-to", "--project-name")  # and the word that follows one of them
     for before, argument in zip(["", *arguments], arguments):
         if before not in passed and not argument.startswith(passed):
             fail(f"it takes no {argument}", "settings go in front: ITERS=60 ./fine_tune.sh", 2)
@@ -533,6 +534,12 @@ def checkpoints():
     return {int(file.name[:7]): file for file in files}
 
 
+def forget_checkpoints():
+    """Leave nothing to resume of a run that learned NaN: it would lead there again."""
+    for file in checkpoints().values():
+        file.unlink()
+
+
 def set_up(s, arguments):
     """Make the work folder, with the data as they are now, or find that of an interrupted run.
 
@@ -635,7 +642,7 @@ def follow(s, done, output):
                 iteration += 1
                 loss, speed = float(found[1]), int(found[2].replace(",", ""))
                 if not math.isfinite(loss):
-                    shutil.rmtree(RUN)  # to resume it would lead there again
+                    forget_checkpoints()
                     what = f"the loss became NaN or infinite at iteration {iteration}"
                     fail(what, "a smaller LEARNING_RATE or SCALE")
                 recent.append((loss, speed))
@@ -693,7 +700,7 @@ def choose():
         fail(f"scoring failed: {error}", fix)
     good = {n: loss for n, loss in scores.items() if n and math.isfinite(loss)}
     if not good:
-        shutil.rmtree(RUN)
+        forget_checkpoints()
         fail("all weights became NaN or infinite", "a smaller LEARNING_RATE or SCALE")
     best = min(good, key=good.get)
     print(f"kept        iteration {best}: validation loss {good[best]:.3f}, base {scores[0]:.3f}")

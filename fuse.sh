@@ -17,6 +17,7 @@ fail() {
 }
 misread() { # a line of the settings that bash cannot read, and its number: FUSED_BITS = 8
   trap - EXIT
+  # Without the note behind it, and with spaces for signs: 'MODEL : "a"  # note' → MODEL, a.
   read -r name value <<<"$(tr "=:\$\"'" ' ' <<<"${1%%#*}")"
   fail "line $2 of fuse.sh, ${1%%$'\n'*}, is not NAME=value" "write there: $name=\"$value\""
 }

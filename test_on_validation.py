@@ -64,9 +64,9 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # what VERSION and MODEL can be
 # ---- settings: edit a default here, or give the flag for a single run ---------------------------
 DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
 parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-add, env = parser.add_argument, os.environ.get
-add("--version", default=env("VERSION", DEFAULTS["VERSION"]), help="data/for_train/VERSION")
-add("--model", default=env("MODEL", DEFAULTS["MODEL"]), help="models/base/MODEL")
+add, env = parser.add_argument, (DEFAULTS | os.environ).get
+add("--version", default=env("VERSION"), help="data/for_train/VERSION")
+add("--model", default=env("MODEL"), help="models/base/MODEL")
 add("--models", default="base,adapter,fused", help="which of the three to test")
 add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
 add("--temperature", type=float, help="0 the likeliest word, 1 as learned, to 2 (see SAMPLING)")

@@ -39,14 +39,13 @@ with contextlib.suppress(ImportError):
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
 DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}  # of these variables
-version, model = (os.environ.get(name, default) for name, default in DEFAULTS.items())
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.error = lambda what: parser.exit(2, f"error: {what}. FIX: python models/chat.py --help\n")
-add = parser.add_argument
-add("--version", default=version, help="which data: data/for_train/VERSION")
-add("--model", default=model, help="which base model: models/base/MODEL")
+add, env = parser.add_argument, (DEFAULTS | os.environ).get
+add("--version", default=env("VERSION"), help="which data: data/for_train/VERSION")
+add("--model", default=env("MODEL"), help="which base model: models/base/MODEL")
 add("--as", dest="author", default="", help="who replies, instead of who was learned most")
 add("--me", default="me", help="your name in the chat")
 add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")

@@ -9,14 +9,6 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = [
-    "data/raw/from_export.py",
-    "build_train.py",
-    "fine_tune.sh",
-    "fuse.sh",
-    "test_on_validation.py",
-    "models/chat.py",
-]
 
 
 def contents(folder):
@@ -44,17 +36,11 @@ def template(tmp_path_factory):
     Its name holds a space, as a folder of a Mac may.
     """
     root = tmp_path_factory.mktemp("template") / "my project"
-    for folder in [
-        "data/raw",
-        "data/for_train",
-        "data/results",
-        "models/adapters",
-        "models/fused",
-        "tests",
-    ]:
-        (root / folder).mkdir(parents=True)
-    for name in [*SCRIPTS, "data/raw/messages_sample.json", "tests/tiny_base.py"]:
-        if (REPOSITORY / name).exists():
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    for name in filter(None, names.stdout.split("\0")):  # not the models and chats of a developer
+        if (REPOSITORY / name).exists() and not name.startswith((".github/", "tests/test_")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, root / name)
     subprocess.run(
         [sys.executable, root / "tests/tiny_base.py", "--bits", "4"],

@@ -1,0 +1,180 @@
+"""What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
+
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # what VERSION and MODEL can be: one folder, no hidden one
+DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
+
+
+# ---- what a person sees --------------------------------------------------------------------------
+def visible(text):
+    r"""Return text that can only be read: chats and base models may hold terminal escapes.
+
+    Control, bidirectional and surrogate characters come out as \x1b and the like; emoji stay.
+    """
+    fine = "\n\xa0\u3000\u200c\u200d"  # wide spaces, and what joins emoji
+    return "".join(
+        c if c.isprintable() or c in fine else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def fail(what, *fixes, code=1):
+    """End the script: a line that says what is wrong, and a line for each way to mend it.
+
+    A fix is a command that can be pasted as it stands; a remark stands behind a "#".
+    """
+    lines = [f"error: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
+    print(visible("\n".join(lines)), file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(what, *fixes):
+    """Print what a person should know, and go on."""
+    lines = [f"warning: {' '.join(what.split())}", *(f"FIX: {fix}" for fix in fixes)]
+    print(visible("\n".join(lines)), file=sys.stderr)
+
+
+# ---- VERSION and MODEL, and what they name -------------------------------------------------------
+def from_environment(variable):
+    """Return VERSION or MODEL: the variable, or its default."""
+    return os.environ.get(variable, DEFAULTS[variable])
+
+
+def check_names(version, model):
+    """Refuse a VERSION or MODEL that is no name of a folder."""
+    for variable, name in ("VERSION", version), ("MODEL", model):
+        if not re.fullmatch(NAME, name):
+            what = f"{variable}={name!a} is not made of letters, digits, '.', '_' and '-'"
+            fail(what, f"export {variable}={DEFAULTS[variable]}")
+
+
+def download(model):
+    """Return the command that makes models/base/MODEL."""
+    if model.startswith("tiny-gemma-3"):
+        bits = re.search(r"-(\d)bit$", model)
+        return "python tests/tiny_base.py" + (f" --bits {bits[1]}" if bits else "")
+    return f"hf download mlx-community/{model} --local-dir models/base/{model}"
+
+
+def need(file, variable, command):
+    """Refuse a folder without its file; the fixes are the command, and the folders that have it.
+
+    need(Path("models/base/gemma/config.json"), "MODEL", "hf download …")
+    """
+    finish_move(file.parent)
+    if file.is_file():
+        return
+    others = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
+    exports = [f"export {variable}={name}" for name in others if re.fullmatch(NAME, name)]
+    fail(f"there is no {file}", command, *exports)
+
+
+# ---- rows of the training data -------------------------------------------------------------------
+def chat_of(row):
+    """Return a row of the data as a chat; ValueError, LookupError or TypeError if it is none.
+
+    {"prompt": "hi", "completion": "ho"} and {"messages": […]} → [{"role": …, "content": …}, …]
+    """
+    chat = row.get("messages") or [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    for turn in chat:
+        (turn["role"] + turn["content"]).encode()  # texts, without lone surrogates
+    return chat
+
+
+def read_rows(path, command):
+    """Return the rows of a .jsonl file as chats; `command` makes the file anew."""
+    chats = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            chats.append(chat_of(json.loads(line)))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            fail(f"{path}, line {number}: {error!r}", command)
+    return chats
+
+
+# ---- what was made from what ---------------------------------------------------------------------
+def checksum(path):
+    """Return the SHA-256 of a file, '' if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+# ---- outputs appear whole or not at all ----------------------------------------------------------
+def beside(folder, word):
+    """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.
+
+    An output may be a link to another disk: the work is done beside its target.
+    """
+    target = Path(os.path.realpath(folder))
+    return target.with_name(f".{target.name}.{word}")
+
+
+def is_same(new, old):
+    """Say whether two folders hold the same files."""
+    names = sorted(path.name for path in new.iterdir())
+    if names != sorted(path.name for path in old.iterdir()):
+        return False
+    return not any(filecmp.cmpfiles(new, old, names, shallow=False)[1:])
+
+
+def link(source, target):
+    """Make one file two, without a copy where the disk can: an exFAT disk knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def carry_over(old, new, ours):
+    """Put into the new folder what a person has put into the old one."""
+    written = {path.name for pattern in ours for path in old.glob(pattern)}
+    for path in old.iterdir():
+        if path.name in written or (new / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, copy_function=link, symlinks=True)
+        else:
+            link(path, new / path.name)
+
+
+def into_place(new, folder, ours):
+    """Put a finished folder into its place; return where the one of before is, None if nowhere.
+
+    `ours` are the files that scripts write there ("*.jsonl", …): all others are a person's own.
+    Killed at any moment this leaves the folder of before or the new one; see finish_move().
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and is_same(new, folder):
+        shutil.rmtree(new)
+        return None
+    if folder.exists():
+        carry_over(folder, new, ours)
+    was_there = folder.exists()
+    new.rename(beside(folder, "new"))
+    finish_move(folder)
+    return folder.with_name(f"{folder.name}.before") if was_there else None
+
+
+def finish_move(folder):
+    """Do the last two renames, also those of a run that was killed between them.
+
+    v1 → v1.before, .v1.new → v1
+    """
+    folder = Path(os.path.realpath(folder))
+    new, before = beside(folder, "new"), folder.with_name(f"{folder.name}.before")
+    if not new.exists():
+        return
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    new.rename(folder)

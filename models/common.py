@@ -64,6 +64,15 @@ def download(model):
     return f"hf download mlx-community/{model} --local-dir models/base/{model}"
 
 
+def rerun(script, **settings):
+    """Return the command that runs a script again, for the same names and with other settings.
+
+    rerun("./fine_tune.sh", BATCH_SIZE=1) → "VERSION=v1 MODEL=gemma BATCH_SIZE=1 ./fine_tune.sh"
+    """
+    names = {name: from_environment(name) for name in DEFAULTS}
+    return " ".join([*(f"{name}={value}" for name, value in (names | settings).items()), script])
+
+
 def need(file, variable, command):
     """Refuse a folder without its file; the fixes are the command, and the folders that have it.
 
@@ -107,6 +116,38 @@ def read_rows(path, command):
 def checksum(path):
     """Return the SHA-256 of a file, '' if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def checksums_of_data(version):
+    """Return the lines of an adapter's `settings` that tell its data: {"TRAIN_SHA256": "3b0c…"}."""
+    data = Path("data/for_train", version)
+    return {
+        f"{name.upper()}_SHA256": checksum(data / f"{name}.jsonl") for name in ("train", "valid")
+    }
+
+
+def settings_of(adapter):
+    """Return how an adapter was trained, {"ITERS": "600", …}, from its file `settings`."""
+    file = adapter / "settings"
+    lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def data_changed(version, adapter):
+    """Say whether the data, and so window, names and author, may differ from what was trained."""
+    trained = settings_of(adapter)
+    return any(
+        now and trained.get(name, now) != now for name, now in checksums_of_data(version).items()
+    )
+
+
+def is_stale(adapter, fused):
+    """Say whether the fused model was made from another adapter than the one there now."""
+    try:
+        made_from = json.loads((fused / "fused_from.json").read_bytes())["adapter_sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
 # ---- outputs appear whole or not at all ----------------------------------------------------------

@@ -75,7 +75,9 @@ def can_train(model, keys):
     Some models read a matrix past its layer, and then an adapted one has no attribute weight.
     """
     originals = [
-        (name, m) for name, m in model.named_modules() if can_adapt(m) or isinstance(m, EMBEDDINGS)
+        (name, module)
+        for name, module in model.named_modules()
+        if can_adapt(module) or isinstance(module, EMBEDDINGS)
     ]
     try:
         parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
@@ -115,11 +117,22 @@ def shape_of(module):
     return (experts or [1])[0], outputs, inputs * 32 // bits
 
 
+def weights(modules):
+    return sum(math.prod(shape_of(module)) for module in modules)
+
+
+def experts_per_token(config):
+    """Return through how many experts of a block a token goes; its name differs, too."""
+    found = [config[key] for key in config if EXPERTS_PER_TOKEN.fullmatch(key) and config[key]]
+    most = found[0] if found else 1
+    return max(most) if isinstance(most, list) else most  # some have a number for each block
+
+
 def state_size(layer):
     """Return how many numbers a recurrent layer keeps for each token that it is trained on.
 
     mlx-lm trains gated-delta layers (Qwen3.5, Qwen3-Next, Kimi Linear) token by token, and keeps
-    the whole state of each: 32 heads of 128 × 128 in Qwen3.5-9B. Mamba 2 goes by 256 tokens, and
+    the whole state of each: 32 heads of 128 x 128 in Qwen3.5-9B. Mamba 2 goes by 256 tokens, and
     keeps two squares of them for each head.
     """
     for _, module in layer.named_modules():
@@ -151,44 +164,31 @@ def size_of(layer, keys, per_token):
     return SimpleNamespace(adapted=adapted, used=used, state=state_size(layer))
 
 
-def look_at(base, embeddings=True):
-    """Return the keys for mlx-lm and the sizes of a base model; ValueError if it cannot be adapted.
+def look_at(model, config, embeddings=True):
+    """Return the names of what is adapted, and its sizes; ValueError if that is too little.
 
-    .keys        see keys_of()
-    .summary     "adapts 182 of 182 matrices, and the embeddings"
-    .layers      see size_of(), a record for each block
-    .vocabulary  tokens, and
-    .hidden      numbers that stand for each
+    keys        see keys_of()
+    summary     "182 of 182 matrices, and the embeddings"
+    blocks      see size_of(), one for each
+    vocabulary  rows of the embeddings, and
+    hidden      numbers in each
     """
-    model, config = read_model(base)
     name, embedding = token_embeddings(model)
     keys = keys_of(model, embeddings)
-    blocks = [matrices(layer) for layer in model.layers]
-    weights = {True: 0, False: 0}
-    number = {True: 0, False: 0}
-    for block in blocks:
-        for key, module in block.items():
-            weights[key in keys] += math.prod(shape_of(module))
-            number[key in keys] += 1
-    of = sum(number.values())
-    share = weights[True] / (sum(weights.values()) or 1)
-    summary = f"adapts {number[True]} of {of} matrices"
-    if share < SMALLEST_SHARE:
-        kinds = {
-            type(m).__name__ for block in blocks for key, m in block.items() if key not in keys
-        }
-        raise ValueError(f"mlx-lm {summary}: it cannot train {', '.join(sorted(kinds))}")
-    per_token = next(
-        (config[key] for key in config if EXPERTS_PER_TOKEN.fullmatch(key) and config[key]), 1
-    )
-    _, vocabulary, hidden = shape_of(embedding)
+    found = [item for layer in model.layers for item in matrices(layer).items()]
+    adapted = [module for key, module in found if key in keys]
+    left_out = {type(module).__name__ for key, module in found if key not in keys}
+    summary = f"{len(adapted)} of {len(found)} matrices"
+    if weights(adapted) < SMALLEST_SHARE * weights(module for _, module in found):
+        raise ValueError(f"mlx-lm adapts {summary}, and no {', '.join(sorted(left_out))}")
     if embeddings:
-        summary += ", and the embeddings" if name in keys else "; its embeddings cannot be adapted"
+        summary += ", and the embeddings" if name in keys else "; the embeddings cannot be adapted"
+    per_token = experts_per_token(config)
+    _, vocabulary, hidden = shape_of(embedding)
     return SimpleNamespace(
         keys=sorted(keys),
         summary=summary,
-        share=share,
+        blocks=[size_of(layer, keys, per_token) for layer in model.layers],
         vocabulary=vocabulary,
         hidden=hidden,
-        layers=[size_of(layer, keys, per_token) for layer in model.layers],
     )

@@ -55,7 +55,7 @@ export HF_HUB_OFFLINE=1                                  # nothing leaves this m
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # MLX 0.32 fails where it sees several
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
-if [ -d "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # it may be a link
+if [ -L "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # on another disk, perhaps
 hidden=$(dirname "$adapter")/.$(basename "$adapter")
 work=$hidden.partial # all is made here; the adapter itself changes at the very end
 train=data/for_train/$VERSION/train.jsonl

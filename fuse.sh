@@ -35,7 +35,7 @@ export HF_HUB_OFFLINE=1 # nothing leaves this machine
 base=models/base/$MODEL
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
-if [ -d "$fused" ]; then fused=$(cd "$fused" && pwd -P); fi # it may be a link
+if [ -L "$fused" ]; then fused=$(cd "$fused" && pwd -P); fi # on another disk, perhaps
 hidden=$(dirname "$fused")/.$(basename "$fused")
 work=$hidden.partial # all is made here; the fused model itself changes at the very end
 

@@ -9,7 +9,7 @@ Exit    0 done, 1 it cannot be fused, or a step has failed
 
 from models.chat_template import load_tokenizer
 from models.common import (
-    beside,
+    before,
     check_names,
     checksum,
     download,
@@ -102,12 +102,11 @@ def bytes_to_write(bits, here, whole):
 
 def check_disk(fused, bits, here, whole):
     """Refuse what the disk has no room for; the fused model before the last one makes room."""
-    before = beside(fused, "").with_name(f"{fused.resolve().name}.before")
-    needed = bytes_to_write(bits, here, whole)
-    if shutil.disk_usage(before.parent).free < needed and before.exists():
-        print(f"deleting    {before}, for the disk has no room for it", file=sys.stderr)
-        shutil.rmtree(before)
-    free = shutil.disk_usage(before.parent).free
+    old, needed = before(fused), bytes_to_write(bits, here, whole)
+    if shutil.disk_usage(old.parent).free < needed and old.exists():
+        print(f"deleting    {old}, for the disk has no room for it", file=sys.stderr)
+        shutil.rmtree(old)
+    free = shutil.disk_usage(old.parent).free
     if free < needed:
         what = f"fusing takes {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free"
         fail(what, *[rerun("./fuse.sh", FUSED_BITS="base")] * (here < free), "df -h models/fused")
@@ -146,9 +145,9 @@ def finish(work, fused):
         "adapter_sha256": checksum(work / "adapter/adapters.safetensors"),
     }
     (work / "model/fused_from.json").write_text(json.dumps(origin, indent=2))
-    before = into_place(work / "model", fused, OURS)
-    if before:
-        print(f"replaced    a fused model; it is in {before}")
+    replaced = into_place(work / "model", fused, OURS)
+    if replaced:
+        print(f"replaced    a fused model; it is in {replaced}")
     print(f"wrote       {fused}, with fused_from.json")
 
 

@@ -51,12 +51,12 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
 # ---- fuse ----------------------------------------------------------------------------------------
 stop() {
   kill ${!:-} 2>/dev/null || true
-  rm -rf "$work"
   echo "interrupted: the fused model of before, if any, is as it was" >&2
   exit "$1"
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM HUP
+trap 'rm -rf "$work"' EXIT
 
 step() { # what a command prints goes into a log; of its error one line is shown
   echo "running     $1"
@@ -85,5 +85,4 @@ done
 
 # ---- into its place ------------------------------------------------------------------------------
 python -m models.check_fusing finish "$work" "$fused"
-rm -rf "$work"
 echo "next        VERSION=$VERSION MODEL=$MODEL python test_on_validation.py"

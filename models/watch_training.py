@@ -91,6 +91,7 @@ def follow(work, lines, batches_done, iters):
     batch, recent, error, started = batches_done, [], "it said nothing", time.monotonic()
     with (
         open(work / "training.log", "a", buffering=1) as log,
+        open(work / "train_losses.csv", "a", buffering=1) as losses,
         tqdm(None, "training", iters, initial=batch, disable=None, leave=False) as bar,
     ):
         for line in lines:
@@ -102,7 +103,7 @@ def follow(work, lines, batches_done, iters):
                 if not math.isfinite(recent[-1][0]):
                     stop_at_nan(work, batch)
                 if batch % 10 == 0 or batch == iters:
-                    report(work, batch, recent, bar)
+                    report(batch, recent, losses, bar)
                     recent = []
                 if batch == batches_done + 1:
                     started = time.monotonic()  # the first batch compiles, too
@@ -115,12 +116,11 @@ def follow(work, lines, batches_done, iters):
     return batch, error
 
 
-def report(work, batch, recent, bar):
+def report(batch, recent, losses, bar):
     """Write down and show the mean of the recent batches: [(6.5, 1500), (6.1, 1700)]."""
     loss = sum(loss for loss, _ in recent) / len(recent)
     speed = sum(speed for _, speed in recent) / len(recent)
-    with open(work / "train_losses.csv", "a") as file:
-        print(f"{batch},{loss:.3f},{speed:.0f}", file=file)
+    print(f"{batch},{loss:.3f},{speed:.0f}", file=losses)
     text = f"{batch:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
     bar.write(text, file=sys.stdout)
 
@@ -146,7 +146,7 @@ def stop_at_nan(work, batch):
         with open(work / "settings", "a") as file:
             print(f"ITERS={saved}  # the loss was NaN or infinite by batch {batch}", file=file)
         ways.insert(
-            0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best checkpoint of before"
+            0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best one before it"
         )
     fail(f"the loss became NaN or infinite by batch {batch}", *ways)
 

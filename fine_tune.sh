@@ -127,10 +127,12 @@ interrupted() {
 }
 trap interrupted INT
 if [ "$left" -gt 0 ]; then
+  # Links to the files of the base model, and a chat template that does not ask it to think.
+  python -m models.chat_template "models/base/$MODEL" "$work/base/$MODEL"
   # shellcheck disable=SC2086 # LAUNCH is several words
   python -m models.watch_training "$work" "$batches_done" "$ITERS" \
     $LAUNCH "$(command -v mlx_lm.lora)" --train "$@" \
-    --model "models/base/$MODEL" \
+    --model "$work/base/$MODEL" \
     --data "$work/data" \
     --adapter-path "$work/run" \
     --config "$work/lora_config.yaml" \

@@ -63,11 +63,13 @@ step() { # what a command prints goes into a log; of its error one line is shown
   "$@" >"$work/log" 2>&1 &
   wait $! || python -m models.check_fusing explain "$work/log"
 }
-fuse() { step mlx_lm.fuse --model "$base" --adapter-path "$work/adapter" --save-path "$@"; }
+fuse() { step mlx_lm.fuse --model "$work/base/$MODEL" --adapter-path "$work/adapter" --save-path "$@"; }
 
 rm -rf "$work"
 mkdir -p "$work/adapter"
 cp "$adapter/adapters.safetensors" "$adapter/adapter_config.json" "$work/adapter"
+# Links to the files of the base model, and the chat template that the adapter was trained with.
+python -m models.chat_template "$base" "$work/base/$MODEL"
 echo "fusing      $MODEL and adapter-${VERSION}_$MODEL, FUSED_BITS=$FUSED_BITS"
 case $FUSED_BITS in
   base) fuse "$work/model" ;;
@@ -80,7 +82,7 @@ case $FUSED_BITS in
 esac
 # As the base has them: mlx-lm writes the one for transformers 5 alone, GGUF needs the other.
 for name in tokenizer_config.json tokenizer.model; do
-  if [ -f "$base/$name" ]; then cp "$base/$name" "$work/model"; fi
+  if [ -f "$work/base/$MODEL/$name" ]; then cp "$work/base/$MODEL/$name" "$work/model"; fi
 done
 
 # ---- into its place ------------------------------------------------------------------------------

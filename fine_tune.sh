@@ -27,7 +27,7 @@ DROPOUT=${DROPOUT:-0.0}                  # share of its input dropped; overfitti
 NUM_LAYERS=${NUM_LAYERS:--1}             # layers to train, counted from the last; -1 all
 EMBEDDINGS=${EMBEDDINGS:-1}              # 1 adapts the token embeddings too
 MASK_PROMPT=${MASK_PROMPT:-0}            # 1 learns replies only; 0 is better where prompts are chat
-EVAL_EVERY=${EVAL_EVERY:-200}            # batches from one checkpoint to the next
+EVAL_EVERY=${EVAL_EVERY:-200}            # batches from one checkpoint that is scored to the next
 SEED=${SEED:-0}                          # another whole number, another order of the batches
 CHECK_MEMORY=${CHECK_MEMORY:-1}          # 0 trains though it seems not to fit; a Mac may crash
 LAUNCH=${LAUNCH:-}                       # several machines: "mlx.launch --hostfile hosts.json --"
@@ -126,6 +126,11 @@ interrupted() {
   exit 130
 }
 trap interrupted INT
+if [ "$(uname)" = Darwin ]; then
+  caffeinate -i -w $$ 9>&- & # a Mac does not fall asleep while this script runs
+fi
+# To resume from there is a checkpoint every 50 batches, which 27B takes about ten minutes for.
+save_every=$((EVAL_EVERY % 50 == 0 ? 50 : EVAL_EVERY))
 if [ "$left" -gt 0 ]; then
   # Links to the files of the base model, and a chat template that does not ask it to think.
   python -m models.chat_template "models/base/$MODEL" "$work/base/$MODEL"
@@ -141,7 +146,7 @@ if [ "$left" -gt 0 ]; then
     --iters "$left" \
     --learning-rate "$LEARNING_RATE" \
     --max-seq-length "$MAX_SEQ_LENGTH" \
-    --save-every "$EVAL_EVERY" \
+    --save-every "$save_every" \
     --steps-per-report 1 \
     --seed "$((SEED + batches_done))" \
     ${newest:+--resume-adapter-file "$newest"}

@@ -151,6 +151,11 @@ def is_stale(adapter, fused):
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
+def checkpoints(work):
+    """Return {batch: file} of the checkpoints of a training, in the order of time."""
+    return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
+
+
 # ---- outputs appear whole or not at all ----------------------------------------------------------
 def beside(folder, word):
     """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.

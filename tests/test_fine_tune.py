@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
@@ -141,13 +142,39 @@ def test_with_mask_prompt_the_loss_is_that_of_other_tokens(project, train):
     assert losses[0] != losses[1]
 
 
+# As ssh does, this one starts anew without the environment of who calls it, and with a terminal.
+SSH = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do [ "$1" = -o ] && shift; shift; done
+shift
+exec env -i HOME="$HOME" PATH=/usr/bin:/bin PYTHON -c \\
+  'import pty, sys; sys.exit(pty.spawn(["bash", "-c", sys.argv[1]]) >> 8)' "$*"
+"""
+
+
 @pytest.mark.slow
-def test_two_ranks_train_one_adapter_with_a_quantized_base(project, train):
-    launch = {"LAUNCH": "mlx.launch -n 2 --backend ring --", "MODEL": "tiny-gemma-3-4bit"}
-    result = train(**launch, ITERS="2", EVAL_EVERY="1")
+def test_several_macs_train_one_adapter_and_stay_awake(project, train, tmp_path):
+    programs = {
+        "ssh": SSH.replace("PYTHON", sys.executable),
+        "uname": "#!/bin/sh\necho Darwin\n",
+        "caffeinate": f"#!/bin/sh\necho $1 $2 >'{tmp_path}/awake'\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    macs = [{"ssh": f"mac{n}", "ips": ["127.0.0.1"]} for n in (1, 2)]
+    (project / "hosts.json").write_text(json.dumps(macs))
+    result = train(
+        LAUNCH="mlx.launch --hostfile hosts.json --",
+        MODEL="tiny-gemma-3-4bit",
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        ITERS="2",
+        EVAL_EVERY="1",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     losses = pd.read_csv(project / f"{ADAPTER}-4bit/losses.csv")
     assert losses.val_loss.dropna().index.tolist() == [0, 1, 2]
+    assert losses.train_loss.dropna().index.tolist() == [2]
+    assert (tmp_path / "awake").read_text() == "-i -w\n"
 
 
 @pytest.mark.slow

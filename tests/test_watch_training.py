@@ -18,6 +18,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setenv("VERSION", "v1")
     monkeypatch.setenv("MODEL", "gemma")
     monkeypatch.setenv("LEARNING_RATE", "3e-4")
+    monkeypatch.setenv("EVAL_EVERY", "10")
     (tmp_path / "run").mkdir()
     return tmp_path
 
@@ -35,6 +36,14 @@ def test_losses_are_means_of_ten_batches_and_checkpoints_count_from_the_start(wo
     assert (work / "train_losses.csv").read_text() == "210,3.500,1528\n211,3.500,900\n"
     assert names(work) == ["0000210.safetensors"]
     assert (work / "training.log").read_text().splitlines() == lines
+
+
+def test_of_the_checkpoints_between_two_that_are_scored_only_the_last_stays(work):
+    for batch in 5, 10, 15, 20, 25, 30, 33:
+        (work / "run/new.safetensors").touch()
+        watch_training.keep(work, "new", batch)
+        assert max(names(work)) == f"{batch:07d}.safetensors"
+    assert [int(name[:7]) for name in names(work)] == [10, 20, 30, 33]
 
 
 def test_an_error_outlasts_what_is_said_after_it(work):
@@ -102,6 +111,20 @@ ENDS = {  # the trainer, how it ended, what mends it
     "disk": (say("RuntimeError: [write] Unable to write 9 bytes"), "Unable to write", DISK),
     "no launcher": (["mlx.lunch"], "LAUNCH: there is no command mlx.lunch", "mlx.launch"),
 }  # fmt: skip
+
+
+def test_a_mac_that_stops_long_work_for_its_display_has_two_ways_out(work):
+    (work / "0000010.safetensors").touch()
+    error = "libc++abi: [METAL] (0e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+    asleep, relaxed = watch_training.fixes(work, -6, error)
+    assert "RESUME=1 caffeinate -s ./fine_tune.sh  # and turn the display off" in asleep
+    assert "RESUME=1 AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 ./fine_tune.sh" in relaxed
+
+
+def test_a_mac_can_be_allowed_more_memory(work, monkeypatch):
+    monkeypatch.setattr(watch_training.sys, "platform", "darwin")
+    less, more = watch_training.fixes(work, -6, "[METAL] Insufficient Memory (…OutOfMemory)")
+    assert less.endswith(LESS) and more.startswith("sudo sysctl iogpu.wired_limit_mb=")
 
 
 @pytest.mark.parametrize(("command", "error", "fix"), ENDS.values(), ids=ENDS)

@@ -55,11 +55,14 @@ export HF_HUB_OFFLINE=1                                  # nothing leaves this m
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # MLX 0.32 fails where it sees several
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
-if [ -L "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # on another disk, perhaps
+if [ -L "$adapter" ]; then # on another disk, perhaps
+  adapter=$(cd "$adapter" && pwd -P) || fail "$adapter leads nowhere" "ls -l $adapter"
+fi
 hidden=$(dirname "$adapter")/.$(basename "$adapter")
 work=$hidden.partial # all is made here; the adapter itself changes at the very end
 train=data/for_train/$VERSION/train.jsonl
 valid=data/for_train/$VERSION/valid.jsonl
+again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
 newest= # the last checkpoint of an interrupted run
 for file in "$work"/0*.safetensors; do
@@ -70,7 +73,7 @@ done
 command -v mlx_lm.lora >/dev/null || fail "mlx_lm.lora was not found" "source venv/bin/activate"
 
 if [ "$RESUME" = 1 ]; then
-  [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 ./fine_tune.sh"
+  [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"
   . "$work/settings" # it goes on with those that it was started with, and with its data
   train=$work/data/train.jsonl
   valid=$work/valid.jsonl
@@ -89,7 +92,7 @@ if [ "$RESUME" = 1 ]; then
   echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"
 elif [ "$RESUME" = auto ] && [ "$newest" ]; then
   fail "an interrupted run has left a checkpoint, $(basename "$newest")" \
-    "RESUME=1 ./fine_tune.sh  # goes on with it" "RESUME=0 ./fine_tune.sh  # starts anew"
+    "RESUME=1 $again  # goes on with it" "RESUME=0 $again  # starts anew"
 else
   batches_done=0 newest=
   rm -rf "$work"
@@ -122,7 +125,7 @@ YAML
 
 interrupted() {
   echo "interrupted: the adapter of before, if any, is as it was" >&2
-  echo "FIX: RESUME=1 ./fine_tune.sh  # goes on from the last checkpoint, if there is one" >&2
+  echo "FIX: RESUME=1 $again  # goes on from the last checkpoint, if there is one" >&2
   exit 130
 }
 trap interrupted INT

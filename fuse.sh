@@ -36,7 +36,9 @@ mkdir -p "$TMPDIR"
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
-if [ -L "$fused" ]; then fused=$(cd "$fused" && pwd -P); fi # on another disk, perhaps
+if [ -L "$fused" ]; then # on another disk, perhaps
+  fused=$(cd "$fused" && pwd -P) || fail "$fused leads nowhere" "ls -l $fused"
+fi
 hidden=$(dirname "$fused")/.$(basename "$fused")
 work=$hidden.partial # all is made here; the fused model itself changes at the very end
 base=$work/base/$MODEL

@@ -207,6 +207,7 @@ def into_place(new, folder, ours):
     Killed at any moment this leaves the folder of before or the new one; see finish_move().
     """
     folder = Path(os.path.realpath(folder))
+    finish_move(folder)  # of a run that was killed
     if folder.exists() and is_same(new, folder):
         shutil.rmtree(new)
         return None

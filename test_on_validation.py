@@ -16,6 +16,7 @@ from models import common, figures, verdict
 from models.chat_template import load_model, load_tokenizer
 from models.common import check_names, fail, from_environment, visible
 from models.completion_loss import encode, nats_of_replies
+from models.sampling import sampling_of
 
 import csv
 import json
@@ -46,16 +47,22 @@ add("--version", default=from_environment("VERSION"), help="data/for_train/VERSI
 add("--model", default=from_environment("MODEL"), help="models/base/MODEL")
 add("--models", default="base,adapter,fused", help="which of the three to test")
 add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
-add("--temperature", type=float, help="0 the likeliest word, 1 as learned, to 2 (see SAMPLING)")
-add("--top-p", type=float, help="draw from words with this share in all (see SAMPLING)")
-add("--top-k", type=int, help="draw from so many of the likeliest words; 0 all (see SAMPLING)")
+add(
+    "--temperature",
+    type=float,
+    help="0 the likeliest word, 1 as learned, to 2; else as the base says",
+)
+add("--top-p", type=float, help="draw from words with this share in all; else as the base says")
+add(
+    "--top-k",
+    type=int,
+    help="draw from so many of the likeliest words; 0 all; else as the base says",
+)
 add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
 add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
 add("--reply-batch", type=int, default=8, help="replies written at a time; less saves memory")
 add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
 
-# What is not given of these is as generation_config.json of the base says, and else:
-SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
 TALK = 10  # turns of the sample talk
 # ---- end of the settings ------------------------------------------------------------------------
 
@@ -128,12 +135,10 @@ def find_warnings(args, models):
 
 
 def set_sampling(args, base):
-    """Set what is not given of SAMPLING as generation_config.json of the base says, if it does."""
-    said = read_json(base / "generation_config.json")
-    for name, usual in SAMPLING.items():
+    """Set what is not given of the sampling as the base says."""
+    for name, value in sampling_of(base).items():
         if getattr(args, name) is None:
-            value = said.get(name)
-            setattr(args, name, usual if value is None else value)
+            setattr(args, name, value)
 
 
 # ---- the validation rows ------------------------------------------------------------------------

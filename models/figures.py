@@ -111,7 +111,7 @@ def words(text):
 
 
 def missing_words(real, made):
-    """Return which of the words that most real replies have, 20 at most, never come up: “boh”, “no”.
+    """Return which of the words that most real replies have, 20 at most, never come up.
 
     Of ["no no", "boh"] that is “no” for replies [], if one reply of two were many.
     """

@@ -209,7 +209,7 @@ def next_steps(table, facts, learned, sounds):
     elif sounds["word"] == "unsure" and facts["asked"] < min(100, facts["rows"]):
         more = f"{run} python test_on_validation.py --replies 100"
         steps.append(("Let it reply to more rows.", more))
-    if sounds["word"] in ("yes", "nearly"):
+    if learned["word"] == "yes" and sounds["word"] in ("yes", "nearly"):
         steps.append(("Talk to it.", f"{run} python models/chat.py"))
     if table["gain"] and sounds["word"] != "yes":
         more = "Add more chat: four times as much lowers the loss by 4 to 5%."

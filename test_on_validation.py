@@ -102,6 +102,8 @@ def find_models(args):
     """Return {"base": (folder, adapter or None, the command that makes it), …}: what to test."""
     run = f"VERSION={args.version} MODEL={args.model}"
     base, adapter, fused, _ = folders(args)
+    valid = Path("data/for_train", args.version, "valid.jsonl")
+    common.need(valid, "VERSION", f"VERSION={args.version} python build_train.py")
     common.need(base / "config.json", "MODEL", common.download(args.model))
     asked = args.models.split(",")
     if len(asked) == 3 and not fused.exists():
@@ -168,7 +170,6 @@ def read_data(args):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
     folder = Path("data/for_train", args.version)
     build = f"VERSION={args.version} python build_train.py"
-    common.need(folder / "valid.jsonl", "VERSION", build)
     usual = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
     made = SimpleNamespace(**usual | read_json(folder / "settings.json"))
     train = folder / "train.jsonl"

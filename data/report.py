@@ -115,7 +115,7 @@ def cells(table):
     }
     return {
         name: {who: shown(table, name, who) for who in everyone}
-        for name in table
+        for name in list(table)
         if name not in left_out and not name.endswith("error") and any(table[name].values())
     }
 

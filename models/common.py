@@ -1,5 +1,6 @@
 """What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -62,6 +63,15 @@ def download(model):
         bits = re.search(r"-(\d)bit$", model)
         return "python tests/tiny_base.py" + (f" --bits {bits[1]}" if bits else "")
     return f"hf download mlx-community/{model} --local-dir models/base/{model}"
+
+
+def rerun(script, **settings):
+    """Return the command that runs a script again, for the same names and with other settings.
+
+    rerun("./fine_tune.sh", BATCH_SIZE=1) → "VERSION=v1 MODEL=gemma BATCH_SIZE=1 ./fine_tune.sh"
+    """
+    names = {name: from_environment(name) for name in DEFAULTS}
+    return " ".join([*(f"{name}={value}" for name, value in (names | settings).items()), script])
 
 
 def need(file, variable, command):
@@ -179,6 +189,12 @@ def carry_over(old, new, ours):
             link(path, new / path.name)
 
 
+def before(folder):
+    """Return where the output of before is kept: models/fused/fused-v1_gemma.before."""
+    target = Path(os.path.realpath(folder))
+    return target.with_name(f"{target.name}.before")
+
+
 def into_place(new, folder, ours):
     """Put a finished folder into its place; return where the one of before is, None if nowhere.
 
@@ -194,7 +210,7 @@ def into_place(new, folder, ours):
     was_there = folder.exists()
     new.rename(beside(folder, "new"))
     finish_move(folder)
-    return folder.with_name(f"{folder.name}.before") if was_there else None
+    return Path(os.path.relpath(before(folder))) if was_there else None
 
 
 def finish_move(folder):
@@ -203,10 +219,11 @@ def finish_move(folder):
     v1 → v1.before, .v1.new → v1
     """
     folder = Path(os.path.realpath(folder))
-    new, before = beside(folder, "new"), folder.with_name(f"{folder.name}.before")
+    new = beside(folder, "new")
     if not new.exists():
         return
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
-    new.rename(folder)
+    with contextlib.suppress(FileNotFoundError):  # another script has just done it
+        if folder.exists():
+            shutil.rmtree(before(folder), ignore_errors=True)
+            folder.rename(before(folder))
+        new.rename(folder)

@@ -81,11 +81,18 @@ def settings():
     return args
 
 
-def folders(args):
-    """Return the folders of the base model, the adapter, the fused model and the results."""
+def places(args):
+    """Return where things are, and how a command for the same data and model begins."""
     name = f"{args.version}_{args.model}"
-    names = f"models/base/{args.model}", f"models/adapters/adapter-{name}"
-    return *map(Path, names), Path(f"models/fused/fused-{name}"), Path(f"data/results/{name}")
+    return SimpleNamespace(
+        data=Path("data/for_train", args.version),
+        base=Path("models/base", args.model),
+        adapter=Path(f"models/adapters/adapter-{name}"),
+        fused=Path(f"models/fused/fused-{name}"),
+        results=Path("data/results", name),
+        run=f"VERSION={args.version} MODEL={args.model}",
+        build=f"VERSION={args.version} python build_train.py",
+    )
 
 
 # ---- what is there ------------------------------------------------------------------------------
@@ -98,39 +105,36 @@ def read_json(path):
     return found if isinstance(found, dict) else {}
 
 
-def find_models(args):
+def find_models(args, at):
     """Return {"base": (folder, adapter or None, the command that makes it), …}: what to test."""
-    run = f"VERSION={args.version} MODEL={args.model}"
-    base, adapter, fused, _ = folders(args)
-    valid = Path("data/for_train", args.version, "valid.jsonl")
-    common.need(valid, "VERSION", f"VERSION={args.version} python build_train.py")
-    common.need(base / "config.json", "MODEL", common.download(args.model))
+    common.need(at.data / "valid.jsonl", "VERSION", at.build)
+    common.need(at.base / "config.json", "MODEL", common.download(args.model))
+    for folder in at.adapter, at.fused:
+        common.finish_move(folder)
     asked = args.models.split(",")
-    if len(asked) == 3 and not fused.exists():
+    if len(asked) == 3 and not at.fused.exists():
         asked.remove("fused")
-    if "adapter" in asked and not (adapter / "adapters.safetensors").is_file():
-        alone = f"{run} {ME} --models base  # the base model alone"
-        fail(f"there is no adapter in {adapter}", f"{run} ./fine_tune.sh", alone)
-    if "fused" in asked and not fused.is_dir():
-        fail(f"there is no {fused}", f"{run} ./fuse.sh")
+    if "adapter" in asked and not (at.adapter / "adapters.safetensors").is_file():
+        alone = f"{at.run} {ME} --models base  # the base model alone"
+        fail(f"there is no adapter in {at.adapter}", f"{at.run} ./fine_tune.sh", alone)
+    if "fused" in asked and not at.fused.is_dir():
+        fail(f"there is no {at.fused}", f"{at.run} ./fuse.sh")
     models = {
-        "base": (base, None, common.download(args.model)),
-        "adapter": (base, adapter, f"{run} ./fine_tune.sh"),
-        "fused": (fused, None, f"{run} ./fuse.sh"),
+        "base": (at.base, None, common.download(args.model)),
+        "adapter": (at.base, at.adapter, f"{at.run} ./fine_tune.sh"),
+        "fused": (at.fused, None, f"{at.run} ./fuse.sh"),
     }
     return {who: models[who] for who in models if who in asked}
 
 
-def find_warnings(args, models):
+def find_warnings(args, at, models):
     """Return what the figures lack, as [(sentence, command)], and print it."""
-    run = f"VERSION={args.version} MODEL={args.model}"
-    _, adapter, fused, _ = folders(args)
     found = []
-    if "fused" in models and common.is_stale(adapter, fused):
-        found.append((f"{fused} was made from another adapter", f"{run} ./fuse.sh"))
-    if models.keys() != {"base"} and common.data_changed(args.version, adapter):
+    if "fused" in models and common.is_stale(at.adapter, at.fused):
+        found.append((f"{at.fused} was made from another adapter", f"{at.run} ./fuse.sh"))
+    if models.keys() != {"base"} and common.data_changed(args.version, at.adapter):
         what = "the data are not those of the training, which may have seen some of valid.jsonl"
-        found.append((what, f"{run} ./fine_tune.sh"))
+        found.append((what, f"{at.run} ./fine_tune.sh"))
     for warning in found:
         common.warn(*warning)
     return found
@@ -166,17 +170,15 @@ class Row:
         return len(self.tokens) - self.start
 
 
-def read_data(args):
+def read_data(at):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
-    folder = Path("data/for_train", args.version)
-    build = f"VERSION={args.version} python build_train.py"
     usual = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
-    made = SimpleNamespace(**usual | read_json(folder / "settings.json"))
-    train = folder / "train.jsonl"
-    chats = common.read_rows(train, build) if train.is_file() else []
-    rows = encode_rows(common.read_rows(folder / "valid.jsonl", build), made, folders(args)[0])
+    made = SimpleNamespace(**usual | read_json(at.data / "settings.json"))
+    train = at.data / "train.jsonl"
+    chats = common.read_rows(train, at.build) if train.is_file() else []
+    rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)
     if not rows:
-        fail(f"{folder}/valid.jsonl is empty", build)
+        fail(f"{at.data}/valid.jsonl is empty", at.build)
     return SimpleNamespace(rows=rows, train=[transcript(chat, made) for chat in chats], made=made)
 
 
@@ -201,37 +203,35 @@ def draw(rows, args):
 
 
 # ---- one model at a time ------------------------------------------------------------------------
-def progress(items, size, label):
-    """Yield the items in parts, with a bar, or in a pipe with a line at the start."""
-    parts = [items[i : i + size] for i in range(0, len(items), size)]
+def progress(total, label):
+    """Return a bar for so many rows; in a pipe, print a line at the start instead."""
     if not sys.stderr.isatty():
-        print(f"{label}: {len(parts)} steps", file=sys.stderr)
-    return tqdm(parts, label, leave=False, disable=None)
+        print(f"{label}: {total} rows", file=sys.stderr)
+    return tqdm(total=total, desc=label, leave=False, disable=None)
 
 
 def measure_losses(model, rows, args, label):
     """Return the loss of each row's reply: the sum over its tokens, in nats."""
-    nats = {}
-    rows = sorted(rows, key=lambda row: -len(row.tokens))  # what does not fit shows at once
-    for part in progress(rows, 50, label):
-        pairs = [(row.tokens, row.start) for row in part]
-        losses = nats_of_replies(model, pairs, args.batch_tokens)
-        nats |= {row.line: loss for row, loss in zip(part, losses, strict=True)}
-    return np.array([nats[line] for line in sorted(nats)])
+    pairs = [(row.tokens, row.start) for row in rows]
+    with progress(len(rows), label) as bar:
+        return np.array(nats_of_replies(model, pairs, args.batch_tokens, bar.update))
 
 
 def write_replies(model, tokenizer, rows, args, label):
     """Return {line: (reply, whether it ended)} of a model."""
     sampler = make_sampler(args.temperature, top_p=args.top_p, top_k=args.top_k)
     options = {"max_tokens": args.max_tokens, "sampler": sampler, "return_token_ids": True}
-    rows = sorted(rows, key=lambda row: row.start)
+    left = sorted(rows, key=lambda row: row.start)
     mx.random.seed(args.seed)
     replies = {}
-    for part in progress(rows, args.reply_batch, label):
-        prompts = [row.tokens[: row.start] for row in part]
-        made = mlx_lm.batch_generate(model, tokenizer, prompts, **options)
-        for row, text, tokens in zip(part, made.texts, made.token_ids, strict=True):
-            replies[row.line] = visible(text.strip()), len(tokens) < args.max_tokens
+    with progress(len(rows), label) as bar:
+        while left:
+            part, left = left[: args.reply_batch], left[args.reply_batch :]
+            prompts = [row.tokens[: row.start] for row in part]
+            made = mlx_lm.batch_generate(model, tokenizer, prompts, **options)
+            for row, text, tokens in zip(part, made.texts, made.token_ids, strict=True):
+                replies[row.line] = visible(text.strip()), len(tokens) < args.max_tokens
+            bar.update(len(part))
     return replies
 
 
@@ -289,9 +289,8 @@ def said_elsewhere(data, asked):
     return own, [visible(text) for text in others if text]
 
 
-def find_facts(args, data, asked, models, warnings):
+def find_facts(args, at, data, asked, models, warnings):
     """Return what the verdict and the page have to know besides the figures."""
-    _, adapter, _, _ = folders(args)
     [author] = data.made.authors if len(data.made.authors) == 1 else [""]
     return {
         "author": author,
@@ -301,12 +300,12 @@ def find_facts(args, data, asked, models, warnings):
         "tokens": sum(row.length() for row in data.rows),
         "asked": len(asked),
         "learned_rows": len(data.train),
-        "run": f"VERSION={args.version} MODEL={args.model}",
+        "run": at.run,
         "settings": vars(args),
         "data": vars(data.made),
-        "training": common.settings_of(adapter),
-        "curve": learning_curve(adapter / "losses.csv"),
-        "valid_sha256": common.checksum(Path("data/for_train", args.version, "valid.jsonl")),
+        "training": common.settings_of(at.adapter),
+        "curve": learning_curve(at.adapter / "losses.csv"),
+        "valid_sha256": common.checksum(at.data / "valid.jsonl"),
         "tested": f"{datetime.now():%Y-%m-%d %H:%M}",
         "versions": {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__},
         "warnings": warnings,
@@ -353,27 +352,30 @@ def write(final, page, facts, asked, said):
 def main():
     os.chdir(common.ROOT)
     args = settings()
-    base, *_, final = folders(args)
-    models = find_models(args)
-    data = read_data(args)
-    set_sampling(args, base)
-    warnings = find_warnings(args, models)
-    print(f"testing {', '.join(models)} on {len(data.rows)} rows of valid.jsonl")
+    at = places(args)
+    models = find_models(args, at)
+    data = read_data(at)
+    set_sampling(args, at.base)
+    warnings = find_warnings(args, at, models)
+    print(f"testing {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
     asked = draw(data.rows, args)
-    places = longest_talk([row.messages for row in data.rows], TALK) if asked else []
-    talk = [data.rows[place] for place in places]
+    found = longest_talk([row.messages for row in data.rows], TALK) if asked else []
+    talk = [data.rows[place] for place in found]
     lines = {row.line for row in asked}
     answered = asked + [row for row in talk if row.line not in lines]
     nats, replies = measure(models, data.rows, answered, args)
+
     table, said = find_figures(data, asked, nats, replies, args)
-    facts = find_facts(args, data, asked, models, warnings)
+    if common.is_stale(at.adapter, at.fused):
+        table["kept"].clear()  # it was made of something else
+    facts = find_facts(args, at, data, asked, models, warnings)
     facts["verdict"] = verdict.verdict(table, facts)
-    page = report.render(facts, table, asked, talk, said, final)
-    before = write(final, page, facts | table, asked, said)
+    page = report.render(facts, table, asked, talk, said, at.results)
+    before = write(at.results, page, facts | table, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
     for name in "report.html", "generations.csv", "metrics.json":
-        print("wrote", final / name)
+        print("wrote", at.results / name)
     if before:
         print("what was there before is in", before)
 

@@ -64,6 +64,15 @@ def download(model):
     return f"hf download mlx-community/{model} --local-dir models/base/{model}"
 
 
+def rerun(script, **settings):
+    """Return the command that runs a script again, for the same names and with other settings.
+
+    rerun("./fine_tune.sh", BATCH_SIZE=1) → "VERSION=v1 MODEL=gemma BATCH_SIZE=1 ./fine_tune.sh"
+    """
+    names = {name: from_environment(name) for name in DEFAULTS}
+    return " ".join([*(f"{name}={value}" for name, value in (names | settings).items()), script])
+
+
 def need(file, variable, command):
     """Refuse a folder without its file; the fixes are the command, and the folders that have it.
 

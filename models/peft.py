@@ -1,7 +1,11 @@
 """Carry an adapter to PEFT, which most other programs read, and back.
 
-    python -m models.peft export           # ours as a PEFT one: for transformers, vLLM, llama.cpp
+    python -m models.peft export           # ours as a PEFT one
     python -m models.peft import FOLDER    # a PEFT one as ours: for fuse.sh, chat.py, …
+
+Where embeddings are the output matrix too, as in Gemma, two things fail: llama.cpp's converter
+takes an adapter that was trained with EMBEDDINGS=0 only, and PEFT's merge_and_unload() adds to that
+matrix twice. The fused model is right in both cases.
 
 Reads   VERSION and MODEL, models/base/${MODEL}/
 Writes  export: models/adapters/peft-${VERSION}_${MODEL}/, from adapter-${VERSION}_${MODEL}/
@@ -9,7 +13,8 @@ Writes  export: models/adapters/peft-${VERSION}_${MODEL}/, from adapter-${VERSIO
 Exit    0 done, 1 the adapter is missing or does not fit, 2 wrong usage
 """
 
-from models.common import beside, check_names, download, fail, from_environment, into_place, need
+from models import common
+from models.common import fail
 
 import argparse
 import json
@@ -21,7 +26,10 @@ import mlx.core as mx
 import mlx_lm
 
 PEFT = "base_model.model."  # PEFT puts this before each name
+# Where layers and embeddings are, in PEFT and here; models that also see have a language_model.
 TEXT = r"^(model\.language_model\.|language_model\.model\.|model\.)(?=layers\.|embed_tokens)"
+
+OURS = "adapters.safetensors", "adapter_config.json", "settings", "lora_config.yaml", "losses.csv"
 
 
 def modules_of(base):
@@ -89,7 +97,7 @@ def export_adapter(adapter, base, folder):
     mx.save_safetensors(str(new / "adapter_model.safetensors"), tensors, {"format": "pt"})
     text = json.dumps(peft_config(lora, tensors), indent=2)
     (new / "adapter_config.json").write_text(text, "utf-8")
-    into_place(new, folder, ["adapter_model.safetensors", "adapter_config.json"])
+    common.into_place(new, folder, ["adapter_model.safetensors", "adapter_config.json"])
     print(f"wrote       {folder}")
 
 
@@ -154,18 +162,20 @@ def import_adapter(folder, base, adapter):
         mlx_lm.load(str(base), adapter_path=str(new), lazy=True)  # refuses what has another shape
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         shutil.rmtree(new)
-        fail(f"{folder} cannot be used with {base}: {error}")
+        what = f"{folder} cannot be used with {base}: {error}"
+        fail(what, "# plain LoRA can, trained on the original of this base")
     if (folder.parent / "settings").is_file():  # from models/trl.py
         shutil.copy(folder.parent / "settings", new)
-    before = into_place(new, adapter, ["*"])
-    print(f"wrote       {adapter}/adapters.safetensors")
+    before = common.into_place(new, adapter, OURS)
     if before:
-        print(f"kept        {before}")
+        print(f"replaced    an adapter; it is in {before}")
+    print(f"wrote       {adapter}")
+    print(f"next        {common.rerun('./fuse.sh')}")
 
 
 def empty_folder(folder):
     """Return an empty folder to work in, beside the one that is to be made."""
-    new = beside(folder, "peft")
+    new = common.beside(folder, "peft")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     return new
@@ -182,16 +192,16 @@ def main():
     commands.add_parser("import").add_argument("folder", type=Path, help="of the PEFT adapter")
     args = parser.parse_args()
 
-    version, model = from_environment("VERSION"), from_environment("MODEL")
-    check_names(version, model)
+    version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
+    common.check_names(version, model)
     base, adapters = Path("models/base", model), Path("models/adapters")
     adapter = adapters / f"adapter-{version}_{model}"
-    need(base / "config.json", "MODEL", download(model))
+    common.need(base / "config.json", "MODEL", common.download(model))
     if args.command == "import":
         import_adapter(args.folder, base, adapter)
     else:
-        train = f"VERSION={version} MODEL={model} ./fine_tune.sh"
-        need(adapter / "adapters.safetensors", "VERSION", train)
+        if not (adapter / "adapters.safetensors").is_file():
+            fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
         export_adapter(adapter, base, adapters / f"peft-{version}_{model}")
 
 

@@ -16,9 +16,9 @@ Writes  models/adapters/trl-${VERSION}_LARGE/: trl.yaml, which says how to train
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage
 """
 
+from models import common
 from models.chat_template import load_tokenizer
-from models.common import check_names, download, from_environment, into_place, need
-from models.common import read_rows, settings_of
+from models.common import fail
 from models.peft import empty_folder
 
 import argparse
@@ -70,7 +70,7 @@ def fill_in(settings, growth, cards):
     """Return what RECIPE names, for a base whose hidden size has grown so many times.
 
     {"BATCH_SIZE": "2", "ITERS": "600", "LEARNING_RATE": "2e-4", …}, 8, 4
-        → one row on each card, so half the steps, and a rate of 2e-4 × 8^-0.78 × √2
+        → one row on each card, so half the steps, and a rate of 2e-4 * 8**-0.78 * 2**0.5
 
     The exponent is that of fine_tune.sh; batches of twice the size wanted 1.4 times the rate.
     """
@@ -110,25 +110,27 @@ def main():
     parser.add_argument("--cards", type=int, default=2, help="how many will train")
     args = parser.parse_args()
 
-    version, model = from_environment("VERSION"), from_environment("MODEL")
-    check_names(version, model)
-    names = f"VERSION={version} MODEL={model}"
+    version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
+    common.check_names(version, model)
+    build = common.rerun("python build_train.py")
     small, data = Path("models/base", model), Path("data/for_train", version)
     adapter = Path(f"models/adapters/adapter-{version}_{model}")
-    folder = adapter.with_name(f"trl-{version}_{args.base.name}")
-    need(small / "config.json", "MODEL", download(model))
-    need(adapter / "settings", "VERSION", f"{names} ./fine_tune.sh")
-    need(data / "train.jsonl", "VERSION", f"{names} python build_train.py")
-    need(args.base / "config.json", "BASE", download(args.base.name))
+    common.need(small / "config.json", "MODEL", common.download(model))
+    common.need(data / "train.jsonl", "VERSION", build)
+    if not (adapter / "settings").is_file():
+        fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
+    if not (args.base / "config.json").is_file():
+        fail(f"there is no {args.base}/config.json", common.download(args.base.name))
 
     growth = hidden_size(args.base) / hidden_size(small)
-    settings = fill_in(settings_of(adapter), growth, args.cards)
-    chats = read_rows(data / "train.jsonl", f"{names} python build_train.py")
+    settings = fill_in(common.settings_of(adapter), growth, args.cards)
+    chats = common.read_rows(data / "train.jsonl", build)
+    folder = adapter.with_name(f"trl-{version}_{args.base.name}")
     new = write_recipe(settings, chats, args.base, folder)
     shutil.copy(adapter / "settings", new)  # for models/peft.py: which data it has learned
-    into_place(new, folder, ["trl.yaml", "train.jsonl", "chat_template.jinja", "settings"])
+    common.into_place(new, folder, ["trl.yaml", "train.jsonl", "chat_template.jinja", "settings"])
     print(f"wrote       {folder}")
-    print(f"next        copy it to the machine with the cards; {folder}/trl.yaml says how to train")
+    print("next        copy it to the machine with the cards; trl.yaml says how to train")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ UNREADABLE = {
     "damaged": ("x.zip", ZIP.replace(b"Ann Lee", b"Ann Lea"), "unpacked: Bad CRC-32 for file"),
     "cut off": ("x.zip", ZIP[:200], "a .zip that is not whole"),
     "locked": ("x.zip", PASSWORD, "password required for extraction\nFIX: unzip x.zip"),
-    "empty zip": ("x.zip", packed({}), "holds no such file"),
+    "empty zip": ("x.zip", packed({}), "x.zip holds no chat"),
     "diary": ("x.txt", "Dear diary\n", "x.txt is a text that begins with 'Dear diary'"),
     "web page": ("x.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
     "cut off JSON": ("x.json", '{"messages": [{"type": "mess', "begins with '{\"messages"),

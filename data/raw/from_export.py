@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.raw.readers import READERS
-from data.raw.readers.files import READABLE, UnknownFileError, open_file
+from data.raw.readers.files import READABLE, open_file
+from data.raw.readers.not_read import NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS, read_times
 from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, link, visible
@@ -122,21 +123,22 @@ class Chat(NamedTuple):
 
 
 def read_files(paths, dates):
-    """Return ([Chat], {name: why it is not read}) of all files that the paths hold."""
+    """Return ([Chat], {name: NotReadError}) of all files that the paths hold."""
     contents = [found for path in paths for found in files_in(Path(path).expanduser())]
     contents.sort(key=lambda found: not found[0].endswith("users.json"))  # Slack's names are first
     chats, not_read, names = [], {}, {}
     for name, content in tqdm(contents, unit=" files", leave=False, disable=None):
         try:
             chats.append(read_file(open_file(name, content, names), dates))
-        except UnknownFileError as e:
-            not_read[name] = str(e)
+        except NotReadError as e:
+            not_read[name] = e
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            not_read[name] = f"not as its app writes it: {e!r:.80}"
+            not_read[name] = NotReadError(f"not as its app writes it: {e!r:.80}")
     wrong = [name for name in not_read if name in paths or not chats]
-    if wrong or not chats:
-        what = f"{wrong[0]} is {not_read[wrong[0]]}" if wrong else f"{paths[0]} holds no such file"
-        fail(what, "# export the chat again: as JSON or CSV if the app can, else as text")
+    if wrong:
+        fail(f"{wrong[0]} is {not_read[wrong[0]]}", not_read[wrong[0]].fix)
+    if not chats:
+        fail(f"{paths[0]} holds no chat", f"ls {shlex.quote(paths[0])}")
     return chats, not_read
 
 
@@ -168,19 +170,11 @@ def tidy_name(name):
 
 
 def reader_of(file):
-    """Return the first reader that understands the file; UnknownFileError says what is in it."""
+    """Return the first reader that understands the file."""
     for reader in READERS:
         if reader.understands(file) >= UNDERSTOOD:
             return reader
-    start = next(filter(str.strip, file.lines), "").strip()[:60]
-    if re.match(r"(?i)<!doctype html|<html", start):
-        raise UnknownFileError("a web page: export as JSON (in Telegram: Machine-readable JSON)")
-    if any("previous_messages" in entry for entry in file.entries):
-        raise UnknownFileError("what build_train.py reads as it is, if you copy it into data/raw")
-    if file.data is not None:
-        keys = ", ".join(sorted({str(key) for entry in file.entries[:100] for key in entry})[:9])
-        raise UnknownFileError(f"JSON with the keys {keys or '(none)'}")
-    raise UnknownFileError(f"a text that begins with {start!r}" if start else "empty")
+    refuse(file)
 
 
 # ---- leave out -----------------------------------------------------------------------------------

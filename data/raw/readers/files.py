@@ -8,12 +8,10 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from .not_read import NotReadError
+
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
 TABLES = {"message", "text", "content", "body", "msg", "contents"}  # one of these heads a column
-
-
-class UnknownFileError(Exception):
-    """No reader knows the file; says what was seen in it."""
 
 
 class File(NamedTuple):
@@ -60,9 +58,9 @@ def decode(content):
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     if content.startswith(b"PK"):
-        raise UnknownFileError("a .zip that is not whole: copy it or export the chat again")
+        raise NotReadError("a .zip that is not whole", "# copy it or export the chat again")
     if b"\0" in content[:1000]:
-        raise UnknownFileError("no text")
+        raise NotReadError("no text")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

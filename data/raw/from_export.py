@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.raw.readers import READERS
 from data.raw.readers.files import READABLE, open_file
-from data.raw.readers.not_read import NotReadError, refuse
+from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS, read_times
 from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, link, visible
@@ -123,7 +123,7 @@ class Chat(NamedTuple):
 
 
 def read_files(paths, dates):
-    """Return ([Chat], {name: NotReadError}) of all files that the paths hold."""
+    """Return ([Chat], {name: (what it is, a FIX)}) of all files that the paths hold."""
     contents = [found for path in paths for found in files_in(Path(path).expanduser())]
     contents.sort(key=lambda found: not found[0].endswith("users.json"))  # Slack's names are first
     chats, not_read, names = [], {}, {}
@@ -131,12 +131,13 @@ def read_files(paths, dates):
         try:
             chats.append(read_file(open_file(name, content, names), dates))
         except NotReadError as e:
-            not_read[name] = e
+            not_read[name] = e.args
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            not_read[name] = NotReadError(f"not as its app writes it: {e!r:.80}")
+            not_read[name] = f"not as its app writes it: {e!r:.80}", AGAIN
     wrong = [name for name in not_read if name in paths or not chats]
     if wrong:
-        fail(f"{wrong[0]} is {not_read[wrong[0]]}", not_read[wrong[0]].fix)
+        what, fix = not_read[wrong[0]]
+        fail(f"{wrong[0]} is {what}", fix)
     if not chats:
         fail(f"{paths[0]} holds no chat", f"ls {shlex.quote(paths[0])}")
     return chats, not_read
@@ -269,7 +270,7 @@ def report(chats, not_read, left_out, entries):
     names = {chat.app: chat.name for chat in reversed(chats)}  # of the first file of each app
     for app, number in apps.items():
         tell("read", number, f"{app}, {names[app]}" + " and so on" * (number > 1))
-    for name, why in list(not_read.items())[:1]:
+    for name, (why, _) in list(not_read.items())[:1]:
         tell("not read", len(not_read), f"{name}: {why}" + " and so on" * (len(not_read) > 1))
     talk = [entry for entry in entries if "message" in entry]  # of chats, not of training sets
     for title, key in ("conversations", "conversation"), ("authors", "author"):

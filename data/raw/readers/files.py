@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .not_read import NotReadError
+from .not_read import AGAIN, NotReadError
 
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
 TABLES = {"message", "text", "content", "body", "msg", "contents"}  # one of these heads a column
@@ -60,7 +60,7 @@ def decode(content):
     if content.startswith(b"PK"):
         raise NotReadError("a .zip that is not whole", "# copy it or export the chat again")
     if b"\0" in content[:1000]:
-        raise NotReadError("no text")
+        raise NotReadError("no text", AGAIN)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -6,11 +6,7 @@ AGAIN = "# export the chat again: as JSON or CSV if the app can, else as text"
 
 
 class NotReadError(Exception):
-    """Says what a file is, and behind a "#", or as a command, what can be done."""
-
-    def __init__(self, what, fix=AGAIN):
-        super().__init__(what)
-        self.fix = fix
+    """NotReadError(what the file is, a FIX)."""
 
 
 def refuse(file):
@@ -22,5 +18,5 @@ def refuse(file):
     if "previous_messages" in keys:
         raise NotReadError("what build_train.py reads as it is", "# copy it into data/raw")
     if file.data is not None:
-        raise NotReadError(f"JSON with the keys {', '.join(sorted(keys)[:9]) or '(none)'}")
-    raise NotReadError(f"a text that begins with {start!r}" if start else "empty")
+        raise NotReadError(f"JSON with the keys {', '.join(sorted(keys)[:9]) or '(none)'}", AGAIN)
+    raise NotReadError(f"a text that begins with {start!r}" if start else "empty", AGAIN)

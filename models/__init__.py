@@ -33,13 +33,16 @@ os.environ["TMPDIR"] = os.path.join(cache, "fine-tune")
 os.makedirs(os.environ["TMPDIR"], exist_ok=True)
 
 
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 def explain(kind, error, trace):
     """Say in one line what a user can mend; Python's own words for everything else."""
     if kind is KeyboardInterrupt:  # Python then exits as the shell expects: 130
         print(file=sys.stderr)
     elif kind is BrokenPipeError:  # `… | head` reads no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif isinstance(error, OSError) and error.errno in FULL_DISK:
         print(f"error: the disk is full: {error}\nFIX: df -h .  # free space", file=sys.stderr)
     elif isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EROFS:
         where = os.path.dirname(os.path.abspath(error.filename or "."))

@@ -245,7 +245,7 @@ def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     assert start_and_kill(project, run, signal.SIGKILL) == -signal.SIGKILL
     again = train(**LONG)  # would begin at the beginning
     assert "error: an interrupted run has left a checkpoint" in again.stderr
-    assert "FIX: RESUME=1 VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh  # goes on" in again.stderr
+    assert "FIX: RESUME=1 VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh  #" in again.stderr
     # Pretend that all but 8 of the batches are done.
     newest = max((project / WORK).glob("0*"))
     newest.rename(newest.with_name("0003992.safetensors"))

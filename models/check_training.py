@@ -72,6 +72,7 @@ def main(train, valid):
     check_memory(s, size, longest)
     s.KEYS = ", ".join(size.keys)
     s.TRAIN_SHA256, s.VALID_SHA256 = checksum(Path(train)), checksum(Path(valid))
+    del s.RESUME  # of this call alone: a resumed run takes all others from the run that it resumes
     for name, value in vars(s).items():
         print(f"{name}={shlex.quote(str(value))}")
 

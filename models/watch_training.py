@@ -172,9 +172,7 @@ def fixes(work, code, error):
     if re.search("memory|alloc|wired", error, re.IGNORECASE) or code == -signal.SIGKILL:
         less = rerun("./fine_tune.sh", RESUME=0, GRAD_CHECKPOINT=1, BATCH_SIZE=1)
         megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20
-        more = (
-            f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # of the memory, till it restarts"
-        )
+        more = f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # of the memory, till it restarts"
         return [less, *[more] * (sys.platform == "darwin")]
     return [f"tail -n 30 '{work}/training.log'", again]
 

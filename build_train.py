@@ -32,6 +32,7 @@ import os
 import random
 import re
 import shlex
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
@@ -75,9 +76,9 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 # --------------------------------------------------------------------------------------------------
 
 
-def read_settings():
+def read_settings(words):
     """Return the settings of this run; end it if one of them cannot be."""
-    s = parser.parse_args()
+    s = parser.parse_args(words)
     common.check_names(s.version, s.model)
     if len(s.only_author) > 1:
         parser.error("--only-author takes one name; leave it out to learn everybody")
@@ -559,7 +560,7 @@ def make_rows(raw, s, tokenizer, dropped):
 
 def main():
     """Make the training data: the story of this script."""
-    s = read_settings()
+    s = read_settings(sys.argv[1:])
     os.chdir(common.ROOT)
     raw, folder = find_raw(s.version), Path("data/for_train", s.version)
     changed = {n: v for n, v in vars(s).items() if v and v != parser.get_default(n)}

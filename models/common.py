@@ -151,6 +151,11 @@ def is_stale(adapter, fused):
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
+def checkpoints(work):
+    """Return {batch: file} of the checkpoints of a training, in the order of time."""
+    return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
+
+
 # ---- outputs appear whole or not at all ----------------------------------------------------------
 def beside(folder, word):
     """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.
@@ -202,6 +207,7 @@ def into_place(new, folder, ours):
     Killed at any moment this leaves the folder of before or the new one; see finish_move().
     """
     folder = Path(os.path.realpath(folder))
+    finish_move(folder)  # of a run that was killed
     if folder.exists() and is_same(new, folder):
         shutil.rmtree(new)
         return None

@@ -111,8 +111,9 @@ def keys_of(model, embeddings):
 
     {"self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", …}
 
-    Experts are among them, though RANK=32 takes 43 GB for the 128 of Qwen3-30B-A3B: they hold most
-    of what a token goes through, and RANK=8 takes a quarter.
+    Experts are among them, though at RANK=32 they take 43 GB in Qwen3-30B-A3B. In a small model of
+    16 experts, 4 for a token, the held-out loss was 1.35 without them at rank 32 and 1.27 with them
+    at rank 8 (base model 1.87).
     """
     blocks = [matrices(layer) for layer in model.layers]
     keys = {name for block in blocks for name, module in block.items() if can_adapt(module)}

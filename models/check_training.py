@@ -49,7 +49,7 @@ SETTINGS = {
     "RESUME": (0, 1, "auto"),
 }
 
-OTHER_BASE = "# or take another base model, with -it or -Instruct in its name"
+OTHER_BASE = "python -m models.which_model  # lists others; their names have -it or -Instruct"
 
 
 def main(train, valid):

@@ -2,12 +2,16 @@
 
 A chat template may ask the model to think before it replies, print today's date, or leave a reply
 without an end. Training, scoring, fusing and talking all need the same template, which does none of
-this. load_tokenizer() makes it in memory, shadow() in a folder for mlx_lm.lora and mlx_lm.fuse.
+this. load_tokenizer() makes it in memory, shadow() in a folder for mlx_lm.lora and mlx_lm.fuse:
+
+    python -m models.chat_template models/base/MODEL FOLDER/MODEL
 """
 
 from models.completion_loss import encode
 
 import json
+import shutil
+import sys
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -37,7 +41,8 @@ REPLIES = "yes, why?", "7", "…"
 
 def load_tokenizer(folder):
     """Return the tokenizer of models/base/MODEL or of a fused model."""
-    return settle(utils.load_tokenizer(Path(folder), {"trust_remote_code": False}))
+    ends = utils.load_config(Path(folder)).get("eos_token_id")
+    return settle(utils.load_tokenizer(Path(folder), {"trust_remote_code": False}, ends))
 
 
 def load_model(folder, adapter=None):
@@ -89,6 +94,8 @@ def opening(tokenizer):
     """Return what the template writes between a prompt and its reply."""
     chat = tokenizer.apply_chat_template([*PROMPTS[0], ASSISTANT], tokenize=False)
     prompt = tokenizer.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
+    if not chat.startswith(prompt):
+        raise ValueError("the prompt is not the beginning of the chat")
     return chat.removeprefix(prompt).split(ASSISTANT["content"])[0]
 
 
@@ -112,7 +119,8 @@ def shadow(base, folder):
     """
     base, folder = Path(base), Path(folder)
     template = load_tokenizer(base).chat_template
-    folder.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     config = base / "tokenizer_config.json"
     ours = {"chat_template.jinja", "chat_template.json", config.name}
     for file in base.iterdir():
@@ -120,3 +128,7 @@ def shadow(base, folder):
             (folder / file.name).symlink_to(file.resolve())
     settings = json.loads(config.read_bytes()) if config.is_file() else {}
     (folder / config.name).write_text(json.dumps(settings | {"chat_template": template}), "utf-8")
+
+
+if __name__ == "__main__":
+    shadow(*sys.argv[1:])

@@ -9,7 +9,7 @@ Exit    0 done, 1 it cannot be fused, or a step has failed
 
 from models.chat_template import load_tokenizer
 from models.common import (
-    beside,
+    before,
     check_names,
     checksum,
     download,
@@ -50,6 +50,8 @@ def check():
     check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), model)
     try:
         here, whole = size_at_16_bits(base)
+        if not load_tokenizer(base).has_chat_template:
+            raise ValueError("it has no chat template")
     except Exception as error:  # whatever is wrong with a download
         fail(f"the base model in {base} cannot be used: {error!r}", download(model))
     bits = choose_bits(bits, here, whole)
@@ -102,12 +104,11 @@ def bytes_to_write(bits, here, whole):
 
 def check_disk(fused, bits, here, whole):
     """Refuse what the disk has no room for; the fused model before the last one makes room."""
-    before = beside(fused, "").with_name(f"{fused.resolve().name}.before")
-    needed = bytes_to_write(bits, here, whole)
-    if shutil.disk_usage(before.parent).free < needed and before.exists():
-        print(f"deleting    {before}, for the disk has no room for it", file=sys.stderr)
-        shutil.rmtree(before)
-    free = shutil.disk_usage(before.parent).free
+    old, needed = before(fused), bytes_to_write(bits, here, whole)
+    if shutil.disk_usage(old.parent).free < needed and old.exists():
+        print(f"deleting    {old}, for the disk has no room for it", file=sys.stderr)
+        shutil.rmtree(old)
+    free = shutil.disk_usage(old.parent).free
     if free < needed:
         what = f"fusing takes {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free"
         fail(what, *[rerun("./fuse.sh", FUSED_BITS="base")] * (here < free), "df -h models/fused")
@@ -118,7 +119,7 @@ def explain(log):
     """Show the line of a log that tells the error, and what mends it."""
     said = re.findall(r"^[A-Za-z_.:+]+: .*", Path(log).read_text("utf-8", "replace"), re.MULTILINE)
     why = said[-1] if said else "it said nothing, as a process that is killed"
-    fixes = [download(from_environment("MODEL"))]
+    fixes = [f"tail -n 30 '{log}'"]
     if not said or "emory" in why:
         less = rerun("./fuse.sh", FUSED_BITS="base") + "  # or use the adapter as it is"
         fixes = [less]
@@ -130,25 +131,22 @@ def explain(log):
 # ---- after ---------------------------------------------------------------------------------------
 def finish(work, fused):
     """Check that the fused model loads, write down what it was made from, put it into place."""
-    work, model = Path(work), from_environment("MODEL")
+    work = Path(work)
     try:
         mlx_lm.load(str(work / "model"), lazy=True)
-        has_template = load_tokenizer(work / "model").has_chat_template
     except Exception as error:
-        fail(f"the fused model does not load: {error!r}", download(model))
-    if not has_template:
-        fail("the base has no chat template, or has lost it", download(model))
+        fail(f"the fused model does not load: {error!r}", rerun("./fuse.sh"))
     origin = {
-        "base": model,
+        "base": from_environment("MODEL"),
         "version": from_environment("VERSION"),
         "bits": os.environ["FUSED_BITS"],
         "group_size": 64,  # that of mlx_lm.convert
         "adapter_sha256": checksum(work / "adapter/adapters.safetensors"),
     }
     (work / "model/fused_from.json").write_text(json.dumps(origin, indent=2))
-    before = into_place(work / "model", fused, OURS)
-    if before:
-        print(f"replaced    a fused model; it is in {before}")
+    replaced = into_place(work / "model", fused, OURS)
+    if replaced:
+        print(f"replaced    a fused model; it is in {replaced}")
     print(f"wrote       {fused}, with fused_from.json")
 
 

@@ -7,7 +7,7 @@ Prints  ITERS=600 and so on for the shell, on stdout; what people want to know, 
 Exit    0 it can be trained, 1 it cannot
 """
 
-from models.chat_template import load_tokenizer
+from models.chat_template import check_template, load_tokenizer
 from models.common import (
     check_names,
     checksum,
@@ -49,10 +49,7 @@ SETTINGS = {
     "RESUME": (0, 1, "auto"),
 }
 
-# The matrices that are adapted; a name that a model lacks does no harm.
-MATRICES = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "qkv")]
-MATRICES += [f"mlp.{name}_proj" for name in ("gate", "up", "down", "gate_up")]
-EMBEDDINGS = ["model.embed_tokens", "language_model.model.embed_tokens"]
+OTHER_BASE = "# or take another base model, with -it or -Instruct in its name"
 
 
 def main(train, valid):
@@ -64,16 +61,18 @@ def main(train, valid):
     need(base / "config.json", "MODEL", download(model))
     for file in Path(train), Path(valid):
         need(file, "VERSION", build)
-    size = read_base(base, download(model))
+    size = read_base(base, s.EMBEDDINGS, download(model))
     train_rows, valid_rows = read_rows(Path(train), build), read_rows(Path(valid), build)
     longest = longest_row(base, train_rows, valid_rows, download(model))
+    say("base", f"{model}: adapts {size.summary}")
     say("data", f"{version}: {len(train_rows)} rows to train on, the longest of {longest} tokens")
     say("", f"{len(valid_rows)} rows to choose a checkpoint by")
     check_sizes(s, size, len(train_rows), longest)
     fill_in(s, size, len(train_rows))
     check_memory(s, size, longest)
-    s.KEYS = ", ".join(MATRICES + EMBEDDINGS * s.EMBEDDINGS)
+    s.KEYS = ", ".join(size.keys)
     s.TRAIN_SHA256, s.VALID_SHA256 = checksum(Path(train)), checksum(Path(valid))
+    del s.RESUME  # of this call alone: a resumed run takes all others from the run that it resumes
     for name, value in vars(s).items():
         print(f"{name}={shlex.quote(str(value))}")
 
@@ -126,23 +125,23 @@ def fill_in(s, size, rows):
 
 
 # ---- the base model and the rows -----------------------------------------------------------------
-def read_base(base, make):
-    """Return the sizes of a base model; refuse one that is cut off or brings code of its own."""
+def read_base(base, embeddings, make):
+    """Return the sizes of a base model; refuse one that is cut off or cannot be adapted."""
     try:
-        return sizes_of(base)
+        return sizes_of(base, embeddings)
     except Exception as error:  # whatever is wrong with a download
-        fail(f"the base model in {base} cannot be used: {error!r}", make)
+        fail(f"the base model in {base} cannot be used: {error}", make, OTHER_BASE)
 
 
 def longest_row(base, train, valid, make):
-    """Return the most tokens in a row."""
+    """Return the most tokens in a row; refuse a base whose chat template teaches no replies."""
     try:
         tokenizer = load_tokenizer(base)
+        check_template(tokenizer)
         of_valid = max(len(encode(tokenizer, chat)[0]) for chat in valid)
         return max(of_valid, longest_of_many(tokenizer, train))
     except Exception as error:  # whatever a broken download or a template leads to
-        what = f"the tokenizer of {base} cannot be used: {error!r}"
-        fail(what, make, "# or take another base model, with -it or -Instruct in its name")
+        fail(f"the tokenizer of {base} cannot be used: {error}", make, OTHER_BASE)
 
 
 def longest_of_many(tokenizer, chats):
@@ -163,8 +162,8 @@ def longest_of_many(tokenizer, chats):
 
 def check_sizes(s, size, rows, longest):
     """Refuse settings that these rows, or this base model, cannot be trained with."""
-    if s.NUM_LAYERS == 0 or size.layers < s.NUM_LAYERS:  # mlx-lm takes 0 for all
-        what = f"NUM_LAYERS={s.NUM_LAYERS} is not one of the {size.layers} layers of the base"
+    if s.NUM_LAYERS == 0 or len(size.blocks) < s.NUM_LAYERS:  # mlx-lm takes 0 for all
+        what = f"NUM_LAYERS={s.NUM_LAYERS} is not one of the {len(size.blocks)} layers of the base"
         fail(what, rerun("./fine_tune.sh", NUM_LAYERS=-1))
     if longest > s.MAX_SEQ_LENGTH:
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
@@ -184,7 +183,7 @@ def check_memory(s, size, longest):
     if needed < allowed or not s.CHECK_MEMORY:
         return
     changes = {}
-    few_layers = {"NUM_LAYERS": min(8, size.layers), "EMBEDDINGS": 0}
+    few_layers = {"NUM_LAYERS": min(8, len(size.blocks)), "EMBEDDINGS": 0}
     for change in {"GRAD_CHECKPOINT": 1}, {"BATCH_SIZE": 1}, {"RANK": min(8, s.RANK)}, few_layers:
         changes |= change
         if memory_to_train(SimpleNamespace(**vars(s) | changes), size, longest) < allowed:

@@ -1,5 +1,6 @@
 """What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -150,6 +151,11 @@ def is_stale(adapter, fused):
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
+def checkpoints(work):
+    """Return {batch: file} of the checkpoints of a training, in the order of time."""
+    return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
+
+
 # ---- outputs appear whole or not at all ----------------------------------------------------------
 def beside(folder, word):
     """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.
@@ -188,6 +194,12 @@ def carry_over(old, new, ours):
             link(path, new / path.name)
 
 
+def before(folder):
+    """Return where the output of before is kept: models/fused/fused-v1_gemma.before."""
+    target = Path(os.path.realpath(folder))
+    return target.with_name(f"{target.name}.before")
+
+
 def into_place(new, folder, ours):
     """Put a finished folder into its place; return where the one of before is, None if nowhere.
 
@@ -195,6 +207,7 @@ def into_place(new, folder, ours):
     Killed at any moment this leaves the folder of before or the new one; see finish_move().
     """
     folder = Path(os.path.realpath(folder))
+    finish_move(folder)  # of a run that was killed
     if folder.exists() and is_same(new, folder):
         shutil.rmtree(new)
         return None
@@ -203,7 +216,7 @@ def into_place(new, folder, ours):
     was_there = folder.exists()
     new.rename(beside(folder, "new"))
     finish_move(folder)
-    return folder.with_name(f"{folder.name}.before") if was_there else None
+    return Path(os.path.relpath(before(folder))) if was_there else None
 
 
 def finish_move(folder):
@@ -212,10 +225,11 @@ def finish_move(folder):
     v1 → v1.before, .v1.new → v1
     """
     folder = Path(os.path.realpath(folder))
-    new, before = beside(folder, "new"), folder.with_name(f"{folder.name}.before")
+    new = beside(folder, "new")
     if not new.exists():
         return
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
-    new.rename(folder)
+    with contextlib.suppress(FileNotFoundError):  # another script has just done it
+        if folder.exists():
+            shutil.rmtree(before(folder), ignore_errors=True)
+            folder.rename(before(folder))
+        new.rename(folder)

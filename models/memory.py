@@ -1,32 +1,23 @@
 """How large a base model is, how much memory it takes to train it, and how much there is."""
 
-import models  # noqa: F401 (it checks Python and the packages first)
+from models.adapted import look_at, read_model
 
 import json
 import os
-from types import SimpleNamespace
 
 import mlx.core as mx
 import safetensors
 
 
-def sizes_of(base):
-    """Return the sizes of the base model in a folder; raise an error if it is not whole.
+def sizes_of(base, embeddings):
+    """Return what look_at() tells of a base model, and its bytes; raise an error if it is cut off.
 
-    {"num_hidden_layers": 34, "hidden_size": 2560, …} → layers=34, hidden=2560, inner=10240, …
+    keys=["mlp.down_proj", …], blocks=[…], hidden=2560, vocabulary=262208, weights=2200000000
     """
-    config = json.loads((base / "config.json").read_bytes())
-    if "model_file" in config:
-        raise ValueError("it brings code of its own, which is never run")
-    text = config.get("text_config", config)
-    inner = text.get("intermediate_size") or 4 * text["hidden_size"]
-    return SimpleNamespace(
-        layers=text["num_hidden_layers"],
-        hidden=text["hidden_size"],
-        inner=max(inner) if isinstance(inner, list) else inner,  # one for each layer
-        vocabulary=text.get("vocab_size") or 262208,
-        weights=bytes_of_weights(base),
-    )
+    weights = bytes_of_weights(base)
+    size = look_at(*read_model(base), embeddings)
+    size.weights = weights
+    return size
 
 
 def bytes_of_weights(base):
@@ -50,16 +41,20 @@ def memory_for_mlx():
 def memory_to_train(s, size, longest):
     """Return the bytes at the peak, fitted to what tests/benchmarks/memory.py measured.
 
-    A matrix trains RANK x (inputs + outputs) numbers; a layer has four for the attention, here as
-    if they were square, and three behind it. An update takes 26 bytes a trained number; each token
-    of a batch 8 bytes a word of the vocabulary, and what the layers keep for the way back.
+    A matrix trains RANK x (inputs + outputs) numbers, and an update takes 26 bytes for each. A
+    token of a batch takes 8 bytes for each word of the vocabulary, and what the blocks keep for the
+    way back: with GRAD_CHECKPOINT that of one block, which only counts where it has a state.
     """
-    layers = size.layers if s.NUM_LAYERS < 0 else s.NUM_LAYERS
-    layer = 8 * size.hidden + 3 * (size.hidden + size.inner)
-    numbers = s.RANK * (layers * layer + s.EMBEDDINGS * (size.vocabulary + size.hidden))
-    width = 4 * size.hidden + 3 * size.inner
-    kept = 0 if s.GRAD_CHECKPOINT else 2 * (layers + size.layers) * width
-    token = numbers / 20 + 8 * size.vocabulary + kept
+    blocks, trained = size.blocks, size.blocks[-s.NUM_LAYERS if s.NUM_LAYERS > 0 else 0 :]
+    used = sum(block.used for block in trained)
+    largest_state = max(block.state for block in blocks)
+    kept = 20 * largest_state
+    if not s.GRAD_CHECKPOINT:
+        kept = 1.6 * (used + sum(block.used for block in blocks))
+        kept += 10 * (largest_state + sum(block.state for block in blocks))
+    embeddings = s.EMBEDDINGS * (size.vocabulary + size.hidden)
+    numbers = s.RANK * (embeddings + sum(block.adapted for block in trained))
+    token = s.RANK * (embeddings + used) / 20 + 8 * size.vocabulary + kept
     return 5e8 + size.weights + 26 * numbers + s.BATCH_SIZE * longest * token
 
 

@@ -7,10 +7,10 @@ router sends a token to two of them. Before training the mixture computes what t
 each expert then learns from its own share of the tokens. The recipe is that of fine_tune.sh. Prints
 a line for each choice of what is adapted, and for the dense model:
 
-    adapts                      numbers  peak_gb  seconds  loss   (base 4.552)
-    attention, embeddings       4.2 M    3.10     31       3.640
+    attention, embeddings                4.2 M    3.10 GB    31 s  loss 4.552 → 3.640
 """
 
+# ruff: noqa: E402 (our own modules are found from the root)
 import sys
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def make_mixture(dense, folder, experts):
 
 
 def measure(base, keys, rows, valid, rank, iters):
-    """Train as fine_tune.sh does; return (trained numbers, peak bytes, seconds, loss, and before)."""
+    """Train as fine_tune.sh does; return numbers, peak, seconds, loss and the one before."""
     mx.clear_cache()
     model, _ = mlx_lm.load(str(base))
     before = loss_of_replies(model, valid)

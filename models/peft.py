@@ -55,7 +55,8 @@ def to_peft(weights, modules):
     for name, values in weights.items():
         module, letter = re.fullmatch(r"(.+)\.lora_([ab])", name).groups()
         if values.ndim != 2:
-            common.fail(f"PEFT cannot hold {module}: those are the experts of a block")
+            fused = common.rerun("./fuse.sh") + "  # a fused model needs no adapter"
+            common.fail(f"PEFT cannot hold {module}, the experts of a block", fused)
         prefix = "model.language_model." if module.startswith("language_model.") else "model."
         theirs = PEFT + re.sub(TEXT, prefix, module)
         if module != embeddings:

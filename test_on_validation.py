@@ -27,7 +27,7 @@ import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,9 +263,11 @@ def find_figures(data, asked, nats, replies, args):
     real = {row.line: (row.reply(), row.length() <= args.max_tokens + 1) for row in data.rows}
     done = {"reference": real} | replies
     said = {who: {line: text for line, (text, _) in done[who].items()} for who in done}
+    if not asked:
+        return table, said
     texts = {who: [said[who][row.line] for row in asked] for who in done}
     learned = "\n".join(text for talk in data.train for _, text in talk)
-    for who in done if asked else ():
+    for who in done:
         figures.add_style(table, who, texts[who])
         table["unfinished"][who] = sum(not done[who][row.line][1] for row in asked) / len(asked)
         figures.add_by_heart(table, who, texts[who], learned)
@@ -308,31 +310,17 @@ def find_facts(args, at, data, asked, models, warnings):
         "tokens": sum(row.length() for row in data.rows),
         "asked": len(asked),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
-        "trained": date_of(at.adapter / "adapters.safetensors"),
+        "trained": report.date_of(at.adapter / "adapters.safetensors"),
         "run": at.run,
         "settings": vars(args),
         "data": vars(data.made),
         "training": common.settings_of(at.adapter),
-        "curve": learning_curve(at.adapter / "losses.csv"),
+        "curve": report.learning_curve(at.adapter / "losses.csv"),
         "valid_sha256": common.checksum(at.data / "valid.jsonl"),
-        "tested": f"{datetime.now():%-d %B %Y}",
+        "tested": f"{date.today():%-d %B %Y}",
         "versions": {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__},
         "warnings": warnings,
     }
-
-
-def date_of(path):
-    """Return when a file was written, as "29 November 2026"; "" if there is none."""
-    return f"{datetime.fromtimestamp(path.stat().st_mtime):%-d %B %Y}" if path.exists() else ""
-
-
-def learning_curve(path):
-    """Return [(iteration, loss), …] of losses.csv; [] if it is not as it should be: an ornament."""
-    try:
-        curve = pd.read_csv(path)[["iteration", "val_loss"]].dropna()
-        return [(int(iteration), float(loss)) for iteration, loss in curve.to_numpy()]
-    except (OSError, ValueError, KeyError):
-        return []
 
 
 # ---- written whole or not at all ----------------------------------------------------------------

@@ -70,7 +70,9 @@ for file in "$work"/0*.safetensors; do
 done
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-command -v mlx_lm.lora >/dev/null || fail "mlx_lm.lora was not found" "source venv/bin/activate"
+install="source venv/bin/activate"
+if [ "${VIRTUAL_ENV:-}" ]; then install="pip install -r requirements.txt"; fi
+command -v mlx_lm.lora >/dev/null || fail "mlx_lm.lora was not found" "$install"
 
 if [ "$RESUME" = 1 ]; then
   [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"

@@ -29,10 +29,8 @@ esac
 
 set -eu
 cd "$(dirname "$0")"
-umask 077                                                 # what a chat has taught is private, too
-export HF_HUB_OFFLINE=1                                   # nothing leaves this machine
-export TMPDIR="${XDG_CACHE_HOME:-$HOME/.cache}/fine-tune" # models/__init__.py says why
-mkdir -p "$TMPDIR"
+umask 077               # what a chat has taught is private, too
+export HF_HUB_OFFLINE=1 # nothing leaves this machine
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
@@ -44,7 +42,9 @@ work=$hidden.partial # all is made here; the fused model itself changes at the v
 base=$work/base/$MODEL
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" "source venv/bin/activate"
+install="source venv/bin/activate"
+if [ "${VIRTUAL_ENV:-}" ]; then install="pip install -r requirements.txt"; fi
+command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" "$install"
 FUSED_BITS=$(python -m models.check_fusing check) # auto no more
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
@@ -91,4 +91,5 @@ done
 
 # ---- into its place ------------------------------------------------------------------------------
 python -m models.check_fusing finish "$work" "$fused"
+rm -f "$hidden.log"
 echo "next        VERSION=$VERSION MODEL=$MODEL python test_on_validation.py"

@@ -27,10 +27,11 @@ for package in "jinja2", "mlx", "mlx_lm", "numpy", "pandas", "sklearn", "tqdm":
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.umask(0o077)  # chats are private: new files are for their owner alone
-# On a CPU MLX runs what it finds compiled in TMPDIR/mlx, and in /tmp anybody may have put it there.
-cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-os.environ["TMPDIR"] = os.path.join(cache, "fine-tune")
-os.makedirs(os.environ["TMPDIR"], exist_ok=True)
+if sys.platform == "linux":
+    # MLX runs what it finds compiled in TMPDIR/mlx, and in /tmp anybody may have put it there.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ["TMPDIR"] = os.path.join(cache, "fine-tune")
+    os.makedirs(os.environ["TMPDIR"], exist_ok=True)
 
 
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG

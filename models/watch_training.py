@@ -151,7 +151,7 @@ def stop_at_nan(work, batch):
     ways = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
     if saved:
         with open(work / "settings", "a") as file:
-            print(f"ITERS={saved}  # the loss was NaN or infinite by batch {batch}", file=file)
+            print(f"# the loss was NaN or infinite by batch {batch}\nITERS={saved}", file=file)
         ways.insert(0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best one before it")
     fail(f"the loss became NaN or infinite by batch {batch}", *ways)
 

@@ -82,13 +82,20 @@ def test_settings_go_in_front(project, run):
     ]
 
 
-def test_without_the_virtual_environment(project, tmp_path):
+@pytest.mark.parametrize(
+    ("variables", "fix"),
+    [
+        ({}, "source venv/bin/activate"),
+        ({"VIRTUAL_ENV": "/venv"}, "pip install -r requirements.txt"),
+    ],
+)
+def test_without_the_packages(project, tmp_path, variables, fix):
     for program in "dirname", "basename":
         (tmp_path / program).symlink_to(shutil.which(program))
     command = [shutil.which("bash"), project / "fine_tune.sh"]
-    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert last_error(result) == "FIX: source venv/bin/activate"
+    variables["PATH"] = str(tmp_path)
+    result = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert result.returncode == 1 and last_error(result) == f"FIX: {fix}"
 
 
 def test_a_second_run_of_the_same_adapter_is_refused(project, train):

@@ -69,7 +69,7 @@ def test_nan_ends_the_run_and_keeps_the_checkpoints_of_before(work, capsys):
         "FIX: VERSION=v1 MODEL=gemma RESUME=0 LEARNING_RATE=0.0001 ./fine_tune.sh",
     ]
     assert names(work) == ["0000001.safetensors"]
-    assert (work / "settings").read_text().startswith("ITERS=1  #")  # RESUME=1 only scores
+    assert (work / "settings").read_text().endswith("\nITERS=1\n")  # so RESUME=1 only scores
 
 
 def test_nan_without_a_checkpoint_leaves_only_to_start_anew(work, capsys):

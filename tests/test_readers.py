@@ -483,13 +483,24 @@ Nov 24, 2026  1:47:00 PM\nAnn\n/Users/me/Library/Messages/Attachments/a/b.heic
         ("2026-11-24T09:44:00", ["Tue, 24 Nov 2026 10:44:00 +0100", "2026-11-24T09:44:00Z"]),
         ("2026-11-24T00:00:00", ["24.11.2026"]),
         ("1970-01-01T20:15:00", ["20:15", "8:15 PM"]),  # and not today
-        (None, ["no time", float("inf"), float("nan"), "99.99.2026, 10:44", "24.11.2026, 10:99"]),
     ],
 )
 def test_a_time_may_be_written_in_many_ways(check, values, time):
     for value in values:
         log = [{"timestamp": value, "user": name, "text": "hi"} for name in "AB"]
         assert each("time", check({"a.json": log}, "A: hi|B: hi")) == [time], value
+
+
+@table("time", ["no time", float("inf"), float("nan"), "99.99.2026, 10:44", "24.11.2026, 10:99"])
+def test_a_chat_with_times_that_nobody_understands_is_refused_but_one_such_time_is_not(
+    convert, capsys, time
+):
+    log = [{"time": "24.11.2026, 10:44", "user": name, "text": "hi"} for name in "AB" * 10]
+    entries, _, _ = convert({"a.json": [log[0] | {"time": time}, *log]})
+    assert [entry.get("time") for entry in entries][:2] == [None, "2026-11-24T10:44:00"]
+    with pytest.raises(SystemExit):
+        convert({"a.json": [entry | {"time": time} for entry in log]})
+    assert f"times that are not understood, like '{time}'" in capsys.readouterr().err
 
 
 @table(

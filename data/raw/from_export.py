@@ -56,6 +56,7 @@ KINDS = {
     "copy": "already in a file read before",
 }
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
+NAMES = "users.json", "channels.json"  # of Slack
 UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
 MOST_BYTES = 2 << 30  # of the chats in a .zip
 RAW = ROOT / "data/raw"
@@ -124,12 +125,11 @@ class Chat(NamedTuple):
 
 def read_files(paths, dates):
     """Return ([Chat], {name: (what it is, a FIX)}) of all files that the paths hold."""
-    contents = [found for path in paths for found in files_in(Path(path).expanduser())]
-    contents.sort(key=lambda found: not found[0].endswith("users.json"))  # Slack's names are first
+    found = dict(file for path in paths for file in files_in(Path(path).expanduser()))
     chats, not_read, names = [], {}, {}
-    for name, content in tqdm(contents, unit=" files", leave=False, disable=None):
+    for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
-            chats.append(read_file(open_file(name, content, names), dates))
+            chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
             not_read[name] = e.args
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
@@ -143,14 +143,31 @@ def read_files(paths, dates):
     return chats, not_read
 
 
+def in_order(names):
+    """Return the names as they are read: Slack's users first, and Signal's chats only once."""
+    twins = {str(Path(name).with_name("data.json")) for name in names if name.endswith("chat.md")}
+    once = [name for name in names if name not in twins]
+    return sorted(once, key=lambda name: not name.endswith(NAMES))
+
+
 def read_file(file, dates):
     reader = reader_of(file)
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
-        times, note = read_times([text_of(m.time) for m in messages], dates)
+        written = [text_of(m.time) for m in messages]
+        times, note = read_times(written, dates, file.lines)
+        check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
         file.notes.extend(filter(None, [note]))
     return Chat(file.name, file.title, reader.APP, messages, file.notes)
+
+
+def check_times(written, times):
+    """Refuse a file in which more than a tenth of the times cannot be read."""
+    failed = [text for text, time in zip(written, times, strict=True) if text and not time]
+    if len(failed) > (1 - UNDERSTOOD) * len(written):
+        what = f"a chat with times that are not understood, like {failed[0][:60]!r}"
+        raise NotReadError(what, "# write them as 2026-11-24 10:44:25 and try again")
 
 
 def tidy(m, time, title):

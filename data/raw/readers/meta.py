@@ -7,13 +7,20 @@ encrypted chats:
       {"sender_name": "Zo\u00c3\u00ab", "timestamp_ms": 1795513440000, "content": "hi"}]}
     {"participants": ["Zoë"], "threadName": "Zoë_12", "messages": [
       {"senderName": "Zoë", "timestamp": 1795513440000, "text": "hi", "type": "text"}]}
+
+Meta writes its own sentences in the language of whoever exports, as messages of the one who acts:
+"Zoë sent an attachment.", "Reacted 😂 to your message ". Those that phrases.json has not are known
+by their form: see is_notice().
 """
 
 import re
+from collections import defaultdict
 
 from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
+NOTICES = "Subscribe", "Unsubscribe", "placeholder"  # types
+EMOJI = re.compile(r"[^\w\s.,:;!?'\"()*/@#&%+=<>|~^-]+")
 
 
 def understands(file):
@@ -26,9 +33,9 @@ def understands(file):
 def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
-    for m in file.entries:
-        author = text_of(m.get("sender_name") or m.get("senderName"))
-        text = text_of(m.get("content") or m.get("text"))
+    said = [(author_of(m), text_of(m.get("content") or m.get("text"))) for m in file.entries]
+    forms = forms_of(said)
+    for m, (author, text) in zip(file.entries, said, strict=True):
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
             author=author,
@@ -36,14 +43,56 @@ def read(file):
             kind=first(
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
-                app=m.get("type") in ("Subscribe", "Unsubscribe", "placeholder")
-                or kind_of_sentence(without_emoji(text), "Meta")
-                or (text.startswith(f"{author} ") and text.endswith(".")),
+                app=m.get("type") in NOTICES or is_notice(author, text, forms),
             ),
             conversation=title,
         )
 
 
-def without_emoji(text):
-    """Return "Reacted to your message" of "Reacted 😂 to your message"."""
-    return re.sub(r"[^\w\s]+ ", "", text)
+def author_of(m):
+    return text_of(m.get("sender_name") or m.get("senderName"))
+
+
+def forms_of(said):
+    """Return {form: its texts}, to see which sentences come back: see form_of()."""
+    forms = defaultdict(list)
+    for author, text in said:
+        forms[form_of(author, text)].append(text)
+    return forms
+
+
+def form_of(author, text):
+    """Return a text without who acts and emoji: "Ann reacted 😂 to you" → "reacted to you"."""
+    return " ".join(EMOJI.sub(" ", without_name(author, text)).split())
+
+
+def without_name(author, text):
+    """Return what is behind the author's own name: whole, the first one, or as of an account."""
+    word, _, rest = text.partition(" ")
+    if text.startswith(f"{author} "):
+        return text.removeprefix(f"{author} ")
+    if rest and (word == author.split(" ")[0] or is_account(word, author)):
+        return rest
+    return text
+
+
+def is_account(word, author):
+    """Say whether a word is a name as an account has it: "rita_sol" of "Rita Sol"."""
+    joined = re.sub(r"\W", "", author.casefold())
+    return " " in author.strip() and re.sub(r"[\W_]", "", word.casefold()) == joined
+
+
+def is_notice(author, text, forms):
+    """Say whether Meta wrote a text, in any language."""
+    form = form_of(author, text)
+    same = forms[form]
+    begins_with_author = without_name(author, text) != text
+    emoji = {tuple(EMOJI.findall(text)) for text in same}
+    return (
+        kind_of_sentence(form, "Meta")
+        or (begins_with_author and text.endswith("."))  # Ann sent an attachment.
+        or (begins_with_author and is_account(text.split(" ")[0], author))
+        or (begins_with_author and len(same) >= 3 and " " in form)
+        # a reaction: the same words around another emoji, and a space at the end
+        or (len(emoji) > 1 and all(re.search(rf"{EMOJI.pattern}.*\w.* \Z", t) for t in same))
+    )

@@ -20,7 +20,9 @@ from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
 NOTICES = "Subscribe", "Unsubscribe", "placeholder"  # types
-EMOJI = re.compile(r"[^\w\s.,:;!?'\"()*/@#&%+=<>|~^-]+")
+EMOJI = re.compile("[\u200d\u203c-\u2bff\u3030\u303d\ufe0f\U0001f000-\U0001faff]+")
+
+REACTION = re.compile(rf"{EMOJI.pattern}.*\w.* \Z")
 
 
 def understands(file):
@@ -54,7 +56,7 @@ def author_of(m):
 
 
 def forms_of(said):
-    """Return {form: its texts}, to see which sentences come back: see form_of()."""
+    """Return {form: [texts]}, to see which sentences come back; see form_of()."""
     forms = defaultdict(list)
     for author, text in said:
         forms[form_of(author, text)].append(text)
@@ -87,12 +89,16 @@ def is_notice(author, text, forms):
     form = form_of(author, text)
     same = forms[form]
     begins_with_author = without_name(author, text) != text
-    emoji = {tuple(EMOJI.findall(text)) for text in same}
     return (
         kind_of_sentence(form, "Meta")
         or (begins_with_author and text.endswith("."))  # Ann sent an attachment.
         or (begins_with_author and is_account(text.split(" ")[0], author))
         or (begins_with_author and len(same) >= 3 and " " in form)
-        # a reaction: the same words around another emoji, and a space at the end
-        or (len(emoji) > 1 and all(re.search(rf"{EMOJI.pattern}.*\w.* \Z", t) for t in same))
+        or (len(same) > 1 and is_reaction(same))
     )
+
+
+def is_reaction(same):
+    """Say whether texts are the same words around another emoji, with a space at the end."""
+    emoji = {tuple(EMOJI.findall(text)) for text in same}
+    return len(emoji) > 1 and all(REACTION.search(text) for text in same)

@@ -92,7 +92,11 @@ def sentences_of(app):
     for kind, languages in PHRASES[app].items():
         sentences = [plain(sentence) for each in languages.values() for sentence in each]
         exact |= {sentence: kind for sentence in sentences if "…" not in sentence}
-        gaps = [re.escape(sentence).replace("…", ".+") for sentence in sentences if "…" in sentence]
+        gaps = [
+            re.escape(sentence).replace("…", ".{1,100}")
+            for sentence in sentences
+            if "…" in sentence
+        ]
         patterns |= {kind: re.compile("|".join(gaps))} if gaps else {}
     return exact, patterns
 

@@ -34,7 +34,6 @@ import os
 import re
 import shlex
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
@@ -80,14 +79,24 @@ def arguments():
 
 # ---- find ----------------------------------------------------------------------------------------
 def files_in(path):
-    """Yield (name, content) of a file, or of all files in a folder or .zip."""
+    """Yield (name, content) of a file, or of all files in a folder or .zip.
+
+    The content of a link that leads out of the folder is None: somebody may have laid it there.
+    """
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             is_ours = file.parent.resolve() == RAW and file.name.startswith("messages_")
-            if may_be_a_chat(file.relative_to(path)) and file.is_file() and not is_ours:
+            if is_ours or is_hidden(file.relative_to(path)):
+                continue
+            if file.is_symlink() and not is_inside(file, path):
+                yield str(file), None
+            elif file.is_file() and file.suffix.lower() in READABLE:
                 yield from files_in(file)
     elif not path.is_file():
-        fail(f"{path} is not there, or no file", f"ls {shlex.quote(str(path.parent))}")
+        there = next(folder for folder in path.absolute().parents if folder.is_dir())
+        fail(f"{path} is not there, or no file", f"ls {shlex.quote(str(there))}")
+    elif path.stat().st_size > MOST_BYTES:
+        fail(f"{path} holds over {MOST_BYTES >> 30} GB", "# export single chats")
     elif zipfile.is_zipfile(path):
         yield from files_in_zip(path)
     else:
@@ -95,21 +104,29 @@ def files_in(path):
 
 
 def files_in_zip(path):
+    unzip = f"unzip {shlex.quote(str(path))} -d {shlex.quote(str(path.with_suffix('')))}"
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if may_be_a_chat(Path(name))]
-            if sum(archive.getinfo(name).file_size for name in names) > MOST_BYTES:
-                fail(f"{path} holds over {MOST_BYTES >> 30} GB", f"unzip {shlex.quote(str(path))}")
-            for name in names:
-                yield f"{path}/{name}", archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # also a password
-        fail(f"{path} cannot be unpacked: {e}", f"unzip {shlex.quote(str(path))}")
+            files = [file for file in archive.infolist() if not is_hidden(Path(file.filename))]
+            files = [file for file in files if Path(file.filename).suffix.lower() in READABLE]
+            if sum(file.file_size for file in files) > MOST_BYTES:
+                fail(
+                    f"{path} holds over {MOST_BYTES >> 30} GB", f"{unzip}  # and name a chat in it"
+                )
+            for file in files:
+                yield f"{path}/{file.filename}", archive.read(file)
+    except Exception as e:  # an archive may be damaged in any way
+        is_locked = "password" in str(e)
+        fix = unzip if is_locked else "# copy it or export the chat again"
+        fail(f"{path} cannot be unpacked: {e!r:.80}", fix)
 
 
-def may_be_a_chat(path):
-    """Say whether a file in a folder or .zip is to be read: no picture, and nothing hidden."""
-    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in READABLE and not is_hidden
+def is_hidden(path):
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def is_inside(path, folder):
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 # ---- read ----------------------------------------------------------------------------------------
@@ -129,6 +146,8 @@ def read_files(paths, dates):
     chats, not_read, names = [], {}, {}
     for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
+            if found[name] is None:
+                raise NotReadError("a link that leads out of the folder", f"ls -l {name}")
             chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
             not_read[name] = e.args
@@ -184,7 +203,8 @@ def tidy(m, time, title):
 @functools.cache
 def tidy_name(name):
     r"""Return a name on one line: "\u202a~ Ann\nLee" → "Ann Lee"."""
-    return " ".join(INVISIBLE.sub("", name).split()).removeprefix("~").strip()
+    name = INVISIBLE.sub("", name).encode("utf-8", "replace").decode()  # half a character: ?
+    return " ".join(name.split()).removeprefix("~").strip()
 
 
 def reader_of(file):
@@ -252,22 +272,32 @@ def write(target, entries, replace):
     """Write one entry a line, whole or not at all; what was there before is kept once beside it."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
-    if target.exists() and target.read_bytes() == content:
-        return
-    again = shlex.join(["python", *sys.argv])
-    before = target.with_name(f"{target.name}.before")
-    if target.exists() and not replace:
-        fail(
-            f"{shown(target)} has other content: another export, or edited by hand",
-            f"{again} --version {target.stem.removeprefix('messages_')}_2",
-            f"{again} --replace  # the old one is then {before.name}",
-        )
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.write_bytes(content)
-    if target.exists():
-        before.unlink(missing_ok=True)
-        link(target, before)  # an edit that is saved meanwhile is in it
-    partial.replace(target)
+    try:
+        for old in target, target.with_suffix(".jsonl"):  # build_train.py reads one of them
+            if old.exists() and old.read_bytes() != content:
+                check_replace(old, replace)
+                before = old.with_name(f"{old.name}.before")
+                before.unlink(missing_ok=True)
+                link(old, before)  # what an editor saves right now is in it
+                print(f"replaced {shown(old)}; what it was is in {before.name}")
+        partial.replace(target)
+        target.with_suffix(".jsonl").unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_replace(old, replace):
+    """Refuse to write over another export, or the work of somebody, unless told."""
+    again = shlex.join(["python", *sys.argv])
+    version = old.stem.removeprefix("messages_")
+    others = f"{again} --version {version}_2"
+    if not replace:
+        what = f"{shown(old)} has other content: another export, or edited by hand"
+        fail(what, others, f"{again} --replace  # the old one is then {old.name}.before")
+    if old.name not in os.listdir(old.parent):  # a Mac takes messages_Ann.json for it
+        fail(f"{shown(old)} is there under a name with other capitals", others)
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -321,22 +351,31 @@ def next_steps(entries, version):
     print(f"      {build}")
 
 
+def keep_most(left_out):
+    """Return the command that keeps the kind of which most texts are left out."""
+    texts = {kind: len(list(filter(None, texts))) for kind, texts in left_out.items()}
+    kind = max(texts, key=texts.get, default="")
+    if not kind or not texts[kind]:
+        return "# export another chat"
+    return f"{shlex.join(['python', *sys.argv])} --keep {kind}"
+
+
 def main():
     s = arguments()
     target = RAW / f"messages_{s.version}.json"
     chats, not_read = read_files(s.paths, s.dates)
     pairs = [m for chat in chats for m in chat.messages if isinstance(m, dict)]
     if pairs and len(pairs) < sum(len(chat.messages) for chat in chats):
-        fail("these are chats and training sets", f"{EXAMPLE}  # one run for each")
+        names = {isinstance(chat.messages[0], dict): chat.name for chat in chats if chat.messages}
+        one_each = [shlex.join(["python", sys.argv[0], name]) for name in names.values()]
+        fail("these are chats and training sets", *one_each)
     conversations, left_out = ({}, {}) if pairs else sort_out(chats, s.keep)
     entries = pairs or entries_of(conversations)
     if entries:
         write(target, entries, s.replace)
     report(chats, not_read, left_out, entries)
     if not entries:
-        kind = max(left_out, key=lambda kind: len(left_out[kind]), default="app")
-        again = shlex.join(["python", *sys.argv])
-        fail("nothing is left that people said to each other", f"{again} --keep {kind}")
+        fail("nothing is left that people said to each other", keep_most(left_out))
     print(f"\nwrote {shown(target)}: {len(entries):,} entries; delete what it must not learn")
     next_steps(entries, s.version)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 INVISIBLE = re.compile(  # control characters and marks; not what joins the parts of an emoji
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc]"
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffc]"
 )
 NAMES = "display_name", "displayName", "real_name", "name", "username", "user_id"
 TEXTS = "text", "body", *NAMES  # the first of these keys that a value has is its text

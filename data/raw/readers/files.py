@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 from .not_read import AGAIN, NotReadError
 
-READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
-TABLES = {"message", "text", "content", "body", "msg", "contents"}  # one of these heads a column
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".xml", ".zip"}
+TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
+TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
+
+LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
 
 
 class File(NamedTuple):
@@ -104,5 +107,5 @@ def parse_csv(text, notes):
 def messages_of(data):
     """Return the list of messages in the data, wherever the app put it; of one message, [it]."""
     if isinstance(data, dict):
-        data = data.get("messages") or data.get("comments") or [data]
+        data = next((data[key] for key in LISTS if data.get(key)), [data])
     return data if isinstance(data, list) else []

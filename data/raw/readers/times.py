@@ -1,44 +1,105 @@
-"""Times, as any app in any country writes them → datetime."""
+"""Times, as any app in any country writes them → datetime.
+
+The day may stand in numbers in any order, or with the name of a month in any language (cldr.py).
+"""
 
 import itertools
 import re
-import warnings
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from dateutil import parser as date_parser
-
-warnings.filterwarnings("ignore", category=date_parser.UnknownTimezoneWarning)
+from .cldr import language_of, part_of_day, words_in, words_of
 
 ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
+NO_YEAR = 4  # stands for it, for 29 February is a day of that year
+
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
-DAY = rf"(\d{{1,4}}){MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?(\d{{1,4}})"
-CLOCK = r"(\d\d?)[:.](\d\d)(?:[:.](\d\d))?"
-MORNING = r"(am|午前|上午|早上|凌晨|오전|ص|πμ|morning|mañana|madrugada)$"
-AFTERNOON = r"(pm|午後|下午|中午|오후|م|μμ|afternoon|evening|noon|tarde)$"
-NIGHT = r"(atnight|noche|noite|晚上)$"  # 9 at night is 21, and 3 at night is 3
+NUMBER = r"((?:R|H|令和|平成)?\d{1,4})"  # R4 is the fourth year of a Japanese emperor
+DAY = rf"{NUMBER}{MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?{NUMBER}"
+CLOCK = r"(\d\d?)[:.时時시]\s?(\d\d)(?:[:.분分]\s?(\d\d))?(?:\.\d+)?"
+OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)(?:\s|$)")  # from UTC
+ERAS = {"R": 2018, "令和": 2018, "H": 1988, "平成": 1988}
 
 
-def read_times(texts, order=None):
+# ---- all times of a file -------------------------------------------------------------------------
+def read_times(texts, order=None, lines=()):
     """Return ([datetime or None], note); the order of day and month is found by all dates.
 
     ["1/2/26, 9:44 PM", "13/2/26, 9:44 PM"] → the 1st and the 13th of February, at 21:44
     """
-    stamps = {text: stamp_of(text) for text in dict.fromkeys(texts)}
+    language = language_of(list(dict.fromkeys(texts)))
+    stamps = {text: stamp_of(text, language) for text in dict.fromkeys(texts)}
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     note = ""
     if dates and not order:
-        faults = {each: faults_of(dates, each) for each in ORDERS}
-        order = min(faults, key=faults.get)
-        if order != "ymd" and faults["dmy"] == faults["mdy"]:
-            order, other = "dmy", "mdy"  # capitals are how American phones write it
-            if re.search("[AP]M", texts[0]):
-                order, other = other, order
-            note = f"dates are read as {order}, for nothing decides: else --dates {other}"
+        order, note = order_of(dates, texts[0], lines)
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
-    return [times[text] for text in texts], note
+    return with_years([times[text] for text in texts]), note
 
 
-def stamp_of(text):
+def order_of(dates, first_text, lines):
+    """Return (order, note) for dates like (24, 11, 26); the note is empty if something decides."""
+    faults = {order: faults_of(dates, order) for order in ORDERS}
+    order = min(faults, key=faults.get)
+    if order == "ymd" or faults["dmy"] != faults["mdy"]:
+        return order, ""
+    for test in named_in_files(dates, lines), is_daily(dates):
+        if test:
+            return test, ""
+    is_american = re.search("[AP]M", first_text) and not re.match(r"\W*0\d", first_text)
+    order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
+    return order, f"dates are read as {order}, for nothing decides: else --dates {other}"
+
+
+def faults_of(dates, order):
+    """Return how many dates are impossible in an order, or go back in time.
+
+    [(1, 2, 26), (1, 13, 26)]: as mdy 0, as dmy 1, for there is no month 13.
+    """
+    days = [day for numbers in dates if (day := time_of(numbers, order))]
+    falls = sum(a > b for a, b in itertools.pairwise(days))
+    rises = sum(a < b for a, b in itertools.pairwise(days))
+    return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
+
+
+def named_in_files(dates, lines):
+    """Return the order in which the name of a picture is the day of its line, or None.
+
+    "11/10/26, 10:44 - Ann: IMG-20261110-WA0001.jpg (file attached)" → "mdy"
+    """
+    for line in lines:
+        named = re.search(r"\b[A-Z]{3,8}-(20\d\d)-?(\d\d)-?(\d\d)(?:-WA\d|-\d\d-)", line)
+        written = named and re.search(DAY, line[: named.start()])
+        if written:
+            day = datetime(*map(int, named.groups()))
+            for order in "dmy", "mdy":
+                if time_of(numbers_of(written), order) == day:
+                    return order if named[2] != named[3] else None
+    return None
+
+
+def is_daily(dates):
+    """Return the order in which the days follow closely, or None: 1/2 2/2 3/2 are in a row."""
+    spans = {}
+    for order in "dmy", "mdy":
+        days = [time_of(numbers, order) for numbers in dates]
+        steps = [abs(b - a) for a, b in itertools.pairwise(days) if a and b]
+        spans[order] = sum(steps, timedelta())
+    near, far = sorted(spans, key=spans.get)
+    return near if 2 * spans[near] < spans[far] else None
+
+
+def with_years(times):
+    """Return the times with a year where the app left it out, as old WhatsApp did for this year."""
+    last = max((time for time in times if time and time.year != NO_YEAR), default=None)
+    year = last.year if last else 1970
+    first = next((time for time in times if time and time.year == NO_YEAR), None)
+    if last and first and first.replace(year=year) < last:
+        year += 1
+    return [time.replace(year=year) if time and time.year == NO_YEAR else time for time in times]
+
+
+# ---- one time ------------------------------------------------------------------------------------
+def stamp_of(text, language="en"):
     """Return (number, number, number, hour, minute, second), whichever of the first is the day.
 
     Or a datetime where that is clear, or None where there is no time.
@@ -47,14 +108,12 @@ def stamp_of(text):
         return since
     try:
         when = datetime.fromisoformat(text)
+        return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
     except ValueError:
         if day := re.search(DAY, text):
-            return *map(int, day.groups()), *clock_in(text[: day.start()] + text[day.end() :])
-        try:
-            when = date_parser.parse(text[:60], default=datetime(1970, 1, 1))  # if only a clock
-        except (ValueError, OverflowError):
-            return None
-    return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
+            rest = f"{text[: day.start()]} {text[day.end() :]}"
+            return *numbers_of(day), *(clock_in(rest, language) or (0, 0, 0))
+        return named_day(text, language)
 
 
 def since_1970(number):
@@ -68,30 +127,59 @@ def since_1970(number):
         return None
 
 
-def clock_in(text):
-    """Return (hour, minute, second): ", 10:44 PM" → (22, 44, 0), " 12:05 a. m." → (0, 5, 0)."""
+def numbers_of(day):
+    """Return the three numbers of a match of DAY: "18/3/R4" → [18, 3, 2022]."""
+    numbers = []
+    for text in day.groups()[:3]:
+        digits = text.lstrip("".join(ERAS))
+        era = text.removesuffix(digits)
+        numbers.append(int(digits) + ERAS.get(era, 0))
+    return numbers
+
+
+def named_day(text, language):
+    """Return the datetime of "Tue, 24 Nov 2026 10:44:00 +0100", "2026. február 24., kedd 9:45"."""
+    clock = clock_in(text, language)
+    rest = re.sub(CLOCK, " ", text, count=1)
+    months = words_of("en").months | words_of(language).months
+    month = next((months[word] for word in words_in(rest) if word in months), None)
+    numbers = [int(number) for number in re.findall(r"\d+", OFFSET.sub("", rest))]
+    if month and numbers:
+        year = next((number for number in numbers if number > 99), None)
+        day, *others = [number for number in numbers if number != year] or [0]
+        year = year or (2000 + others[0] if others else NO_YEAR)
+    elif clock and not numbers:
+        year, month, day = 1970, 1, 1  # only a clock
+    else:
+        return None
+    try:
+        when = datetime(year, month, day, *(clock or ()))
+    except ValueError:
+        return None
+    offset = OFFSET.search(rest)
+    east = timedelta(hours=int(offset[2]), minutes=int(offset[3])) if offset else timedelta()
+    return when + east if offset and offset[1] == "-" else when - east
+
+
+def clock_in(text, language):
+    """Return (hour, minute, second): ", 10:44 PM" → (22, 44, 0); None if there is none."""
     found = re.search(CLOCK, text)
     if not found:
-        return 0, 0, 0
+        return None
     hour, minute, second = (int(number or 0) for number in found.groups())
-    words = re.sub(r"\W", "", (text[: found.start()] + text[found.end() :]).casefold())
-    at_night = re.search(NIGHT, words)
-    if re.search(AFTERNOON, words) or (at_night and 6 <= hour < 12):
-        hour = hour % 12 + 12
-    elif hour == 12 and (at_night or re.search(MORNING, words)):
-        hour = 0
-    return hour, minute, second
+    hours = part_of_day(text[: found.start()], text[found.end() :], language)
+    return which_hour(hour, hours), minute, second
 
 
-def faults_of(dates, order):
-    """Return how many dates are impossible in an order, or go back in time.
+def which_hour(hour, hours):
+    """Return which hour of 24 is meant: 9 in the evening → 21, 12 AM → 0, 3 at night → 3."""
+    if hour > 12 or not hours:
+        return hour
+    return min((hour % 12, hour % 12 + 12), key=lambda one: min(apart(one, h) for h in hours))
 
-    [(1, 2, 26), (1, 13, 26)]: as mdy 0, as dmy 1, for there is no month 13.
-    """
-    days = [day for numbers in dates if (day := time_of(numbers, order))]
-    falls = sum(a > b for a, b in itertools.pairwise(days))
-    rises = sum(a < b for a, b in itertools.pairwise(days))
-    return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
+
+def apart(hour, other):
+    return min((hour - other) % 24, (other - hour) % 24)
 
 
 def time_of(stamp, order):

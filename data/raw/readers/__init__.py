@@ -20,6 +20,7 @@ from . import (
     log,
     matrix,
     meta,
+    not_read,
     signal,
     skype,
     slack,
@@ -54,6 +55,7 @@ READERS = [
     log,
     signal,
     whatsapp,
+    not_read,  # before those that take any list
     training_set,  # behind the apps: their messages may have its keys
     table,  # takes any list with texts
 ]

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .not_read import AGAIN, NotReadError
+from .not_read import refuse_bytes
 
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".xml", ".zip"}
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
@@ -32,6 +32,7 @@ class File(NamedTuple):
 
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
+    refuse_bytes(name, content)
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
     notes = []
     data = parse_json(text)
@@ -60,10 +61,6 @@ def decode(content):
     """Return the text of a file in UTF-8, UTF-16 (as Excel writes it) or Windows' own letters."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
-    if content.startswith(b"PK"):
-        raise NotReadError("a .zip that is not whole", "# copy it or export the chat again")
-    if b"\0" in content[:1000]:
-        raise NotReadError("no text", AGAIN)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -28,10 +28,11 @@ HEADER = re.compile(
 )
 STARTS = re.compile(rf"{DAY}|{CLOCK}|\[.{{1,100}}?\] \[|-{{5,}} ")  # no other line begins so
 
+EMOTICON = re.compile(r"\((?:이모티콘|emoticon)(?:_[^()\n]*)?\)")  # words may stand behind it
 KINDS = {  # of messages that are these words alone
     "media": re.compile(
         r"<?(?:사진|동영상|음성 ?메시지|photo|video|voice message)(?: 읽지 않음)?>?"
-        r"|\(?(?:이모티콘|emoticons?)(?:_.*)?\)?|사진 \d+장|photos \d+|(?:파일|file): .+",
+        r"|이모티콘|emoticons?|사진 \d+장|photos \d+|(?:파일|file): .+",
         re.IGNORECASE,
     ),
     "call": re.compile(r"(?:보이스톡|페이스톡|그룹콜) (?:해요|취소|부재중|종료)[ \d:]*"),
@@ -55,11 +56,12 @@ def read(file):
         day = start["day"] or day
         author = start["author"] or start["pc_author"]
         when = start["when"] or f"{day} {start['clock'] or ''}"
-        if words or start["notice"]:
+        if author or words or start["notice"]:
             yield message(when.replace(" at ", " "), author, words or start["notice"])
 
 
 def message(when, author, words):
+    words = EMOTICON.sub("", words).strip()
     kinds = {kind: pattern.fullmatch(words) for kind, pattern in KINDS.items()}
     is_notice = not author or re.fullmatch(NOTICE, words)
     return Message(when, author, words, first(app=is_notice, **kinds))

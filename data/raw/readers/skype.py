@@ -13,9 +13,11 @@ import re
 from .shared import Message, dig, first, share, text_of
 
 APP = "Skype or Teams"
-QUOTATION = re.compile(r"<(quote|blockquote)\b.*?</\1>", re.DOTALL)
+NOT_SAID = re.compile(  # quotations, who is mentioned, the mark of an edited message
+    r"(?s)<(quote|context|e_m)\b.*?</\1>|<blockquote [^<>]*Reply.*?</blockquote>"
+)
 LINE_END = re.compile(r"<br ?/?>|</p>\s*|</div>\s*")
-EMOJI = re.compile(r'<emoji [^<>]*alt="([^"]*)"[^<>]*>')
+EMOJI = re.compile(r'<(?:emoji|ss)\b[^<>]*\balt="([^"]*)"[^<>]*>(?:[^<>]*</ss>)?')
 
 
 def understands(file):
@@ -44,7 +46,9 @@ def kind_of(m):
         poll=form == "Poll",
         location=form == "RichText/Location",
         media=form.startswith(("RichText/Media", "RichText/Uri", "RichText/Files")),
-        app=form not in ("RichText", "RichText/Html", "Text"),
+        bot=text_of(m.get("from")).startswith("28:"),
+        app=form.casefold() not in ("richtext", "richtext/html", "text")
+        or text_of(m.get("content")).startswith("Call Logs for Call "),
     )
 
 
@@ -55,7 +59,7 @@ def name_of(identity):
 
 def plain_text(text):
     """Return what people see: "<quote>so?</quote>yes &amp; <b>soon</b>" → "yes & soon"."""
-    if "<e_m " in text:  # the mark of an edited message
+    if "<e_m " in text:
         text = text.removeprefix("Edited previous message: ")
-    text = EMOJI.sub(r"\1", LINE_END.sub("\n", QUOTATION.sub("", text)))
+    text = EMOJI.sub(r"\1", LINE_END.sub("\n", NOT_SAID.sub("", text)))
     return html.unescape(re.sub("<[^<>]*>", "", text)).replace("\xa0", " ").strip()

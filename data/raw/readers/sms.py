@@ -33,7 +33,7 @@ def read(file):
     names, groups = names_in(root), {}
     for m in root:
         number = m.get("address", "")
-        place = known(m.get("contact_name"))
+        place = known(m.get("contact_name")) or names.get(number)
         if "~" in number:  # a group has no name, and its numbers are nobody's business
             place = place or groups.setdefault(number, f"Group {len(groups) + 1}")
         box = m.get("type") or m.get("msg_box")

@@ -8,6 +8,8 @@ A message of today's files, and of those before 2023:
       "Created": "2026-11-24 10:44:25 UTC", "Text": "yes"}], "Sent Saved Chat History": […]}
 """
 
+import re
+
 from .shared import Message, share
 
 APP = "Snapchat"
@@ -37,14 +39,15 @@ def messages_in(file):
 
 def read(file):
     for friend, m in messages_in(file):
-        is_old = "Saved Chat History" in friend
-        person = m.get("From") or m.get("To")
+        old = re.fullmatch(r"(Received|Sent) .*History", friend)
+        if old:
+            friend = m.get("From") or m.get("To")
         yield Message(
-            time=m["Created"],
-            author=m.get("From") or "Me",
+            time=m.get("Created"),
+            author="Me" if old and old[1] == "Sent" else m.get("From"),
             text=m.get("Content") or m.get("Text"),
             kind=kind_of(m["Media Type"].upper()),
-            conversation=person if is_old else m.get("Conversation Title") or friend,
+            conversation=m.get("Conversation Title") or friend,
         )
 
 

@@ -52,7 +52,7 @@ def read(file):
     for row in file.entries:
         yield message(row["Date"], row["User"], row["Message"])
     day = ""
-    for start, words in blocks(file.lines, HEADER):
+    for start, words in blocks(file.lines, HEADER.match):
         day = start["day"] or day
         author = start["author"] or start["pc_author"]
         when = start["when"] or f"{day} {start['clock'] or ''}"

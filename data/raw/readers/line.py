@@ -51,7 +51,7 @@ def read(file):
     form = form_of([line for line in file.lines if re.match(CLOCK, line)])
     header = re.compile(f"(?:{form.pattern})|(?:{DAY.pattern})")
     day, messages = "", []
-    for start, words in blocks(file.lines, header):
+    for start, words in blocks(file.lines, header.match):
         day = start["day"] or start["other"] or day
         if start["clock"]:
             messages.append((f"{day} {start['clock']}", start["author"], words))

@@ -44,7 +44,7 @@ def test_line_writes_the_day_in_other_orders(check, day):
     [
         ('花子\t"一行目\n2 "行" 目"', '花子: 一行目\n2 "行" 目'),
         ('花子\t"一行だけ"', '花子: "一行だけ"'),
-        ("花子\tsee [1] here", "花子: see [1] here"),
+        ("花子\t[1] yes", "花子: [1] yes"),
         ("花子\t[スタンプ]", "media"),
         ("花子\t[File] plan.pdf", "media"),
         ("太郎\t☎ 通話時間 2:13", "call"),
@@ -296,6 +296,7 @@ CHATML += "<|im_start|>assistant\nb<|im_end|>\n"
         ({"text": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>"}, "a → b, a+b+c → d"),
         ({"text": "Below is a task.\n\n### Instruction:\na\n\n### Input:\nc\n\n### Response:\nb"},
          "a+c → b"),
+        ({"text": "### Human: a\n### Assistant: b\n### Steps: c"}, "a → b\n### Steps: c"),
         ({"text": "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>"},
          "a → b"),
         ({"instruction": "a", "context": "c", "response": "b", "category": "qa"}, "c+a → b"),

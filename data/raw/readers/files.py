@@ -16,6 +16,7 @@ READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", "
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
 TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
 
+PICTURES = re.compile(rb' data="[^"]*"')  # in MMS
 LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
 
 
@@ -35,6 +36,8 @@ class File(NamedTuple):
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
     refuse_bytes(name, content)
+    if name.lower().endswith(".xml"):
+        content = PICTURES.sub(b"", content)  # they make gigabytes of a backup
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
     notes = []
     data = parse_json(text)

@@ -13,7 +13,7 @@ Messages, and what the app wrote; in a PC's file the day stands in a line of its
 
 import re
 
-from .shared import Message, blocks, first, share
+from .shared import Message, blocks, first, sample, share
 
 APP = "KakaoTalk"
 CLOCK = r"(?:오전|오후)?\s?\d\d?:\d\d(?:\s?[AaPp]\.?[Mm]\.?)?"
@@ -43,9 +43,11 @@ KINDS = {  # of messages that are these words alone
 
 
 def understands(file):
-    dated = [line for line in file.lines if STARTS.match(line)]
-    is_csv = share(file.entries, lambda row: set(row) == {"Date", "User", "Message"})
-    return is_csv or (len(dated) > 0.1 * len(file.lines) and share(dated, HEADER.match))
+    lines = sample(file.lines)
+    starts = [line for line in lines if STARTS.match(line)]
+    if len(starts) > len(lines) / 10:
+        return share(starts, HEADER.match)
+    return share(file.entries, lambda row: set(row) == {"Date", "User", "Message"})
 
 
 def read(file):

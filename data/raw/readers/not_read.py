@@ -84,6 +84,11 @@ def known_as(file):
     if "[Content_Types].xml" in file.name:
         return "a document of Word or Excel", TO_TEXT
     keys = keys_of(file)
+    if any(key.endswith(("@s.whatsapp.net", "@g.us")) for key in keys):
+        return (
+            "JSON of WhatsApp Chat Exporter",
+            "# run wtsexporter with --txt, and give what it writes",
+        )
     for needed, *known in KEYS:
         if needed <= keys:
             return known

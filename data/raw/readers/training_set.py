@@ -19,14 +19,13 @@ ASKED = "prompt", "instruction", "question", "input"
 ANSWERED = "completion", "output", "response", "answer", "chosen"
 ANSWERERS = {"assistant", "gpt", "model", "chatgpt", "bot", *ANSWERED}
 
+HEADS = "system|instruction|input|human|user|question|response|assistant|answer|output"
+
 TEMPLATES = [  # of turns in a text, each a role and its words
-    re.compile(r"(?s)<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>"),
-    re.compile(r"(?s)<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)<\|eot_id\|>"),
-    re.compile(r"(?s)<start_of_turn>(\w+)\n(.*?)<end_of_turn>"),
-    re.compile(
-        r"(?is)### ?(system|instruction|input|human|user|question|response|assistant|answer|output)"
-        r" ?:(.*?)(?=### |\Z)"
-    ),
+    re.compile(r"(?s)<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)"),
+    re.compile(r"(?s)<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)"),
+    re.compile(r"(?s)<start_of_turn>(\w+)\n(.*?)(?:<end_of_turn>|\Z)"),
+    re.compile(rf"(?is)(?:\A|\n)### ?({HEADS}) ?:(.*?)(?=\n### ?(?:{HEADS}) ?:|\Z)"),
     re.compile(r"(?s)\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)"),
 ]
 INST = re.compile(
@@ -49,7 +48,7 @@ def read(file):
     rows = [file.data] if "messages" in file.keys else file.entries
     left_out = 0
     for number, row in enumerate(rows):
-        label = text_of(row.get("kto_tag")) or str(row.get("label"))
+        label = str(row.get("kto_tag", row.get("label")))
         for pair in pairs_of(turns_of(row), number):
             if pair["completion"] and label.casefold() != "false":
                 yield pair

@@ -285,7 +285,7 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
         ({"question": "a", "answer": "b", "id": 7, "input": "c"}, [("a", "b")]),
         ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
-        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
+        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a", "b")]),
         ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
         ({"messages": TURNS[2:]}, [("b\n\nc", "d")]),
         ({"conversations": SHAREGPT}, [("a", "b")]),

@@ -155,8 +155,9 @@ def read_files(paths, dates):
             not_read[name] = f"not as its app writes it: {e!r:.80}", AGAIN
     wrong = [name for name in not_read if name in paths or not chats]
     if wrong:
-        what, fix = not_read[wrong[0]]
-        fail(f"{wrong[0]} is {what}", fix)
+        name = min(wrong, key=lambda name: not_read[name][1] == AGAIN)  # what is known comes first
+        what, fix = not_read[name]
+        fail(f"{name} is {what}", fix)
     if not chats:
         fail(f"{paths[0]} holds no chat", f"ls {shlex.quote(paths[0])}")
     return chats, not_read

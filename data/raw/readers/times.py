@@ -3,6 +3,7 @@
 The day may stand in numbers in any order, or with the name of a month in any language (cldr.py).
 """
 
+import functools
 import itertools
 import re
 from datetime import UTC, datetime, timedelta
@@ -174,6 +175,7 @@ def clock_in(text, language):
     return which_hour(hour, hours), minute, second
 
 
+@functools.cache
 def which_hour(hour, hours):
     """Return which hour of 24 is meant: 9 in the evening → 21, 12 AM → 0, 3 at night → 3."""
     if hour > 12 or not hours:

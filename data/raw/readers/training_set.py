@@ -81,10 +81,12 @@ def turns_of(row):
 
 
 def is_talk(value):
-    keys = {"role", "content"}, {"from", "value"}
-    return isinstance(value, list) and share(
-        value, lambda turn: isinstance(turn, dict) and any(pair <= turn.keys() for pair in keys)
-    )
+    return isinstance(value, list) and share(value, is_turn) > 1 / 2
+
+
+def is_turn(value):
+    keys = set(value) if isinstance(value, dict) else set()
+    return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
 def asked_in(row):
@@ -108,7 +110,7 @@ def before_of(row):
     """Return the system's words, the turns before and the context, none of which is an answer."""
     texts = [row.get("system"), row.get("system_prompt"), row.get("context")]
     for pair in row.get("history") or []:
-        texts += pair
+        texts += pair if isinstance(pair, list) else [pair]
     return [{"role": "before", "content": text} for text in texts if text]
 
 

@@ -376,7 +376,8 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
             IPHONE,
             "poll",
             [
-                "\u200ePOLL:\nWhen?\n\u200eOPTION: Now (\u200e2 votes)\n\u200eOPTION: Later (\u200e1 vote)"
+                "\u200ePOLL:\nWhen?\n\u200eOPTION: Now (\u200e2 votes)"
+                "\n\u200eOPTION: Later (\u200e1 vote)"
             ],
         ),
         (IPHONE, "location", ["\u200eLocation: https://maps.google.com/?q=48.2,16.3"]),

@@ -95,10 +95,10 @@ def files_in(path):
     elif not path.is_file():
         there = next(folder for folder in path.absolute().parents if folder.is_dir())
         fail(f"{path} is not there, or no file", f"ls {shlex.quote(str(there))}")
-    elif path.stat().st_size > MOST_BYTES:
-        fail(f"{path} holds over {MOST_BYTES >> 30} GB", "# export single chats")
     elif zipfile.is_zipfile(path):
         yield from files_in_zip(path)
+    elif path.stat().st_size > MOST_BYTES:
+        fail(f"{path} holds over {MOST_BYTES >> 30} GB", "# export single chats")
     else:
         yield str(path), path.read_bytes()
 
@@ -116,9 +116,9 @@ def files_in_zip(path):
             for file in files:
                 yield f"{path}/{file.filename}", archive.read(file)
     except Exception as e:  # an archive may be damaged in any way
-        is_locked = "password" in str(e)
-        fix = unzip if is_locked else "# copy it or export the chat again"
-        fail(f"{path} cannot be unpacked: {e!r:.80}", fix)
+        if "password" in str(e):
+            fail(f"{path} is locked with a password", unzip)
+        fail(f"{path} cannot be unpacked: {e!r:.80}", "# copy it or export the chat again")
 
 
 def is_hidden(path):

@@ -37,6 +37,7 @@ def read(file):
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
     said = [(author_of(m), text_of(m.get("content") or m.get("text"))) for m in file.entries]
     forms = forms_of(said)
+    people = {first_name(author) for author, _ in said}
     for m, (author, text) in zip(file.entries, said, strict=True):
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
@@ -45,7 +46,7 @@ def read(file):
             kind=first(
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
-                app=m.get("type") in NOTICES or is_notice(author, text, forms),
+                app=m.get("type") in NOTICES or is_notice(author, text, forms, people),
             ),
             conversation=title,
         )
@@ -73,9 +74,13 @@ def without_name(author, text):
     word, _, rest = text.partition(" ")
     if text.startswith(f"{author} "):
         return text.removeprefix(f"{author} ")
-    if rest and (word == author.split(" ")[0] or is_account(word, author)):
+    if rest and (word == first_name(author) or is_account(word, author)):
         return rest
     return text
+
+
+def first_name(text):
+    return text.partition(" ")[0]
 
 
 def is_account(word, author):
@@ -84,13 +89,14 @@ def is_account(word, author):
     return " " in author.strip() and re.sub(r"[\W_]", "", word.casefold()) == joined
 
 
-def is_notice(author, text, forms):
+def is_notice(author, text, forms, people):
     """Say whether Meta wrote a text, in any language."""
     form = form_of(author, text)
     same = forms[form]
     begins_with_author = without_name(author, text) != text
+    of_another = not begins_with_author and first_name(text) in people  # somebody writes of them
     return (
-        kind_of_sentence(form, "Meta")
+        (not of_another and kind_of_sentence(form, "Meta"))
         or (begins_with_author and text.endswith("."))  # Ann sent an attachment.
         or (begins_with_author and is_account(text.split(" ")[0], author))
         or (begins_with_author and len(same) >= 3 and " " in form)

@@ -44,14 +44,15 @@ def understands(file):
 
 
 def read(file):
-    """Yield {"prompt": …, "completion": …}, with the number of the talk if it has many turns."""
+    """Yield {"prompt": …, "completion": …}, with the number of the talk if the row is one."""
     rows = [file.data] if "messages" in file.keys else file.entries
     left_out = 0
     for number, row in enumerate(rows):
         label = str(row.get("kto_tag", row.get("label")))
-        for pair in pairs_of(turns_of(row), number):
+        talk = {"conversation": number} if any(key in row for key in TALKS) else {}
+        for pair in pairs_of(turns_of(row)):
             if pair["completion"] and label.casefold() != "false":
-                yield pair
+                yield talk | pair
             else:
                 left_out += 1
     if left_out:
@@ -124,7 +125,7 @@ def turns_in(text):
     return [{"role": role, "content": words.strip()} for role, words in turns if words]
 
 
-def pairs_of(turns, number):
+def pairs_of(turns):
     """Return a pair for each turn of the assistant; its prompt is all that was said before it.
 
     system s, user a, assistant b, user c, assistant d → (s a, b) and (s a b c, d)
@@ -136,4 +137,4 @@ def pairs_of(turns, number):
             completion = text if turn.get("weight", 1) else ""
             pairs.append({"prompt": "\n\n".join(before), "completion": completion})
         before += [text] if text else []
-    return [{"conversation": number} | pair for pair in pairs] if len(pairs) > 1 else pairs
+    return pairs

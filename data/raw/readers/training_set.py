@@ -49,8 +49,10 @@ def read(file):
     left_out = 0
     for number, row in enumerate(rows):
         label = str(row.get("kto_tag", row.get("label")))
-        talk = {"conversation": number} if any(key in row for key in TALKS) else {}
-        for pair in pairs_of(turns_of(row)):
+        pairs = pairs_of(turns_of(row))
+        has_turns = len(pairs) > 1 or any(key in row for key in TALKS)
+        talk = {"conversation": number} if has_turns else {}
+        for pair in pairs:
             if pair["completion"] and label.casefold() != "false":
                 yield talk | pair
             else:

@@ -104,6 +104,7 @@ KAKAOTALK = {
         ("(이모티콘_Ann) 네", None),
         ("사진 3장", "media"),
         ("(emoticon)", "media"),
+        ("", "media"),
         ("<사진 읽지 않음>", "media"),
         ("보이스톡 해요", "call"),
         ("삭제된 메시지입니다.", "deleted"),

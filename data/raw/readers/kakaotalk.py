@@ -57,9 +57,10 @@ def read(file):
     for start, words in blocks(file.lines, HEADER.match):
         day = start["day"] or day
         author = start["author"] or start["pc_author"]
-        when = start["when"] or f"{day} {start['clock'] or ''}"
-        if author or words or start["notice"]:
-            yield message(when.replace(" at ", " "), author, words or start["notice"])
+        words = words or start["notice"] or ""
+        if author or words:
+            when = start["when"] or f"{day} {start['clock'] or ''}"
+            yield message(when, author, words)
 
 
 def message(when, author, words):

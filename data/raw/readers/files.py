@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .not_read import refuse_bytes
 from .shared import share
 
-READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".xml", ".zip"}
+READABLE = set(".txt .json .jsonl .csv .tsv .log .md .html .xml .js .zip".split())
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
 TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
 

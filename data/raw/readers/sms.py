@@ -50,9 +50,9 @@ def parse(text):
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise NotReadError("XML with a DOCTYPE, as no backup has it", "# make the backup again")
     text = HALVES.sub(lambda half: chr(int(half[1])), text)
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins the halves
     try:
-        return ElementTree.fromstring(NO_CHARACTER.sub("", text).encode())  # noqa: S314 (see above)
+        return ElementTree.fromstring(NO_CHARACTER.sub("", text))  # noqa: S314 (see above)
     except ElementTree.ParseError as e:
         raise NotReadError(f"XML that is not whole: {e}", "# make the backup again") from None
 

@@ -36,9 +36,7 @@ KINDS = {  # of messages that are these words alone
         re.IGNORECASE,
     ),
     "call": re.compile(r"(?:보이스톡|페이스톡|그룹콜) (?:해요|취소|부재중|종료)[ \d:]*"),
-    "deleted": re.compile(
-        r"삭제된 메시지입니다\.?|(?:This )?message was deleted\.?", re.IGNORECASE
-    ),
+    "deleted": re.compile(r"삭제된 메시지입니다\.?|This message was deleted\.?"),
 }
 
 

@@ -80,6 +80,6 @@ def known(name):
 
 
 def text_in(mms):
-    return "\n".join(
-        part.get("text") for part in mms.iter("part") if part.get("ct") == "text/plain"
-    )
+    """Return the words of an MMS, whose other parts are pictures and how to show them."""
+    texts = [part.get("text", "") for part in mms.iter("part") if part.get("ct") == "text/plain"]
+    return "\n".join(texts)

@@ -35,7 +35,7 @@ def read_times(texts, order=None, lines=()):
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     note = ""
     if dates and not order:
-        order, note = order_of(dates, next(filter(None, texts)), lines)
+        order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)), lines)
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
     return with_years([times[text] for text in texts]), note
 
@@ -49,7 +49,8 @@ def order_of(dates, first_text, lines):
     for test in named_in_files(lines), is_daily(dates):
         if test:
             return test, ""
-    is_american = re.search("[AP]M", first_text) and not re.search(r"\b0\d|\d{4}", first_text)
+    has_zero_or_long_year = re.search(r"\b0\d\D+\d|\d{4}", DAY_OR_NOT.search(first_text)[0])
+    is_american = re.search("[AP]M", first_text) and not has_zero_or_long_year
     order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
     return order, f"dates are read as {order}, for nothing decides: else --dates {other}"
 

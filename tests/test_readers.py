@@ -513,6 +513,7 @@ LOGS = {  # program: (log, notices in it)
     "days": ("[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok", 0),
     "irssi": ("--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
               "10:45 -!- cy joined\n10:45 <@bob> ok", 2),
+    "no clock": ("# 2026-11-24\n[10:44:25] <Ann> hi\n=== cy joined\n[10:45] <bob> ok", 2),
     "eggdrop": ("[00:00] --- Tue Nov 24 2026\n[10:44:25] <Ann> hi\n"
                 "[10:44] Action: Ann waves\n[10:45] <bob> ok", 2),
     "WeeChat": ("2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"

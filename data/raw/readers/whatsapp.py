@@ -24,7 +24,7 @@ ENTRY = re.compile(
     rf"(?P<when>{DATE}\D{{1,20}}?{CLOCK}(?P<part>[^]\d:;,]{{0,24}}?)|{CLOCK}\D{{1,3}}{DATE})"
     r"(?(iphone)\]|(?:\s[-\u2013]|(?P<colon>:)))(?:\s|$)"
 )
-LONG_YEAR = re.compile(r"\d{4}")
+LONG_YEAR = re.compile(r"[-/.]\s?\d{4}|\d{4}\s?[-/.年년]")
 QUOTE = re.compile('["“”„«»]')
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
 LOCATION = re.compile(r"[^\n:]{1,60}: https://maps\.google\.com/\?q=\S+")

@@ -400,7 +400,7 @@ def fit(rows, s, tokenizer, dropped):
         counts = count_tokens([training_row(row, s) for row in part], tokenizer)
         for row, count in zip(part, counts, strict=True):
             row.tokens = count
-            if row.tokens > s.max_seq_length and not row.message.prompt:
+            if row.tokens > s.max_seq_length:
                 shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
                 dropped.append((row.message, "over --max-seq-length"))

@@ -1,0 +1,54 @@
+"""CSV with a header, or a list in JSON, under the names that many programs use.
+
+Two messages:
+
+    Date,Author,Content
+    24-Nov-26 10:44 AM,ann,hi
+    [{"timestamp": 1795513440, "user": "ann", "text": "hi"}]
+"""
+
+from .shared import Message, sample, text_of
+
+APP = "list of messages"
+COLUMNS = {
+    "conversation": "conversation channel chat thread room group conversation_id chat_name",
+    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts",
+    "author": "author sender sender_name username user from nick nickname name display_name",
+    "text": "message text content body msg contents",
+}
+
+
+def understands(file):
+    keys = keys_of(file.entries)
+    return bool(columns_of(keys)["text"]) and "previous_messages" not in keys
+
+
+def read(file):
+    keys = keys_of(file.entries)
+    columns = columns_of(keys)
+    ignored = keys - {key for found in columns.values() for key in found}
+    if ignored:
+        file.notes.append(f"nothing was understood in {', '.join(sorted(ignored))}")
+    for entry in file.entries:
+        values = {
+            column: " ".join(text_of(entry[key]) for key in found if entry.get(key))
+            for column, found in columns.items()
+        }
+        yield Message(**values)
+
+
+def keys_of(entries):
+    """Return all keys of the entries: [{"a": 1}, {"b": 2}] → {"a", "b"}."""
+    return {key for entry in sample(entries) for key in entry if key}
+
+
+def columns_of(keys):
+    """Return which keys hold what: ["Date", "User", "Text"] → {"time": ["Date"], …}."""
+    keys = {str(key).casefold().strip().replace(" ", "_"): key for key in keys}
+    found = {
+        column: [keys[name] for name in names.split() if name in keys][:1]
+        for column, names in COLUMNS.items()
+    }
+    if "date" in keys and "time" in keys:
+        found["time"] = [keys["date"], keys["time"]]
+    return found

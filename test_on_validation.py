@@ -27,7 +27,7 @@ import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,30 +263,40 @@ def find_figures(data, asked, nats, replies, args):
     real = {row.line: (row.reply(), row.length() <= args.max_tokens + 1) for row in data.rows}
     done = {"reference": real} | replies
     said = {who: {line: text for line, (text, _) in done[who].items()} for who in done}
+    if not asked:
+        return table, said
     texts = {who: [said[who][row.line] for row in asked] for who in done}
     learned = "\n".join(text for talk in data.train for _, text in talk)
-    for who in done if asked else ():
+    for who in done:
         figures.add_style(table, who, texts[who])
         table["unfinished"][who] = sum(not done[who][row.line][1] for row in asked) / len(asked)
         figures.add_by_heart(table, who, texts[who], learned)
     if len(asked) >= 20:
         theirs = texts.pop("reference")
+        names = {name.casefold() for row in data.rows for name, _ in row.messages}
         for who, mine in texts.items():
-            table["missing words"][who] = figures.missing_words(theirs, mine)
-        figures.add_told_apart(table, theirs, texts, *said_elsewhere(data, asked), args.seed)
+            table["missing words"][who] = figures.missing_words(theirs, mine, names)
+        elsewhere = said_elsewhere(data, asked, args)
+        figures.add_told_apart(table, theirs, texts, *elsewhere)
     return table, said
 
 
-def said_elsewhere(data, asked):
-    """Return replies of the person to rows that no model answers, and what others said."""
+def said_elsewhere(data, asked, args):
+    """Return as many other replies of the person, and of what others of the chat said.
+
+    They come from valid.jsonl, whose talks are those of the rows that the models answer, and what
+    it lacks from train.jsonl.
+    """
     lines = {row.line for row in asked}
-    talks = [row.messages for row in data.rows if row.line not in lines] + data.train
-    own = [visible(talk[-1][1]) for talk in talks]
-    if len(data.made.authors) != 1:  # everybody is imitated, so nobody is somebody else
-        return own, []
-    talks += [row.messages for row in asked]
-    others = [what_others_said(talk, joined=data.made.shape == "turns") for talk in talks]
-    return own, [visible(text) for text in others if text]
+    places = np.random.default_rng(args.seed).permutation(len(data.train))
+    train = [data.train[place] for place in places]
+    talks = [row.messages for row in data.rows if row.line not in lines] + train
+    own = [talk[-1][1] for talk in talks]
+    others = []
+    if len(data.made.authors) == 1:  # else everybody is imitated, and nobody is somebody else
+        talks = [row.messages for row in data.rows] + train
+        others = [what_others_said(talk, joined=data.made.shape == "turns") for talk in talks]
+    return [[visible(text) for text in texts if text][: len(asked)] for texts in (own, others)]
 
 
 def find_facts(args, at, data, asked, models, warnings):
@@ -299,26 +309,18 @@ def find_facts(args, at, data, asked, models, warnings):
         "rows": len(data.rows),
         "tokens": sum(row.length() for row in data.rows),
         "asked": len(asked),
-        "learned_rows": len(data.train),
+        "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
+        "trained": report.date_of(at.adapter / "adapters.safetensors"),
         "run": at.run,
         "settings": vars(args),
         "data": vars(data.made),
         "training": common.settings_of(at.adapter),
-        "curve": learning_curve(at.adapter / "losses.csv"),
+        "curve": report.learning_curve(at.adapter / "losses.csv"),
         "valid_sha256": common.checksum(at.data / "valid.jsonl"),
-        "tested": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "tested": f"{date.today():%-d %B %Y}",
         "versions": {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__},
         "warnings": warnings,
     }
-
-
-def learning_curve(path):
-    """Return [(iteration, loss), …] of losses.csv; [] if it is not as it should be: an ornament."""
-    try:
-        curve = pd.read_csv(path)[["iteration", "val_loss"]].dropna()
-        return [(int(iteration), float(loss)) for iteration, loss in curve.to_numpy()]
-    except (OSError, ValueError, KeyError):
-        return []
 
 
 # ---- written whole or not at all ----------------------------------------------------------------

@@ -6,12 +6,29 @@ from models.verdict import chance, far_figures, shown
 import json
 import math
 import random
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 
 BLIND = 20  # rows of the blind test
 LABELS = {"base": "base model", "adapter": "adapter", "fused": "fused model"}
+
+
+# ---- how it was trained ---------------------------------------------------------------------------
+def date_of(path):
+    """Return when a file was written, as "29 November 2026"; "" if there is none."""
+    return f"{datetime.fromtimestamp(path.stat().st_mtime):%-d %B %Y}" if path.exists() else ""
+
+
+def learning_curve(path):
+    """Return [(iteration, loss), …] of losses.csv; [] if it is not as it should be: an ornament."""
+    try:
+        curve = pd.read_csv(path)[["iteration", "val_loss"]].dropna()
+        return [(int(iteration), float(loss)) for iteration, loss in curve.to_numpy()]
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 # ---- the bars under each question, and the curve -------------------------------------------------

@@ -80,20 +80,15 @@ def told_apart(real, made):
     return picked, SPREAD * math.sqrt(near * (1 - near) / len(real))
 
 
-def add_told_apart(table, real, made, more_real, others, seed):
-    """Add how well the replies of models, the person and others are told from the real ones.
+def add_told_apart(table, real, made, more, others):
+    """Add how well replies of models, of the person and of others are told from the real ones.
 
-    made: {model: replies}. The floor is the person's own: the real replies beside as many more of
-    theirs; what others of the chat wrote shows how much the classifier would notice.
+    made: {model: replies}; more: other replies of the person, which no model can sound more alike
+    than; others: what others of the chat said, which shows how much the classifier notices.
     """
-    draw = np.random.default_rng(seed)
-    for who, texts in made.items():
-        table["told apart"][who], table["told apart error"][who] = told_apart(real, texts)
-    for who, texts in {"reference": more_real, "somebody else": others}.items():
-        if len(texts) >= len(real):
-            drawn = [list(draw.choice(texts, len(real), replace=False)) for _ in range(SPLITS)]
-            told = [told_apart(real, part) for part in drawn]
-            table["told apart"][who], table["told apart error"][who] = np.mean(told, 0).tolist()
+    for who, texts in (made | {"reference": more, "somebody else": others}).items():
+        if len(texts) == len(real):
+            table["told apart"][who], table["told apart error"][who] = told_apart(real, texts)
 
 
 # ---- style ---------------------------------------------------------------------------------------
@@ -110,13 +105,16 @@ def words(text):
     return set(re.findall(r"[^\W\d_](?:'?[^\W\d_])+", text.casefold().replace("\u2019", "'")))
 
 
-def missing_words(real, made):
+def missing_words(real, made, names):
     """Return which of the words that most real replies have, 20 at most, never come up.
+
+    Names of the chat do not count.
 
     Of ["no no", "boh"] that is “no” for replies [], if one reply of two were many.
     """
     counts = Counter(word for text in real for word in words(text))
-    common = [word for word, count in counts.most_common(20) if count >= max(5, len(real) / 20)]
+    most = [pair for pair in counts.most_common() if pair[0] not in names][:20]
+    common = [word for word, count in most if count >= max(5, len(real) / 20)]
     return ", ".join(f"“{word}”" for word in common if word not in set().union(*map(words, made)))
 
 

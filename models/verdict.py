@@ -1,7 +1,7 @@
 """Figures → sentences: two questions, each with a word, a figure and what it means; what to do.
 
-    Did it learn?             yes      10%   So likely does it find, on average, each next token …
-    Does it sound like Ann?   nearly   37%   So often a classifier, shown a real reply and one of …
+    Did it learn?             yes      10%   The chance that it gives, on average, to each next …
+    Does it sound like Ann?   nearly   37%   How often a classifier, shown a real reply and the …
 
 The headline follows the worse of the two. test_on_validation.py prints them, and they head its
 page; models/figures.py has the table of figures that they come from.
@@ -11,6 +11,7 @@ from models.figures import STYLE
 
 import math
 import shlex
+import textwrap
 
 FEW = 30  # fewer rows are too few to be sure of a loss
 CLOSE = 0.1  # told apart so much more often than the person's own replies: as good as they
@@ -66,9 +67,9 @@ def learned(table, facts):
     new, old = (shown(table, "loss", model) for model in (who, "base"))
     answer["figure"] = chance(table["loss"][who])
     answer["means"] = (
-        "So likely does it find, on average, each next token (a word, or a piece of one) of the "
-        f"{facts['rows']} replies that were really written and that it never saw. The base model "
-        f"finds it {chance(table['loss']['base'])} likely. As a loss: {new} instead of {old}."
+        "The chance that it gives, on average, to each next token (a word or a piece of one) of "
+        f"{facts['rows']} real replies that it never saw. The base model gives "
+        f"{chance(table['loss']['base'])}. As a loss: {new} instead of {old}."
     )
     if facts["rows"] < FEW:
         answer["more"] = [f"That is too few replies to be sure; {FEW} would do."]
@@ -98,8 +99,8 @@ def sounds(table, facts):
     told, error = table["told apart"][who], table["told apart error"][who]
     answer["figure"] = f"{1 - told:.0%}"
     answer["means"] = (
-        "So often a classifier, shown a real reply and one of the model, takes that of the model "
-        f"for the real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
+        "How often a classifier, shown a real reply and the model's, takes the model's for the "
+        f"real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
     )
     far = far_figures(table, who)
     answer["more"] = [differs(table, who, name) for name in far]
@@ -156,8 +157,8 @@ def by_heart(table, facts):
         of = table["long replies"].get(who, 0)
         counts.append(f"{table['by heart'].get(who, 0) * of:.0f} of {of}")
     return (
-        f"Of the replies of 20 characters or more, {counts[0]} stand word for word in the training "
-        f"data; of the real ones, which it never saw, {counts[1]}."
+        f"Of its replies of 20 characters or more, {counts[0]} stand word for word in the training "
+        f"data; of the real replies to the same rows, {counts[1]}."
     )
 
 
@@ -235,13 +236,15 @@ def as_text(verdict):
     """Yield the lines of a verdict for the terminal."""
     yield verdict["headline"]
     for answer in verdict["answers"]:
-        figure = f" {answer['figure']}." if answer["figure"] else ""
-        yield ""
-        yield f"{answer['question']} {answer['word'].capitalize()}.{figure}"
-        yield from (f"  {line}" for line in [answer["means"], *answer["more"]])
+        figure = f": {answer['figure']}" * bool(answer["figure"])
+        yield f"\n{answer['question']} {answer['word'].capitalize()}{figure}"
+        for sentence in [answer["means"], *answer["more"]]:
+            yield indented(sentence)
     if verdict["by heart"]:
-        yield from ("", "Did it learn by heart?", f"  {verdict['by heart']}")
-    yield ""
+        yield f"\nDid it learn by heart?\n{indented(verdict['by heart'])}"
     for sentence, command in verdict["next"]:
-        yield f"next  {sentence}"
-        yield f"      {command}"
+        yield f"\nnext: {sentence}\n  {command}"
+
+
+def indented(sentence):
+    return textwrap.fill(sentence, 90, initial_indent="  ", subsequent_indent="  ")

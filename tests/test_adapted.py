@@ -1,12 +1,18 @@
 """What is adapted, how large it is, and the memory that it takes; test_families.py has the rest."""
 
-from models.adapted import look_at, matrices, read_model
+from models.adapted import look_at, make_model, matrices, read_model
 from models.memory import memory_to_train
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_families
+
+TESTS = Path(__file__).parent
 
 
 def test_what_chooses_experts_is_not_adapted(tmp_path):
@@ -30,7 +36,7 @@ def test_a_base_whose_layers_are_none_that_mlx_lm_adapts_is_refused(tmp_path):
 def look(family, **changes):
     """Return what look_at() tells of a model of this family that is on no disk."""
     config = tiny_families.config_of(family, **changes)
-    return look_at(tiny_families.make_model(config), config | config.get("text_config", {}))
+    return look_at(make_model(config), config)
 
 
 def test_a_token_goes_through_some_of_the_experts_that_are_all_adapted():
@@ -38,6 +44,17 @@ def test_a_token_goes_through_some_of_the_experts_that_are_all_adapted():
     attention = (64 + 64) + 2 * (64 + 32) + (64 + 64)
     assert size.blocks[0].adapted == attention + 8 * 3 * (64 + 32)
     assert size.blocks[0].used == attention + 2 * 3 * (64 + 32)
+
+
+def test_a_deep_model_does_not_overflow_the_stack():
+    look_often = """if True:
+        from test_adapted import look
+        for _ in range(3):
+            look("llama", num_hidden_layers=150)
+    """
+    command = ["bash", "-c", 'ulimit -s 600; "$0" -c "$1"', sys.executable, look_often]
+    folders = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": folders})
 
 
 def memory(size, weights, rows, tokens, **changes):

@@ -93,7 +93,8 @@ WRONG = {
     "not trained": (remove(FUSED), "", TRAIN),
     "no base": (remove(FUSED, BASE), "", "python tests/tiny_base.py"),
     "model cut": (
-        lambda: cut_off(FUSED / "model.safetensors"), "", "VERSION=sample MODEL=tiny-gemma-3 ./fuse.sh"),
+        lambda: cut_off(FUSED / "model.safetensors"), "",
+        "VERSION=sample MODEL=tiny-gemma-3 ./fuse.sh"),
     "one author": (settings(TURNS), "--as zoe", "python models/chat.py"),
     "a flag": (None, "--temperature nan", "python models/chat.py --help"),
 }  # fmt: skip
@@ -175,6 +176,7 @@ def invented_log(people):
 def test_the_prompt_is_that_of_the_training_rows(project, run, people, flags):
     log = invented_log(people)
     entries = [{"author": author, "message": text} for author, text in log]
+    shutil.rmtree(DATA)
     write_json(project / "data/raw/messages_sample.json", entries)
     flags = f"{flags} --window 4 --max-context-chars 60".split()
     made = run(project, "build_train.py", *flags, env={"MODEL": "not-there"})

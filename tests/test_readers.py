@@ -364,7 +364,7 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
         (ANDROID, "deleted", ["تم حذف هذه الرسالة.", "这条消息已被删除。"]),
         (ANDROID, "call", ["Missed voice call", "Videollamada perdida", "मिस्ड वीडियो कॉल"]),
         (ANDROID, "location", ["Ort: https://maps.google.com/?q=48,16", "live location shared"]),
-        (ANDROID, "poll", ["UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)"]),
+        (ANDROID, "poll", ["UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)\nOPTION: Nie (0 Stimmen)"]),
         (ANDROID, "app", ["Waiting for this message. This may take a while."]),
         (IPHONE, "media", ["\u200eimage omitted", "\u200f\u200eلم يتم إدراج الصورة"]),
         (IPHONE, "media", ["\u200e<adjunto: 00000012-STICKER-2026-11-24-10-44-25.webp>"]),
@@ -372,7 +372,13 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
         (IPHONE, "deleted", ["\u200eYou deleted this message."]),
         (IPHONE, "app", ["\u200eMissed voice call. \u200eTap to call back", "\u200eCy added you"]),
         (IPHONE, "app", ["\u200e\u200eDein Code hat sich geändert. \u200eMehr"]),
-        (IPHONE, "poll", ["\u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"]),
+        (
+            IPHONE,
+            "poll",
+            [
+                "\u200ePOLL:\nWhen?\n\u200eOPTION: Now (\u200e2 votes)\n\u200eOPTION: Later (\u200e1 vote)"
+            ],
+        ),
         (IPHONE, "location", ["\u200eLocation: https://maps.google.com/?q=48.2,16.3"]),
     ],
 )

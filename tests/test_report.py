@@ -52,12 +52,18 @@ def page_of(folder, texts, talk=(), **forms):
         figures.add_style(table, who, [*said[who].values()])
         table["unfinished"][who] = 0.0
     facts = {"name": "bob", "author": "bob", "judged": [*forms][-1], "rows": 60, "asked": len(rows)}
-    facts |= {"tokens": 3, "learned_rows": 9, "run": "VERSION=v1", "data": {"window": 10}}
+    facts |= {
+        "tokens": 3,
+        "learned": {"rows": 9, "messages": 90},
+        "run": "VERSION=v1",
+        "data": {"window": 10},
+    }
     facts |= {"settings": {"version": "v1", "model": "m", "seed": 0, "replies": 100}}
     facts |= {"training": {"RANK": "8"}, "curve": [(0, 9.5), (200, 3.1), (400, 3.2)]}
     facts |= {
         "valid_sha256": "abc",
-        "tested": "2026-11-29",
+        "trained": "",
+        "tested": "29 November 2026",
         "versions": {"mlx": "0", "mlx_lm": "0"},
     }
     facts |= {"warnings": [("a <b>warning</b>", "a command")]}

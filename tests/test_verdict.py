@@ -106,9 +106,7 @@ def test_a_fused_model_that_lost_something_is_fused_again():
 def test_an_answer_is_a_figure_of_which_more_is_better_and_what_it_means():
     learned, sounds = verdict.verdict(table_of(told=0.63), FACTS)["answers"]
     assert (learned["figure"], sounds["figure"]) == ("10%", "37%")
-    assert (
-        "The base model finds it 4.1% likely. As a loss: 2.30 instead of 3.20." in learned["means"]
-    )
+    assert "The base model gives 4.1%. As a loss: 2.30 instead of 3.20." in learned["means"]
     assert "(± 5 points). 50% is perfect: nobody could tell." in sounds["means"]
     assert sounds["question"] == "Does it sound like Ann?"
 
@@ -132,7 +130,7 @@ def test_reciting_the_training_data_is_not_sounding_like_somebody():
     headline, _, commands = told(table)
     assert (headline, commands[0]) == (NEARLY, TRAIN.format("ITERS=150"))
     assert verdict.by_heart(table, FACTS).startswith(
-        "Of the replies of 20 characters or more, 20 of 40 stand word for word in the training data"
+        "Of its replies of 20 characters or more, 20 of 40 stand word for word in the training data"
     )
     table["by heart"]["adapter"] = 0.08
     assert told(table)[0] == FINE

@@ -5,10 +5,12 @@
 What differs between families is the names and kinds of their layers, and their chat templates.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.adapted import make_model
 
 import mlx.core as mx
 from mlx_lm.utils import save_model
@@ -280,17 +282,10 @@ def config_of(family, **changes):
     return config | changes
 
 
-def make_model(config):
-    """Return a model with random weights, none of which is drawn before it is needed."""
-    mx.random.seed(0)
-    family = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    config = json.loads(json.dumps(config))  # a copy, for some families change it
-    return family.Model(family.ModelArgs.from_dict(config))
-
-
 def build(family, folder):
     """Write a base model of this family into a folder."""
     config = config_of(family) | {"eos_token_id": [0, SPECIAL.index("<|im_end|>")]}
+    mx.random.seed(0)
     save_model(folder, make_model(config))
     (folder / "config.json").write_text(json.dumps(config))
     train_tokenizer().save(str(folder / "tokenizer.json"))

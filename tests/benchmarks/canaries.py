@@ -106,8 +106,10 @@ def ends_of(texts, tokenizer):
 def repeat(cache, count):
     """Return the cache of one prompt as that of `count` equal ones."""
     many = copy.copy(cache)
-    many.state = [mx.repeat(part, count, axis=0) for part in cache.state]
-    many.meta_state = cache.meta_state
+    many.state = [
+        mx.repeat(part, count, axis=0) if isinstance(part, mx.array) else part
+        for part in cache.state
+    ]
     return many
 
 

@@ -6,7 +6,8 @@ To add an app, write readers/APP.py with a docstring (how one exports, what a me
     understands(file)        the share of its entries or lines that the app writes so
     read(file)               the messages, each a shared.Message with the app's own values
 
-and put it into the list below and a table of cases into tests/test_readers.py.
+put it into the list below, and a table of its cases into tests/test_readers.py. What the app itself
+writes into a chat stands in phrases.json: APP, kind, language, a sentence a line; "…" is a gap.
 The first reader that understands nine tenths of a file reads it: particular ones stand first.
 """
 
@@ -17,6 +18,7 @@ from . import (
     log,
     matrix,
     meta,
+    plain_text,
     signal,
     slack,
     table,
@@ -24,6 +26,7 @@ from . import (
     training_set,
     twitch,
     whatsapp,
+    whatsapp_exporter,
 )
 
 READERS = [
@@ -37,7 +40,9 @@ READERS = [
     imessage,
     log,
     signal,
+    whatsapp_exporter,
     whatsapp,
+    plain_text,
     training_set,  # behind the apps: their messages may have its keys
     table,  # takes any list with texts
 ]

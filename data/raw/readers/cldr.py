@@ -1,4 +1,4 @@
-"""What languages call months and parts of a day ("AM", "de la noche", "下午"), by Unicode's CLDR."""
+"""What languages call months and parts of a day ("AM", "de la noche", "下午"), as CLDR has it."""
 
 import functools
 import itertools
@@ -67,6 +67,13 @@ def language_of(texts):
 
 
 @functools.cache
+def is_part_of_day(text):
+    """Say whether a text is nothing but the part of a day in some language: " PM", "nachm."."""
+    name = letters(text)
+    return not name or any(name in words_of(language).parts for language in LANGUAGES.split())
+
+
+@functools.cache
 def part_of_day(before, after, language):
     """Return the hours of the part of the day beside a clock, an empty set if none is named."""
     parts = words_of("en").parts | words_of(language).parts
@@ -76,4 +83,6 @@ def part_of_day(before, after, language):
             if name in parts:
                 return parts[name]
     last = before[-1] if before else ""  # no spaces between words: 星期二上午
-    return next((hours for name, hours in parts.items() if name and last.endswith(name)), set())
+    return next(
+        (parts[name] for name in parts if not name.isascii() and last.endswith(name)), set()
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .not_read import AGAIN, NotReadError
+from .shared import share
 
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
 TABLES = {"message", "text", "content", "body", "msg", "contents"}  # one of these heads a column
@@ -35,6 +37,7 @@ def open_file(name, content, names):
     if data is None:
         data = parse_csv(text, notes)
     lines = text.split("\n") if data is None else []
+    data, lines = without_mojibake(data), without_mojibake(lines)
     keys = set(data) if isinstance(data, dict) else set()
     entries = [entry for entry in messages_of(data) if isinstance(entry, dict)]
     return File(name, title_of(name), lines, data, keys, entries, names, notes)
@@ -61,10 +64,19 @@ def decode(content):
         raise NotReadError("a .zip that is not whole", "# copy it or export the chat again")
     if b"\0" in content[:1000]:
         raise NotReadError("no text", AGAIN)
+    text = content.decode("utf-8-sig", "replace")
+    wrong, letters = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+    if wrong <= letters / 10:  # a program may have cut a line within a letter
+        return text
+    return "\n".join(map(decode_line, content.split(b"\n")))
+
+
+def decode_line(line):
+    """Return the text of a line; in old logs each program wrote its own encoding."""
     try:
-        return content.decode("utf-8-sig")
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return content.decode("windows-1252", "replace")
+        return line.decode("windows-1252", "replace")
 
 
 def parse_json(text):
@@ -106,3 +118,40 @@ def messages_of(data):
     if isinstance(data, dict):
         data = data.get("messages") or data.get("comments") or [data]
     return data if isinstance(data, list) else []
+
+
+# ---- UTF-8 that was written as if it were Latin-1 ------------------------------------------------
+def without_mojibake(data):
+    """Return the data with "CafÃ©" as "Café" everywhere, if most of its texts are like that."""
+    first = itertools.islice(texts_in(data), 20_000)
+    texts = [text for text in first if not text.isascii()]
+    if not texts or share(texts, lambda text: repaired(text) != text) < 1 / 2:
+        return data
+    return repaired_in(data)
+
+
+def texts_in(data):
+    """Yield all texts in lists and values."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, list | dict):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from texts_in(value)
+
+
+def repaired_in(data):
+    if isinstance(data, str):
+        return repaired(data)
+    if isinstance(data, list):
+        return [repaired_in(value) for value in data]
+    if isinstance(data, dict):
+        return {key: repaired_in(value) for key, value in data.items()}
+    return data
+
+
+def repaired(text):
+    """Return the text that was meant: "CafÃ©" → "Café"; what is no mojibake stays."""
+    for encoding in "latin-1", "windows-1252":
+        with contextlib.suppress(UnicodeError):
+            return text.encode(encoding).decode("utf-8")
+    return text

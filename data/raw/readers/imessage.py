@@ -28,7 +28,7 @@ def understands(file):
 
 
 def read(file):
-    for start, block in blocks(file.lines, DATE):
+    for start, block in blocks(file.lines, DATE.match):
         when, note = start.groups()
         author, _, words = block.partition("\n")
         words = TAPBACKS.split(words)[0]

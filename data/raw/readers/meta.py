@@ -11,7 +11,7 @@ encrypted chats:
 
 import re
 
-from .shared import KIND_OF_SENTENCE, Message, first, plain, share, text_of
+from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
 
@@ -27,8 +27,8 @@ def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
     for m in file.entries:
-        author = repaired(text_of(m.get("sender_name") or m.get("senderName")))
-        text = repaired(text_of(m.get("content") or m.get("text")))
+        author = text_of(m.get("sender_name") or m.get("senderName"))
+        text = text_of(m.get("content") or m.get("text"))
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
             author=author,
@@ -37,19 +37,11 @@ def read(file):
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
                 app=m.get("type") in ("Subscribe", "Unsubscribe", "placeholder")
-                or KIND_OF_SENTENCE.get(plain(without_emoji(text))) == "app"
+                or kind_of_sentence(without_emoji(text), "Meta")
                 or (text.startswith(f"{author} ") and text.endswith(".")),
             ),
-            conversation=repaired(title),
+            conversation=title,
         )
-
-
-def repaired(text):
-    """Undo that UTF-8 was written as if it were Latin-1: "CafÃ©" → "Café"."""
-    try:
-        return text.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return text
 
 
 def without_emoji(text):

@@ -1,5 +1,6 @@
 """What the readers share: the shape of a message, values of JSON, the apps' own sentences."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -28,7 +29,7 @@ def first(**tests):
 
 # ---- how much of a file a reader understands -----------------------------------------------------
 def sample(items):
-    """Return at most SAMPLE of the items, evenly from all of the file."""
+    """Return at most SAMPLE of the items of a list, evenly from all of the file."""
     return items[:: len(items) // SAMPLE + 1]
 
 
@@ -58,13 +59,13 @@ def text_of(value):
 
 # ---- lines of text -------------------------------------------------------------------------------
 def blocks(lines, header):
-    r"""Yield (match, words): a line that the header matches begins a message, others go on.
+    r"""Yield (match, words): a line with a header begins a message, the others go on.
 
     ["10:44 Ann: one", "two", "10:45 Bob: ok"] → (match of "10:44 ", "Ann: one\ntwo"), …
     """
     start, words = None, []
     for line in lines:
-        if found := header.match(line):
+        if found := header(line):
             if start:
                 yield start, "\n".join(words).strip()
             start, words = found, [line[found.end() :]]
@@ -81,9 +82,23 @@ def plain(sentence):
 
 
 PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
-KIND_OF_SENTENCE = {  # "this message was deleted" → "deleted"
-    plain(sentence): kind
-    for kind, languages in PHRASES.items()
-    for sentences in languages.values()
-    for sentence in sentences
-}
+
+
+@functools.cache
+def sentences_of(app):
+    """Return an app's {sentence: kind}, and {kind: pattern} of its sentences with a gap, "…"."""
+    exact, patterns = {}, {}
+    for kind, languages in PHRASES[app].items():
+        sentences = [plain(sentence) for each in languages.values() for sentence in each]
+        exact |= {sentence: kind for sentence in sentences if "…" not in sentence}
+        gaps = [re.escape(sentence).replace("…", ".+") for sentence in sentences if "…" in sentence]
+        patterns |= {kind: re.compile("|".join(gaps))} if gaps else {}
+    return exact, patterns
+
+
+def kind_of_sentence(text, app):
+    """Return the kind of a text that an app wrote from beginning to end, or ""."""
+    exact, patterns = sentences_of(app)
+    text = plain(text)
+    found = (kind for kind, pattern in patterns.items() if pattern.fullmatch(text))
+    return exact.get(text) or next(found, "")

@@ -24,7 +24,7 @@ def understands(file):
 
 
 def read(file):
-    for start, words in blocks(file.lines, LINE):
+    for start, words in blocks(file.lines, LINE.match):
         for pattern in REACTIONS, QUOTATION, ATTACHMENT:
             words = pattern.sub("", words)
         is_deleted = words.strip() == "(This message was deleted)"

@@ -15,7 +15,10 @@ NO_YEAR = 4  # stands for it, for 29 February is a day of that year
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
 NUMBER = r"((?:R|H|令和|平成)?\d{1,4})"  # R4 is the fourth year of a Japanese emperor
 DAY = rf"{NUMBER}{MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?{NUMBER}"
+NAMED_DAY = r"(?:\d\d? [^\W\d_]{3,9}\.?|[^\W\d_]{3,9}\.? \d\d?,?)(?: \d{4})?"  # 1 Feb 2014
 CLOCK = r"(\d\d?)[:.时時시]\s?(\d\d)(?:[:.분分]\s?(\d\d))?(?:\.\d+)?"
+DAY_OR_NOT = re.compile(DAY)
+CLOCK_OR_NOT = re.compile(CLOCK)
 OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)(?:\s|$)")  # from UTC
 ERAS = {"R": 2018, "令和": 2018, "H": 1988, "平成": 1988}
 
@@ -110,7 +113,7 @@ def stamp_of(text, language="en"):
         when = datetime.fromisoformat(text)
         return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
     except ValueError:
-        if day := re.search(DAY, text):
+        if day := DAY_OR_NOT.search(text):
             rest = f"{text[: day.start()]} {text[day.end() :]}"
             return *numbers_of(day), *(clock_in(rest, language) or (0, 0, 0))
         return named_day(text, language)
@@ -129,12 +132,12 @@ def since_1970(number):
 
 def numbers_of(day):
     """Return the three numbers of a match of DAY: "18/3/R4" → [18, 3, 2022]."""
-    numbers = []
-    for text in day.groups()[:3]:
-        digits = text.lstrip("".join(ERAS))
-        era = text.removesuffix(digits)
-        numbers.append(int(digits) + ERAS.get(era, 0))
-    return numbers
+    return [int(text) if text.isdecimal() else year_of_emperor(text) for text in day.groups()[:3]]
+
+
+def year_of_emperor(text):
+    digits = text.lstrip("".join(ERAS))
+    return ERAS[text.removesuffix(digits)] + int(digits)
 
 
 def named_day(text, language):
@@ -163,7 +166,7 @@ def named_day(text, language):
 
 def clock_in(text, language):
     """Return (hour, minute, second): ", 10:44 PM" → (22, 44, 0); None if there is none."""
-    found = re.search(CLOCK, text)
+    found = CLOCK_OR_NOT.search(text)
     if not found:
         return None
     hour, minute, second = (int(number or 0) for number in found.groups())

@@ -20,7 +20,7 @@ def understands(file):
 
 
 def read(file):
-    for start, words in blocks(file.lines, LINE):
+    for start, words in blocks(file.lines, LINE.match):
         yield Message(start[1], start[2], words)
     for m in file.entries:
         yield Message(

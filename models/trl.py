@@ -118,7 +118,7 @@ def main():
     common.need(small / "config.json", "MODEL", common.download(model))
     common.need(data / "train.jsonl", "VERSION", build)
     if not (adapter / "settings").is_file():
-        fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
+        fail(f"there is no {adapter}/settings", common.rerun("./fine_tune.sh"))
     if not (args.base / "config.json").is_file():
         fail(f"there is no {args.base}/config.json", common.download(args.base.name))
 

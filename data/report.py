@@ -16,7 +16,7 @@ BLIND = 20  # rows of the blind test
 LABELS = {"base": "base model", "adapter": "adapter", "fused": "fused model"}
 
 
-# ---- how it was trained ---------------------------------------------------------------------------
+# ---- how it was trained --------------------------------------------------------------------------
 def date_of(path):
     """Return when a file was written, as "29 November 2026"; "" if there is none."""
     return f"{datetime.fromtimestamp(path.stat().st_mtime):%-d %B %Y}" if path.exists() else ""
@@ -151,6 +151,11 @@ def read_runs(final, facts, table):
     return runs
 
 
+def pairs_of(run):
+    """Return how many pairs of replies of a run were judged: more teach the classifier more."""
+    return run.get("pairs", {}).get(run["judged"])
+
+
 def compare(runs):
     """Return the runs as a table, [] if there is but one.
 
@@ -162,12 +167,12 @@ def compare(runs):
         for key in sorted({key for each in settings.values() for key in each} - {"version"})
         if len({str(each.get(key, "")) for each in settings.values()}) > 1
     ]
-    count = next(iter(runs.values()))["settings"]["replies"]
+    count = pairs_of(runs["this one"])
     table = []
     for name, run in runs.items():
         row = {"name": name, "judged": run["judged"], "loss": f"{run['loss'][run['judged']]:.3f}"}
         told = run.get("told apart", {}).get(run["judged"])
-        if told is not None and run["settings"]["replies"] == count:  # else it tells nothing
+        if told is not None and pairs_of(run) == count:  # else it tells nothing
             error = run["told apart error"][run["judged"]]
             row["taken for real"] = f"{1 - told:.0%} ± {error:.0%}"
         values = settings[name]

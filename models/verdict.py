@@ -203,13 +203,14 @@ def next_steps(table, facts, learned, sounds):
         steps.append(("Train longer.", f"{run} ITERS={2 * iterations} ./fine_tune.sh"))
     if table["kept"].get("fused", 1) < 0.9:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))
-    if facts["rows"] < FEW:
+    pairs = table["pairs"].get(facts["judged"], 0)
+    if sounds["word"] == "unsure" and pairs < min(100, facts["rows"] // 2):
+        more = f"{run} python test_on_validation.py --replies 100"
+        steps.append(("Let it reply to more rows.", more))
+    elif "unsure" in (learned["word"], sounds["word"]):
         author = f" --only-author {shlex.quote(facts['author'])}" if facts["author"] else ""
         build = f"{run} python build_train.py{author} --valid-size 0.3"
         steps.append(("Keep more replies for the test, and train again.", build))
-    elif sounds["word"] == "unsure" and facts["asked"] < min(100, facts["rows"]):
-        more = f"{run} python test_on_validation.py --replies 100"
-        steps.append(("Let it reply to more rows.", more))
     if learned["word"] == "yes" and sounds["word"] in ("yes", "nearly"):
         steps.append(("Talk to it.", f"{run} python models/chat.py"))
     if table["gain"] and sounds["word"] != "yes":

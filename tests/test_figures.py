@@ -26,7 +26,8 @@ def test_loss_gain_and_what_the_fused_model_keeps():
 
 
 def test_what_is_kept_of_a_gain_that_may_be_chance_is_not_said():
-    assert losses(base=[10, 6], adapter=[9, 7.4], fused=[9, 7])["kept"] == {}
+    assert losses(base=[10, 6], adapter=[9, 6.6], fused=[9, 6])["gain"]["adapter"] > 0
+    assert losses(base=[10, 6], adapter=[9, 6.6], fused=[9, 6])["kept"] == {}
     assert losses(base=[10, 6], adapter=[11, 7], fused=[12, 8])["kept"] == {}
 
 
@@ -69,18 +70,6 @@ def test_the_error_covers_what_another_seed_gives():
     assert np.std(shares) < 1.2 * np.mean(errors)
 
 
-def test_the_person_and_somebody_else_are_told_apart_with_as_many_replies():
-    real, more = texts(30, 0), texts(30, 1)
-    others = [text + "!" for text in texts(30, 2)]
-    table = defaultdict(dict)
-    figures.add_told_apart(table, real, {"base": others}, more, others)
-    assert table["told apart"]["base"] == table["told apart"]["somebody else"] > 0.8
-    assert 0.3 < table["told apart"]["reference"] < 0.7
-    table = defaultdict(dict)
-    figures.add_told_apart(table, real, {}, more[:29], others[:29])
-    assert table["told apart"] == {}
-
-
 # ---- style ---------------------------------------------------------------------------------------
 STYLE = {
     "looping": (["sa sa sa sa", "boh\nboh\nboh\nboh"], ["no no no", "hahahaha", "ok"]),
@@ -103,7 +92,7 @@ def test_a_figure_of_style_is_the_share_of_replies_that_have_it(name):
 
 
 def test_favourite_words_that_are_missing_are_quoted_and_whole():
-    real = ["boh I don't", "boh", "Boh!", "boh don\u2019t", "boh", "don't", "don't", "Don't"]
+    real = ["boh I don't", "boh", "boh", "Boh!", "boh don\u2019t", "boh", "don't", "don't", "Don't"]
     assert figures.missing_words(real, ["ma certo"], {"ann"}) == "“boh”, “don't”"
     assert figures.missing_words(real, ["BOH", "don\u2019t"], {}) == ""
     assert figures.missing_words(real, [], {"boh"}) == "“don't”"

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,6 +258,32 @@ def test_of_messages_the_last_one_is_scored_and_answered(trained, run):
         two["length"]["reference"],
     )
     assert one["loss"] != two["loss"]
+
+
+# ---- told apart ----------------------------------------------------------------------------------
+def told(rows, asked):
+    """Return the figures of so many rows, of which so many are answered with "no!" behind them."""
+    words = ["boh ma sì", "ciao dai", "no però", "vai certo"]
+    talks = [[("ann", "loud!!"), ("bob", words[line % 4])] for line in range(rows)]
+    rows = [script.Row(line, talk, [], 0) for line, talk in enumerate(talks)]
+    data = SimpleNamespace(rows=rows, made=SimpleNamespace(authors=["bob"], shape="turns"))
+    real, table = [row.reply() for row in rows[:asked]], defaultdict(dict)
+    script.add_told_apart(
+        table, data, real, {"base": [f"{text} no!" for text in real]}, rows[:asked]
+    )
+    return table
+
+
+def test_person_and_others_are_told_apart_beside_the_model_with_as_many_replies():
+    table = told(rows=50, asked=40)
+    assert table["pairs"] == {"base": 25, "reference": 25, "somebody else": 25}
+    assert table["told apart"]["base"] == table["told apart"]["somebody else"] == 1.0
+    assert table["told apart"]["reference"] < 0.75
+    assert told(rows=100, asked=20)["pairs"]["reference"] == 20
+
+
+def test_of_few_rows_all_are_judged_and_the_person_is_not():
+    assert told(rows=30, asked=25)["pairs"] == {"base": 25, "somebody else": 25}
 
 
 # ---- written whole -------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ def table_of(base=3.2, adapter=2.3, told=0.55, floor=0.5, other=0.9, error=0.05,
     table["told apart"] = {"adapter": told, "reference": floor, "somebody else": other}
     table["told apart error"] = dict.fromkeys(table["told apart"], error)
     table["missing words"] = {"adapter": ""}
+    table["pairs"] = {"adapter": 25}
     for name, value in USUAL.items():
         table[name] = {"reference": value, "adapter": value}
     for name, value in more.items():
@@ -73,6 +74,10 @@ VERDICTS = {
         table_of(error=0.12), {},
         "It learned; there are too few replies to say whether it sounds like Ann.",
         ["yes", "unsure"], REPLIES),
+    "few replies of few rows": (
+        table_of(error=0.12), {"rows": 50},
+        "It learned; there are too few replies to say whether it sounds like Ann.",
+        ["yes", "unsure"], BUILD),
     "best early": (
         table_of(), {"curve": [(0, 3.2), (100, 2.3), (300, 2.9)]}, FINE,
         ["yes", "yes"], TRAIN.format("ITERS=100")),

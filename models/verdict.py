@@ -107,7 +107,7 @@ def sounds(table, facts):
     if table["missing words"][who]:
         answer["more"].append(f"It never says {table['missing words'][who]}.")
 
-    floor = table["told apart"].get("reference", 0.5)
+    floor = max(table["told apart"].get("reference", 0.5), 0.5)  # less is chance
     ceiling = max(table["told apart"].get("somebody else", 1), floor + 2 * CLOSE)
     if told > (floor + ceiling) / 2:
         answer["word"] = "no"

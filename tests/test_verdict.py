@@ -57,6 +57,7 @@ REPLIES = "VERSION=v1 MODEL=m python test_on_validation.py --replies 100"
 # {id: (figures, facts, headline, words, the first command)}
 VERDICTS = {
     "fine": (table_of(), {}, FINE, ["yes", "yes"], TALK),
+    "fine, and chance helped": (table_of(told=0.58, floor=0.4), {}, FINE, ["yes", "yes"], TALK),
     "nearly": (table_of(told=0.65), {}, NEARLY, ["yes", "nearly"], TALK),
     "not yet": (table_of(told=0.75), {}, NOT_YET, ["yes", "no"], MORE),
     "not yet, as another": (table_of(told=0.66, other=0.8), {}, NOT_YET, ["yes", "no"], MORE),

@@ -102,6 +102,7 @@ def sounds(table, facts):
         "How often a classifier, shown a real reply and the model's, takes the model's for the "
         f"real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
     )
+    answer["beside"] = beside(table, who, facts["name"])
     far = far_figures(table, who)
     answer["more"] = [differs(table, who, name) for name in far]
     if table["missing words"][who]:
@@ -118,6 +119,14 @@ def sounds(table, facts):
     else:
         answer["word"] = "yes"
     return answer
+
+
+def beside(table, who, name):
+    """Return what else passes for real: "Beside it: base 4%, somebody else 8%, Ann 47%."."""
+    shares = {other: f"{1 - told:.0%}" for other, told in table["told apart"].items()}
+    del shares[who]
+    shares[name] = shares.pop("reference", "not known")
+    return f"Beside it: {', '.join(f'{other} {share}' for other, share in shares.items())}."
 
 
 def far_figures(table, who):
@@ -239,7 +248,7 @@ def as_text(verdict):
     for answer in verdict["answers"]:
         figure = f": {answer['figure']}" * bool(answer["figure"])
         yield f"\n{answer['question']} {answer['word'].capitalize()}{figure}"
-        for sentence in [answer["means"], *answer["more"]]:
+        for sentence in filter(None, [answer["means"], answer.get("beside"), *answer["more"]]):
             yield indented(sentence)
     if verdict["by heart"]:
         yield f"\nDid it learn by heart?\n{indented(verdict['by heart'])}"

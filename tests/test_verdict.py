@@ -115,6 +115,7 @@ def test_an_answer_is_a_figure_of_which_more_is_better_and_what_it_means():
     assert "The base model gives 4.1%. As a loss: 2.30 instead of 3.20." in learned["means"]
     assert "(± 5 points). 50% is perfect: nobody could tell." in sounds["means"]
     assert sounds["question"] == "Does it sound like Ann?"
+    assert sounds["beside"] == "Beside it: somebody else 10%, Ann 50%."
 
 
 def test_what_differs_is_said_in_words():

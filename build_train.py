@@ -17,8 +17,9 @@ Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
-from data.clean import cleaners
+from data.clean import cleaners, control_tokens
 from data.messages import Message, bar, find_raw, read
+from data.personal import looks_private
 from data.prompt import make_chat
 from data.split import COPY, drop_copies, split
 from models import common
@@ -32,6 +33,7 @@ import os
 import random
 import re
 import shlex
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
@@ -75,9 +77,9 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 # --------------------------------------------------------------------------------------------------
 
 
-def read_settings():
+def read_settings(words):
     """Return the settings of this run; end it if one of them cannot be."""
-    s = parser.parse_args()
+    s = parser.parse_args(words)
     common.check_names(s.version, s.model)
     if len(s.only_author) > 1:
         parser.error("--only-author takes one name; leave it out to learn everybody")
@@ -457,7 +459,7 @@ def print_table(s, dropped):
     print()
 
 
-def check_split(train, valid, raw):
+def check_split(train, valid, dropped, raw):
     """End the run if too few rows are left, or if a training row holds a held-out message."""
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
@@ -468,7 +470,9 @@ def check_split(train, valid, raw):
         fail(
             f"{shared} training rows hold messages of validation rows", "# report this: it is a bug"
         )
+    copies = sum(rule == COPY for _, rule in dropped)
     say("held out", f"{len(held):,} messages are for validation; no training row holds one of them")
+    say("", f"{copies:,} other rows do not validate, as training rows say the same")
 
 
 def report(train, valid, dropped):
@@ -491,15 +495,28 @@ ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the 
 ]
 
 
+def tell_private(rows):
+    """Print what may still be private in the messages of the rows, for --block."""
+    texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
+    found = [part for part in map(looks_private, texts) if part]
+    if found:
+        say(
+            "private?", f"{len(found):,} messages may hold a password, a code, an address; such as:"
+        )
+        for part in list(dict.fromkeys(found))[:8]:
+            say("", part[:80])
+        say("", "write what to hide to a file, one a line, and add --block FILE")
+
+
 def tell_who(train, s):
     """Say whose replies are learned, and whether they are enough."""
     [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
-    name, others = s.authors[:1], len(s.authors) - 1
+    authors = {row.author for row in train if row.author}
     if s.only_author:
         who = f"to reply as {s.only_author}"
-    elif name:
-        build = f"python build_train.py --only-author {shlex.quote(name[0])}"
-        who = f"to reply as everybody, {name[0]} and {others} others (one alone: {build})"
+    elif authors:
+        build = f"python build_train.py --only-author {shlex.quote(s.authors[0])}"
+        who = f"to reply as everybody, {len(authors):,} people (as one of them: {build})"
     else:
         who = "to reply as everybody: the chat does not say who wrote what"
     say("it learns", who)
@@ -536,9 +553,8 @@ def tell_replaced(before, version):
 # ---- the run -------------------------------------------------------------------------------------
 def make_rows(raw, s, tokenizer, dropped):
     """Return (training rows, validation rows); add (message, rule) to `dropped` for the others."""
-    tokens = tokenizer.all_special_tokens if tokenizer else []
-    hide = "personal data" not in s.off
-    tidy, name = cleaners(hide, s.block, [token for token in tokens if len(token) > 2])
+    tokens = control_tokens(tokenizer) if tokenizer else []
+    tidy, name = cleaners("personal data" not in s.off, s.block, tokens)
     conversations = read(raw, tidy, name)
     s.only_author = name(s.only_author)
     check_author(conversations, s, raw)
@@ -559,7 +575,7 @@ def make_rows(raw, s, tokenizer, dropped):
 
 def main():
     """Make the training data: the story of this script."""
-    s = read_settings()
+    s = read_settings(sys.argv[1:])
     os.chdir(common.ROOT)
     raw, folder = find_raw(s.version), Path("data/for_train", s.version)
     changed = {n: v for n, v in vars(s).items() if v and v != parser.get_default(n)}
@@ -569,8 +585,9 @@ def main():
     train, valid = make_rows(raw, s, find_tokenizer(s), dropped)
     dropped.sort(key=lambda item: item[0].entry)
     print_table(s, dropped)
-    check_split(train, valid, raw)
+    check_split(train, valid, dropped, raw)
     report(train, valid, dropped)
+    tell_private(train + valid)
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]
     tell_who(train, s)

@@ -27,7 +27,7 @@ DROPOUT=${DROPOUT:-0.0}                  # share of its input dropped; overfitti
 NUM_LAYERS=${NUM_LAYERS:--1}             # layers to train, counted from the last; -1 all
 EMBEDDINGS=${EMBEDDINGS:-1}              # 1 adapts the token embeddings too
 MASK_PROMPT=${MASK_PROMPT:-0}            # 1 learns replies only; 0 is better where prompts are chat
-EVAL_EVERY=${EVAL_EVERY:-200}            # batches from one checkpoint to the next
+EVAL_EVERY=${EVAL_EVERY:-200}            # batches from one checkpoint that is scored to the next
 SEED=${SEED:-0}                          # another whole number, another order of the batches
 CHECK_MEMORY=${CHECK_MEMORY:-1}          # 0 trains though it seems not to fit; a Mac may crash
 LAUNCH=${LAUNCH:-}                       # several machines: "mlx.launch --hostfile hosts.json --"
@@ -55,11 +55,14 @@ export HF_HUB_OFFLINE=1                                  # nothing leaves this m
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # MLX 0.32 fails where it sees several
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
-if [ -L "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # on another disk, perhaps
+if [ -L "$adapter" ]; then # on another disk, perhaps
+  adapter=$(cd "$adapter" && pwd -P) || fail "$adapter leads nowhere" "ls -l $adapter"
+fi
 hidden=$(dirname "$adapter")/.$(basename "$adapter")
 work=$hidden.partial # all is made here; the adapter itself changes at the very end
 train=data/for_train/$VERSION/train.jsonl
 valid=data/for_train/$VERSION/valid.jsonl
+again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
 newest= # the last checkpoint of an interrupted run
 for file in "$work"/0*.safetensors; do
@@ -67,10 +70,12 @@ for file in "$work"/0*.safetensors; do
 done
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-command -v mlx_lm.lora >/dev/null || fail "mlx_lm.lora was not found" "source venv/bin/activate"
+install="source venv/bin/activate"
+if [ "${VIRTUAL_ENV:-}" ]; then install="pip install -r requirements.txt"; fi
+command -v mlx_lm.lora >/dev/null || fail "mlx_lm.lora was not found" "$install"
 
 if [ "$RESUME" = 1 ]; then
-  [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 ./fine_tune.sh"
+  [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"
   . "$work/settings" # it goes on with those that it was started with, and with its data
   train=$work/data/train.jsonl
   valid=$work/valid.jsonl
@@ -89,7 +94,7 @@ if [ "$RESUME" = 1 ]; then
   echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"
 elif [ "$RESUME" = auto ] && [ "$newest" ]; then
   fail "an interrupted run has left a checkpoint, $(basename "$newest")" \
-    "RESUME=1 ./fine_tune.sh  # goes on with it" "RESUME=0 ./fine_tune.sh  # starts anew"
+    "RESUME=1 $again  # goes on with it" "RESUME=0 $again  # starts anew"
 else
   batches_done=0 newest=
   rm -rf "$work"
@@ -122,10 +127,15 @@ YAML
 
 interrupted() {
   echo "interrupted: the adapter of before, if any, is as it was" >&2
-  echo "FIX: RESUME=1 ./fine_tune.sh  # goes on from the last checkpoint, if there is one" >&2
+  echo "FIX: RESUME=1 $again  # goes on from the last checkpoint, if there is one" >&2
   exit 130
 }
 trap interrupted INT
+if [ "$(uname)" = Darwin ]; then
+  caffeinate -i -w $$ 9>&- & # a Mac does not fall asleep while this script runs
+fi
+# To resume from there is a checkpoint every 50 batches, which 27B takes about ten minutes for.
+save_every=$((EVAL_EVERY % 50 == 0 ? 50 : EVAL_EVERY))
 if [ "$left" -gt 0 ]; then
   # Links to the files of the base model, and a chat template that does not ask it to think.
   python -m models.chat_template "models/base/$MODEL" "$work/base/$MODEL"
@@ -141,7 +151,7 @@ if [ "$left" -gt 0 ]; then
     --iters "$left" \
     --learning-rate "$LEARNING_RATE" \
     --max-seq-length "$MAX_SEQ_LENGTH" \
-    --save-every "$EVAL_EVERY" \
+    --save-every "$save_every" \
     --steps-per-report 1 \
     --seed "$((SEED + batches_done))" \
     ${newest:+--resume-adapter-file "$newest"}

@@ -32,15 +32,19 @@ cd "$(dirname "$0")"
 umask 077               # what a chat has taught is private, too
 export HF_HUB_OFFLINE=1 # nothing leaves this machine
 
-base=models/base/$MODEL
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
-if [ -L "$fused" ]; then fused=$(cd "$fused" && pwd -P); fi # on another disk, perhaps
+if [ -L "$fused" ]; then # on another disk, perhaps
+  fused=$(cd "$fused" && pwd -P) || fail "$fused leads nowhere" "ls -l $fused"
+fi
 hidden=$(dirname "$fused")/.$(basename "$fused")
 work=$hidden.partial # all is made here; the fused model itself changes at the very end
+base=$work/base/$MODEL
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" "source venv/bin/activate"
+install="source venv/bin/activate"
+if [ "${VIRTUAL_ENV:-}" ]; then install="pip install -r requirements.txt"; fi
+command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" "$install"
 FUSED_BITS=$(python -m models.check_fusing check) # auto no more
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
@@ -51,25 +55,25 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
 # ---- fuse ----------------------------------------------------------------------------------------
 stop() {
   kill ${!:-} 2>/dev/null || true
-  rm -rf "$work"
   echo "interrupted: the fused model of before, if any, is as it was" >&2
   exit "$1"
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM HUP
+trap 'rm -rf "$work"' EXIT
 
 step() { # what a command prints goes into a log; of its error one line is shown
   echo "running     $1"
-  "$@" >"$work/log" 2>&1 &
-  wait $! || python -m models.check_fusing explain "$work/log"
+  "$@" >"$hidden.log" 2>&1 &
+  wait $! || python -m models.check_fusing explain "$hidden.log"
 }
-fuse() { step mlx_lm.fuse --model "$work/base/$MODEL" --adapter-path "$work/adapter" --save-path "$@"; }
+fuse() { step mlx_lm.fuse --model "$base" --adapter-path "$work/adapter" --save-path "$@"; }
 
 rm -rf "$work"
 mkdir -p "$work/adapter"
 cp "$adapter/adapters.safetensors" "$adapter/adapter_config.json" "$work/adapter"
 # Links to the files of the base model, and the chat template that the adapter was trained with.
-python -m models.chat_template "$base" "$work/base/$MODEL"
+python -m models.chat_template "models/base/$MODEL" "$base"
 echo "fusing      $MODEL and adapter-${VERSION}_$MODEL, FUSED_BITS=$FUSED_BITS"
 case $FUSED_BITS in
   base) fuse "$work/model" ;;
@@ -82,10 +86,10 @@ case $FUSED_BITS in
 esac
 # As the base has them: mlx-lm writes the one for transformers 5 alone, GGUF needs the other.
 for name in tokenizer_config.json tokenizer.model; do
-  if [ -f "$work/base/$MODEL/$name" ]; then cp "$work/base/$MODEL/$name" "$work/model"; fi
+  if [ -f "$base/$name" ]; then cp "$base/$name" "$work/model"; fi
 done
 
 # ---- into its place ------------------------------------------------------------------------------
 python -m models.check_fusing finish "$work" "$fused"
-rm -rf "$work"
+rm -f "$hidden.log"
 echo "next        VERSION=$VERSION MODEL=$MODEL python test_on_validation.py"

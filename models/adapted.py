@@ -6,8 +6,12 @@ names come from the model. It is loaded lazily: its shapes are known, its weight
 
 from models.common import Path
 
+import copy
+import importlib
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -28,12 +32,20 @@ def read_model(base):
     """Return (model, config) of models/base/MODEL without its weights."""
     model, config = load_model(Path(base), lazy=True)
     model.freeze()
-    return model, config | config.get("text_config", {})
+    return model, config
+
+
+def make_model(config):
+    """Return a model of a config.json, its weights random and not yet drawn."""
+    architecture = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = architecture.Model(architecture.ModelArgs.from_dict(copy.deepcopy(config)))
+    model.freeze()
+    return model
 
 
 # ---- what there is to adapt ----------------------------------------------------------------------
-def can_adapt(module):
-    return isinstance(module, LINEAR) or hasattr(module, "to_lora")
+def can_adapt(module, kinds=LINEAR):
+    return isinstance(module, kinds) or hasattr(module, "to_lora")
 
 
 def matrices(layer):
@@ -70,17 +82,20 @@ def token_embeddings(model):
 
 
 def can_train(model, keys):
-    """Say whether mlx-lm can adapt these, and find gradients: they are planned, not computed.
+    """Say whether mlx-lm can adapt these and find gradients; all is planned, nothing is computed.
 
-    Some models read a matrix past its layer, and then an adapted one has no attribute weight.
+    Some models read a matrix past its layer, and an adapted layer has no such attribute.
     """
-    originals = [
-        (name, module)
-        for name, module in model.named_modules()
-        if can_adapt(module) or isinstance(module, EMBEDDINGS)
-    ]
+    threading.stack_size(2**28)  # MLX frees a plan by recursion; that of 70B takes over 8 MB
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(plan_training, model, keys).result()
+
+
+def plan_training(model, keys):
+    kinds = LINEAR + EMBEDDINGS
+    before = [(name, m) for name, m in model.named_modules() if can_adapt(m, kinds)]
+    parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
     try:
-        parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
         linear_to_lora_layers(model, -1, parameters)
         model.train()
         nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.array([[0, 1]]))
@@ -88,7 +103,7 @@ def can_train(model, keys):
     except Exception:
         return False
     finally:
-        model.update_modules(tree_unflatten(originals))
+        model.update_modules(tree_unflatten(before))
 
 
 def keys_of(model, embeddings):
@@ -96,8 +111,9 @@ def keys_of(model, embeddings):
 
     {"self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", …}
 
-    Experts are among them, though RANK=32 takes 43 GB for the 128 of Qwen3-30B-A3B: they hold most
-    of what a token goes through, and RANK=8 takes a quarter.
+    Experts are among them, though at RANK=32 they take 43 GB in Qwen3-30B-A3B. In a small model of
+    16 experts, 4 for a token, the held-out loss was 1.35 without them at rank 32 and 1.27 with them
+    at rank 8 (base model 1.87).
     """
     blocks = [matrices(layer) for layer in model.layers]
     keys = {name for block in blocks for name, module in block.items() if can_adapt(module)}
@@ -173,6 +189,7 @@ def look_at(model, config, embeddings=True):
     vocabulary  rows of the embeddings, and
     hidden      numbers in each
     """
+    config = config | config.get("text_config", {})  # as models have it that can see
     name, embedding = token_embeddings(model)
     keys = keys_of(model, embeddings)
     found = [item for layer in model.layers for item in matrices(layer).items()]

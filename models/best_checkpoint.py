@@ -8,7 +8,7 @@ Exit    0 done, 1 no checkpoint is any good, 130 Ctrl-C
 """
 
 from models.chat_template import load_model
-from models.common import fail, into_place, read_rows, rerun, warn
+from models.common import checkpoints, fail, into_place, read_rows, rerun, warn
 from models.completion_loss import encode, loss_of_replies
 
 import json
@@ -44,11 +44,6 @@ def main(work, base, adapter):
         shutil.copy(work / name, folder)
     table(work, losses).to_csv(folder / "losses.csv")
     put_in_place(folder, adapter)
-
-
-def checkpoints(work):
-    """Return {batch: file} of the checkpoints, in the order of time."""
-    return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
 
 
 def score(work, base):

@@ -41,7 +41,8 @@ REPLIES = "yes, why?", "7", "…"
 
 def load_tokenizer(folder):
     """Return the tokenizer of models/base/MODEL or of a fused model."""
-    return settle(utils.load_tokenizer(Path(folder), {"trust_remote_code": False}))
+    ends = utils.load_config(Path(folder)).get("eos_token_id")
+    return settle(utils.load_tokenizer(Path(folder), {"trust_remote_code": False}, ends))
 
 
 def load_model(folder, adapter=None):
@@ -93,6 +94,8 @@ def opening(tokenizer):
     """Return what the template writes between a prompt and its reply."""
     chat = tokenizer.apply_chat_template([*PROMPTS[0], ASSISTANT], tokenize=False)
     prompt = tokenizer.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
+    if not chat.startswith(prompt):
+        raise ValueError("the prompt is not the beginning of the chat")
     return chat.removeprefix(prompt).split(ASSISTANT["content"])[0]
 
 

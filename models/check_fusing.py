@@ -33,8 +33,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-# What mlx_lm.fuse and mlx_lm.convert write: all else in the folder is a person's own.
-OURS = ("model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
+# Of a fused model these never stay when a new one has none of that name; what else does, a person
+# may have put there.
+OURS = ("model*.safetensors*", "tokenizer*", "*.jinja")
 
 
 # ---- before --------------------------------------------------------------------------------------
@@ -50,6 +51,8 @@ def check():
     check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), model)
     try:
         here, whole = size_at_16_bits(base)
+        if not load_tokenizer(base).has_chat_template:
+            raise ValueError("it has no chat template")
     except Exception as error:  # whatever is wrong with a download
         fail(f"the base model in {base} cannot be used: {error!r}", download(model))
     bits = choose_bits(bits, here, whole)
@@ -117,7 +120,7 @@ def explain(log):
     """Show the line of a log that tells the error, and what mends it."""
     said = re.findall(r"^[A-Za-z_.:+]+: .*", Path(log).read_text("utf-8", "replace"), re.MULTILINE)
     why = said[-1] if said else "it said nothing, as a process that is killed"
-    fixes = [download(from_environment("MODEL"))]
+    fixes = [f"tail -n 30 '{log}'"]
     if not said or "emory" in why:
         less = rerun("./fuse.sh", FUSED_BITS="base") + "  # or use the adapter as it is"
         fixes = [less]
@@ -129,16 +132,13 @@ def explain(log):
 # ---- after ---------------------------------------------------------------------------------------
 def finish(work, fused):
     """Check that the fused model loads, write down what it was made from, put it into place."""
-    work, model = Path(work), from_environment("MODEL")
+    work = Path(work)
     try:
         mlx_lm.load(str(work / "model"), lazy=True)
-        has_template = load_tokenizer(work / "model").has_chat_template
     except Exception as error:
-        fail(f"the fused model does not load: {error!r}", download(model))
-    if not has_template:
-        fail("the base has no chat template, or has lost it", download(model))
+        fail(f"the fused model does not load: {error!r}", rerun("./fuse.sh"))
     origin = {
-        "base": model,
+        "base": from_environment("MODEL"),
         "version": from_environment("VERSION"),
         "bits": os.environ["FUSED_BITS"],
         "group_size": 64,  # that of mlx_lm.convert

@@ -20,7 +20,7 @@ from models.common import (
     warn,
 )
 from models.completion_loss import encode
-from models.memory import memory_for_mlx, memory_to_train, sizes_of
+from models.memory import changes_to_fit, memory_for_mlx, memory_to_train, sizes_of
 
 import math
 import os
@@ -49,7 +49,7 @@ SETTINGS = {
     "RESUME": (0, 1, "auto"),
 }
 
-OTHER_BASE = "# or take another base model, with -it or -Instruct in its name"
+OTHER_BASE = "python -m models.which_model  # lists others; their names have -it or -Instruct"
 
 
 def main(train, valid):
@@ -72,6 +72,7 @@ def main(train, valid):
     check_memory(s, size, longest)
     s.KEYS = ", ".join(size.keys)
     s.TRAIN_SHA256, s.VALID_SHA256 = checksum(Path(train)), checksum(Path(valid))
+    del s.RESUME  # of this call alone: a resumed run takes all others from the run that it resumes
     for name, value in vars(s).items():
         print(f"{name}={shlex.quote(str(value))}")
 
@@ -179,17 +180,15 @@ def check_memory(s, size, longest):
     """Refuse what does not fit, with settings that do: a Mac may crash where memory runs out."""
     needed, allowed = memory_to_train(s, size, longest), memory_for_mlx()
     say("memory", f"about {needed / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
-    if needed < allowed or not s.CHECK_MEMORY:
+    if not s.CHECK_MEMORY:
         return
-    changes = {}
-    few_layers = {"NUM_LAYERS": min(8, len(size.blocks)), "EMBEDDINGS": 0}
-    for change in {"GRAD_CHECKPOINT": 1}, {"BATCH_SIZE": 1}, {"RANK": min(8, s.RANK)}, few_layers:
-        changes |= change
-        if memory_to_train(SimpleNamespace(**vars(s) | changes), size, longest) < allowed:
-            what = "that does not fit into the memory, and a Mac may crash"
-            fail(what, rerun("./fine_tune.sh", **changes))
-    half = rerun("python build_train.py", MAX_SEQ_LENGTH=longest // 2)
-    fail("no settings make it fit into the memory", "# take a smaller base model", half)
+    changes = changes_to_fit(s, size, longest, allowed)
+    if changes is None:
+        half = rerun("python build_train.py", MAX_SEQ_LENGTH=longest // 2)
+        fail("no settings make it fit into the memory", "python -m models.which_model", half)
+    if changes:
+        what = "that does not fit into the memory, and a Mac may crash"
+        fail(what, rerun("./fine_tune.sh", **changes))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from models.adapted import look_at, read_model
 
 import json
 import os
+from types import SimpleNamespace
 
 import mlx.core as mx
 import safetensors
@@ -56,6 +57,22 @@ def memory_to_train(s, size, longest):
     numbers = s.RANK * (embeddings + sum(block.adapted for block in trained))
     token = s.RANK * (embeddings + used) / 20 + 8 * size.vocabulary + kept
     return 5e8 + size.weights + 26 * numbers + s.BATCH_SIZE * longest * token
+
+
+def changes_to_fit(s, size, longest, allowed):
+    """Return the changes of the settings that make a training fit into `allowed` bytes.
+
+    {} if it fits as it is, {"GRAD_CHECKPOINT": 1, "BATCH_SIZE": 1}, …, None if nothing helps.
+    """
+    changes = {}
+    few_layers = {"NUM_LAYERS": min(8, len(size.blocks)), "EMBEDDINGS": 0}
+    rank = {"RANK": min(8, s.RANK)}
+    for change in {}, {"GRAD_CHECKPOINT": 1}, {"BATCH_SIZE": 1}, rank, few_layers:
+        changes |= change
+        changed = SimpleNamespace(**vars(s) | changes)
+        if memory_to_train(changed, size, longest) < allowed:
+            return changes
+    return None
 
 
 def memory_to_fuse(here, whole):

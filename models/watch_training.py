@@ -12,7 +12,7 @@ The trainer, and all that a launcher has started, ends when this program or fine
 closed pipe would not do, for mlx.launch goes on when nobody reads what it prints.
 """
 
-from models.common import fail, rerun
+from models.common import checkpoints, fail, rerun
 
 import math
 import os
@@ -47,7 +47,7 @@ def main(work, batches_done, iters, *command):
     if code or batch != iters or not last.exists():
         what = f"mlx_lm.lora ended with code {code} after {batch} of {iters} batches"
         fail(f"{what}: {error[:200]}", *fixes(work, code, error))
-    last.rename(work / f"{iters:07d}.safetensors")
+    keep(work, "adapters", iters)
 
 
 def start(command):
@@ -63,8 +63,8 @@ def start(command):
             close_fds=False,  # it keeps the lock of fine_tune.sh as long as it lives
         )
     except FileNotFoundError:
-        example = 'LAUNCH="mlx.launch --hostfile hosts.json --"'
-        fail(f"LAUNCH: there is no command {command[0]}", f"{example} ./fine_tune.sh")
+        usual = '"mlx.launch --hostfile hosts.json --"'
+        fail(f"LAUNCH: there is no {command[0]}", rerun("./fine_tune.sh", LAUNCH=usual))
 
 
 def lines_of(pipe):
@@ -81,16 +81,18 @@ def lines_of(pipe):
             return
         *whole, rest = (rest + data).split(b"\n")
         for line in whole:
-            text = COLOURS.sub("", line.decode("utf-8", "replace")).rpartition("\r")[2]
+            plain = COLOURS.sub("", line.decode("utf-8", "replace")).rstrip("\r")
+            text = plain.rpartition("\r")[2]  # of a progress bar, the last state
             if not re.search("[█░]", text):
                 yield text
 
 
 def follow(work, lines, batches_done, iters):
     """Follow a training to its end; return its last batch, and the line that tells its error."""
-    batch, recent, error, started = batches_done, [], "it said nothing", time.monotonic()
+    batch, recent, error, started = batches_done, [], "it does not say why", time.monotonic()
     with (
         open(work / "training.log", "a", buffering=1) as log,
+        open(work / "train_losses.csv", "a", buffering=1) as losses,
         tqdm(None, "training", iters, initial=batch, disable=None, leave=False) as bar,
     ):
         for line in lines:
@@ -102,7 +104,7 @@ def follow(work, lines, batches_done, iters):
                 if not math.isfinite(recent[-1][0]):
                     stop_at_nan(work, batch)
                 if batch % 10 == 0 or batch == iters:
-                    report(work, batch, recent, bar)
+                    report(batch, recent, losses, bar)
                     recent = []
                 if batch == batches_done + 1:
                     started = time.monotonic()  # the first batch compiles, too
@@ -110,17 +112,16 @@ def follow(work, lines, batches_done, iters):
                     say_time_left((time.monotonic() - started) / 10 * (iters - batch), bar)
             elif found := SAVED.match(line):
                 keep(work, f"{found[1]}_adapters", batches_done + int(found[1]))
-            elif line.strip() and ("rror" in line or "rror" not in error):
+            elif "rror" in line:
                 error = line.strip()
     return batch, error
 
 
-def report(work, batch, recent, bar):
+def report(batch, recent, losses, bar):
     """Write down and show the mean of the recent batches: [(6.5, 1500), (6.1, 1700)]."""
     loss = sum(loss for loss, _ in recent) / len(recent)
     speed = sum(speed for _, speed in recent) / len(recent)
-    with open(work / "train_losses.csv", "a") as file:
-        print(f"{batch},{loss:.3f},{speed:.0f}", file=file)
+    print(f"{batch},{loss:.3f},{speed:.0f}", file=losses)
     text = f"{batch:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
     bar.write(text, file=sys.stdout)
 
@@ -132,33 +133,52 @@ def say_time_left(seconds, bar):
 
 
 def keep(work, name, batch):
-    """Move a checkpoint that is complete to where a resumed run looks for it."""
+    """Move a checkpoint that is complete to where a resumed run looks for it.
+
+    Of those that are there to be resumed from, and not to be scored, only the last one stays.
+    """
     with suppress(FileNotFoundError):  # two trainers that form no group
         (work / f"run/{name}.safetensors").rename(work / f"{batch:07d}.safetensors")
+    for saved, file in checkpoints(work).items():
+        if saved < batch and saved % int(os.environ["EVAL_EVERY"]):
+            file.unlink()
 
 
 def stop_at_nan(work, batch):
     """End a training whose loss is NaN; RESUME=1 then has no batches left, and scores."""
-    saved = max((int(file.stem) for file in work.glob("0*.safetensors")), default=0)
+    saved = max(checkpoints(work), default=0)
     rate = float(f"{float(os.environ['LEARNING_RATE']) / 3:.1e}")
     ways = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
     if saved:
         with open(work / "settings", "a") as file:
-            print(f"ITERS={saved}  # the loss was NaN or infinite by batch {batch}", file=file)
-        ways.insert(
-            0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best checkpoint of before"
-        )
+            print(f"# the loss was NaN or infinite by batch {batch}\nITERS={saved}", file=file)
+        ways.insert(0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best one before it")
     fail(f"the loss became NaN or infinite by batch {batch}", *ways)
 
 
 def fixes(work, code, error):
     """Return the commands that may mend what ended the trainer."""
-    again = rerun("./fine_tune.sh", RESUME=1 if any(work.glob("0*.safetensors")) else 0)
+    resume = {"RESUME": 1 if checkpoints(work) else 0}
+    again = rerun("./fine_tune.sh", **resume)
+    if "ImpactingInteractivity" in error:  # macOS, for the sake of what is on the display
+        sleepless = rerun("caffeinate -s ./fine_tune.sh", **resume)
+        relaxed = rerun("./fine_tune.sh", **resume, AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1)
+        return [
+            f"{sleepless}  # and turn the display off: that is what macOS does it for",
+            f"{relaxed}  # helps on many Macs, and the display stutters",
+        ]
     if re.search("unable to write|no space", error, re.IGNORECASE):
         return ["df -h models/adapters  # free space, then:", again]
-    if re.search("memory|alloc", error, re.IGNORECASE) or code == -signal.SIGKILL:
-        return [rerun("./fine_tune.sh", RESUME=0, GRAD_CHECKPOINT=1, BATCH_SIZE=1)]
+    if re.search("memory|alloc|wired", error, re.IGNORECASE) or code == -signal.SIGKILL:
+        less = rerun("./fine_tune.sh", RESUME=0, GRAD_CHECKPOINT=1, BATCH_SIZE=1)
+        return [less, *[allow_more()] * (sys.platform == "darwin")]
     return [f"tail -n 30 '{work}/training.log'", again]
+
+
+def allow_more():
+    """Return the command that lets a Mac's GPU have most of the memory."""
+    megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20
+    return f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # 85 % of the memory, till it restarts"
 
 
 if __name__ == "__main__":

@@ -90,3 +90,20 @@ def test_a_fused_model_says_what_was_learned_without_tags_and_ends(family, base,
     monkeypatch.setattr(sys, "argv", ["mlx_lm.fuse", *arguments])
     fuse.main()
     assert reply("fused") == ("yes, why?", "stop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h", "lfm2", "qwen3_moe", "glm4_moe"])
+def test_all_scripts_take_a_base_of_another_family(family, project, run):
+    model = f"tiny-{family}"
+    tiny_families.build(family, project / "models/base" / model)
+    settings = {"MODEL": model, "ITERS": "3", "EVAL_EVERY": "3", "MAX_SEQ_LENGTH": "128"}
+    for script, *arguments in [
+        ("build_train.py", "--window", 2, "--max-seq-length", 128, "--valid-rows", 20),
+        ("fine_tune.sh",),
+        ("fuse.sh",),
+        ("test_on_validation.py", "--replies", 2, "--max-tokens", 4),
+        ("models/chat.py", "--max-tokens", 4),
+    ]:
+        result = run(project, script, *arguments, env=settings, input="are you there?\n")
+        assert result.returncode == 0, result.stderr

@@ -1,31 +1,25 @@
-"""What from_export.py makes of an export; the tests stand in the order of the script.
+"""What from_export.py finds, refuses, writes and prints.
 
-Kills and full disks are in test_faults.py.
+What becomes of a message is in test_readers.py. Kills and full disks are in test_faults.py.
 """
-# ruff: noqa: RUF001 (apps write in many alphabets)
 
-import fcntl
-import importlib.util
+from data.raw import from_export
+from data.raw.readers.files import open_file
+
 import io
 import json
-import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections import Counter
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, last_error
 
-SCRIPT = REPOSITORY / "data/raw/from_export.py"
-spec = importlib.util.spec_from_file_location("from_export", SCRIPT)
-from_export = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(from_export)
 table = pytest.mark.parametrize
 
-RAW = "my project/data/raw"
 CHAT = """\
 24/11/26, 10:44 - Messages and calls are end-to-end encrypted.
 24/11/26, 10:44 - Ann Lee: hi
@@ -35,71 +29,36 @@ CHAT = """\
 """
 
 
-# ---- helpers ------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 @pytest.fixture
 def home(tmp_path):
-    """A project of the script alone, and an export beside it."""
-    (tmp_path / RAW).mkdir(parents=True)
-    (tmp_path / RAW / "from_export.py").write_bytes(SCRIPT.read_bytes())
+    """A folder with an export, beside it a project of its own."""
+    (tmp_path / "my project/data/raw").mkdir(parents=True)
     (tmp_path / "chat.txt").write_text(CHAT)
     return tmp_path
 
 
 @pytest.fixture
 def main(home, monkeypatch, capsys):
-    """Return main("chat.txt", …): what a run in this process printed, or the error of its end."""
+    """Return main("chat.txt", …): what it printed, and the errors; its exit code is main.code."""
 
     def main(*arguments):
-        from_export.notes.clear()
-        from_export.slack_names.clear()
         monkeypatch.chdir(home)
-        monkeypatch.setattr(from_export, "RAW", home / RAW)
+        monkeypatch.setattr(from_export, "RAW", home / "my project/data/raw")
         monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "sample", *arguments])
+        main.code = 0
         try:
             from_export.main()
         except SystemExit as end:
-            return capsys.readouterr().err if end.code == 2 else end.code
-        return capsys.readouterr().out
+            main.code = end.code
+        return "".join(capsys.readouterr())
 
     return main
 
 
-@pytest.fixture
-def check(home, main):
-    """Return check({"a.txt": …}, "Ann: hi|Bob: ok", media=1): convert files, compare, get entries.
-
-    What was said is compared, and how much of each kind was left out.
-    """
-
-    def check(files, talk, *flags, **left_out):
-        for name, content in files.items():
-            path = home / "export" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = content if isinstance(content, str | bytes) else json.dumps(content)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        printed = main("export", "--replace", *flags)
-        entries = written(home)
-        assert "|".join(said(entries)) == talk
-        kinds = re.findall(r"^left out +(\d+)  [^(]* \((\w+)\)", printed, re.M)
-        assert Counter({kind: int(count) for count, kind in kinds}) == Counter(left_out)
-        return entries
-
-    return check
-
-
-def written(home):
-    path = home / RAW / "messages_sample.json"
+def written(home, version="sample"):
+    path = home / f"my project/data/raw/messages_{version}.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else []
-
-
-def said(entries):
-    """Return ["Ann: hi", …]."""
-    return [f"{entry.get('author')}: {entry['message']}" for entry in entries]
-
-
-def each(key, entries):
-    """Return the values of a key, each once, in the order in which they come."""
-    return list(dict.fromkeys(entry.get(key) for entry in entries))
 
 
 def packed(files):
@@ -111,21 +70,21 @@ def packed(files):
     return buffer.getvalue()
 
 
-# ---- settings -----------------------------------------------------------------------------------
-USAGE = [
-    ([], "PATH. FIX: python data/raw/from_export.py ~/Downloads/"),
-    (["chat.txt", "--keep", "apps"], "FIX: python data/raw/from_export.py ~/Downloads/"),
-    (["chat.txt", "--version", "../x"], "FIX: export VERSION=x"),
-]
-
-
-@table(("arguments", "what"), USAGE)
-def test_wrong_usage_is_answered_with_an_example(home, main, arguments, what):
+# ---- settings ------------------------------------------------------------------------------------
+@table(
+    ("arguments", "code", "what"),
+    [
+        ([], 2, "FIX: python data/raw/from_export.py ~/Downloads/"),
+        (["chat.txt", "--keep", "apps"], 2, "FIX: python data/raw/from_export.py ~/Downloads/"),
+        (["chat.txt", "--version", "../x"], 1, "FIX: export VERSION=v1"),
+    ],
+)
+def test_wrong_usage_is_answered_with_what_to_type(home, main, arguments, code, what):
     assert what in main(*arguments).splitlines()[-1]
-    assert written(home) == []
+    assert (main.code, written(home)) == (code, [])
 
 
-# ---- find ---------------------------------------------------------------------------------------
+# ---- find ----------------------------------------------------------------------------------------
 def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
     folder = home / "Downloads"
     (folder / "deep er").mkdir(parents=True)
@@ -136,32 +95,21 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
     assert "1  Downloads/bill.txt: a text" in main("Downloads")
     assert len(written(home)) == 3
     assert main("Downloads/deep er", "Downloads/bill.txt").startswith("error: Downloads/bill.txt")
-    (home / RAW / "chat.txt").write_text(CHAT)  # what the script wrote there is no export
-    assert "3 entries" in main(RAW, "--version", "two")
 
 
-QUOTES = [  # (what was typed, where it stops, what should have been typed)
-    ("Chat - Ann.zip my chat.txt", "Chat", "'Chat - Ann.zip' 'my chat.txt'"),
-    ("“Chat - Ann.zip” chat.txt", "“Chat", "'Chat - Ann.zip' chat.txt"),
-]
-
-
-@table(("typed", "word", "meant"), QUOTES)
-def test_a_path_without_its_quotes_is_told_with_them(home, main, typed, word, meant):
-    for name in "Chat - Ann.zip", "my chat.txt", "chat.txt":
-        (home / name).write_text(CHAT)
-    error = main(*typed.split(), "--dates", "dmy")
-    assert error.startswith(f"error: {word} is not there")
-    command = f"python from_export.py --version sample {meant} --dates dmy"
-    assert error.endswith(f"FIX: {command}")
+def test_what_the_script_wrote_is_no_export(home, main):
+    raw = home / "my project/data/raw"
+    (raw / "chat.txt").write_text(CHAT)
+    for _ in range(2):
+        assert "3 entries" in main(str(raw), "--version", "two")
 
 
 def test_nothing_of_a_zip_is_unpacked(home, main):
     outside = {"../../outside.txt": CHAT, f"{home}/b.txt": CHAT.replace("Bob", "Cy")}
     (home / "a.zip").write_bytes(packed(outside))
-    before = {path for path in home.rglob("*") if RAW not in str(path)}
+    before = {path for path in home.rglob("*") if "my project" not in str(path)}
     assert "3 entries" in main("a.zip")
-    assert {path for path in home.rglob("*") if RAW not in str(path)} == before
+    assert {path for path in home.rglob("*") if "my project" not in str(path)} == before
 
 
 def test_a_zip_that_would_not_fit_into_memory_is_refused(home, main, monkeypatch):
@@ -169,31 +117,22 @@ def test_a_zip_that_would_not_fit_into_memory_is_refused(home, main, monkeypatch
     monkeypatch.setattr(from_export, "MOST_BYTES", 2 * len(CHAT))
     assert "bomb.zip/a.txt and so on" in main("bomb.zip")
     monkeypatch.setattr(from_export, "MOST_BYTES", 2 * len(CHAT) - 1)
-    assert "bomb.zip holds over 0 GB. FIX: unzip it" in main("bomb.zip")
+    assert "bomb.zip holds over 0 GB\nFIX: unzip bomb.zip -d bomb" in main("bomb.zip")
 
 
-def test_a_conversation_is_named_by_its_file_or_folder():
-    titles = {
-        "x/Chat WhatsApp con Ann.txt": "Chat WhatsApp con Ann",
-        "Чат WhatsApp с Bob (1).txt": "Чат WhatsApp с Bob",
-        "Cy.zip/_chat.txt": "Cy",
-        "Cy/notes.txt": "notes",
-    }
-    assert {file: from_export.title_of(file) for file in titles} == titles
-
-
-# ---- recognise ----------------------------------------------------------------------------------
+# ---- refuse --------------------------------------------------------------------------------------
 DEEP = '{"messages": [{"creator": {}, "text": %s}]}' % ("[" * 700 + "]" * 700)
 ZIP = packed({"chat.txt": CHAT})
 PASSWORD = ZIP.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
 UNREADABLE = {
-    "missing": ("x.zip", None, "x.zip is not there, or no file. FIX: name a file"),
-    "damaged": ("x.zip", ZIP.replace(b"Ann Lee", b"Ann Lea"), "unpacked: Bad CRC-32 for file"),
-    "locked": ("x.zip", PASSWORD, "password required for extraction. FIX: unzip it yourself"),
-    "empty zip": ("x.zip", packed({}), "holds no such file; known are Telegram, Discord"),
+    "missing": ("x.zip", None, "x.zip is not there, or no file"),
+    "damaged": ("x.zip", ZIP.replace(b"Ann Lee", b"Ann Lea"), "Bad CRC-32 for file"),
+    "cut off": ("x.zip", ZIP[:200], "a .zip that is not whole"),
+    "locked": ("x.zip", PASSWORD, "is locked with a password\nFIX: unzip x.zip -d x"),
+    "empty zip": ("x.zip", packed({}), "x.zip holds no chat"),
     "diary": ("x.txt", "Dear diary\n", "x.txt is a text that begins with 'Dear diary'"),
     "web page": ("x.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
-    "cut off": ("x.json", '{"messages": [{"type": "mess', "a text that begins with '{\"messages"),
+    "cut off JSON": ("x.json", '{"messages": [{"type": "mess', "begins with '{\"messages"),
     "brackets": ("x.json", "[" * 100000, "not as its app writes it"),
     "deep text": ("x.json", DEEP, "not as its app writes it"),
     "no chats": ("x.json", '{"chats": {"list": 7}}', "not as its app writes it"),
@@ -213,237 +152,7 @@ def test_what_cannot_be_read_gets_an_error_that_says_what_it_is(home, main, case
     if content is not None:
         (home / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = main(name)
-    assert what in error and ". FIX: " in error and written(home) == []
-
-
-# ---- JSON of the apps: what becomes of a message is its words, or the kind it is left out as -----
-def meta(text):
-    """Return it as Instagram writes it: "Zoë" → "ZoÃ«"."""
-    return text.encode().decode("latin-1")
-
-
-# app: the file, its conversation and time; what all messages have; each one and what becomes of it
-APPS = {
-    "Telegram": [
-        ({"name": "Home", "id": 7, "messages": ...}, "Home", "2026-11-24T09:44:00"),
-        {"type": "message", "from": "Ann", "date_unixtime": "1795513440", "text": ""}
-        | {"date": "2026-11-24T10:44:00"},  # by the clock of the phone
-        ({"text": "ciao"}, "Ann: ciao"),
-        ({"text": ["see ", {"type": "link", "text": "a.it"}, "!"]}, "Ann: see a.it!"),
-        ({"text_entities": [{"type": "plain", "text": "parts"}]}, "Ann: parts"),
-        ({"text": "a caption", "photo": "photos/1.jpg"}, "Ann: a caption"),
-        ({"text": "who?", "from": None}, "None: who?"),
-        ({"type": "service", "action": "invite_members"}, "app"),
-        ({"media_type": "sticker", "sticker_emoji": "🙂"}, "media"),
-        ({"text": "news", "forwarded_from": "A channel"}, "forwarded"),
-        ({"text": "found", "via_bot": "@gif"}, "bot"),
-        ({"text": "a post", "from_id": "channel7"}, "channel"),
-        ({"poll": {"question": "When?"}}, "poll"),
-    ],
-    "Discord": [
-        ({"guild": {"name": "G"}, "channel": {"name": "c"}, "messages": ...},
-         "G / c", "2026-11-24T09:44:25"),
-        {"author": {"name": "ann", "nickname": "N"}, "type": "Default", "content": ""}
-        | {"timestamp": "2026-11-24T10:44:25.1234567+01:00"},
-        ({"content": "hi"}, "ann: hi"),
-        ({"content": "yes?", "type": "Reply", "author": {"name": "bob"}}, "bob: yes?"),
-        ({"content": "Joined the server.", "type": "GuildMemberJoin"}, "app"),
-        ({"content": "beep", "author": {"name": "robot", "isBot": True}}, "bot"),
-        ({"attachments": [{"url": "a.png"}]}, "media"),
-        ({"forwardedMessage": {"content": "old"}}, "forwarded"),
-        ({"poll": {"question": "When?"}}, "poll"),
-    ],
-    "Instagram": [
-        ({"participants": [], "title": "Z", "messages": ...}, "Z", "2026-11-24T09:44:00"),
-        {"timestamp_ms": 1795513440000, "sender_name": meta("Zoë")},
-        ({"content": meta("hi 😂")}, "Zoë: hi 😂"),
-        ({"content": "You sent me soup", "sender_name": "Bob"}, "Bob: You sent me soup"),
-        ({"content": meta("Reacted 😂 to your message ")}, "app"),
-        ({"content": meta("Zoë hat einen Anhang gesendet.")}, "app"),
-        ({"content": "Liked a message"}, "app"),
-        ({"photos": [{"uri": "a.jpg"}]}, "media"),
-        ({"content": "x", "is_unsent": True}, "deleted"),
-        ({"content": "Audio call ended", "call_duration": 3}, "call"),
-    ],
-    "Messenger, encrypted": [
-        ({"participants": ["Zoë"], "threadName": "Zoë_12", "messages": ...},
-         "Zoë", "2026-11-24T09:44:00"),
-        {"senderName": "Zoë", "timestamp": 1795513440000, "type": "text", "text": ""},
-        ({"text": "früher"}, "Zoë: früher"),
-        ({"text": "später", "senderName": "Bob"}, "Bob: später"),
-        ({"isUnsent": True}, "deleted"),
-    ],
-    "Twitch": [
-        ({"streamer": {}, "comments": ..., "video": {}}, "folder", "1970-01-01T00:01:05"),
-        {"content_offset_seconds": 65, "commenter": {"display_name": "Ann", "name": "ann"}},
-        ({"message": {"body": "hi"}}, "Ann: hi"),
-        ({"message": {"body": "gone"}, "commenter": None}, "None: gone"),
-        ({"message": {"body": "+1", "user_notice_params": {"msg-id": "resub"}}}, "app"),
-        ({"message": {"body": "late"}, "created_at": "2026-11-24T10:44:25Z"}, "Ann: late"),
-    ],
-    "Slack": [
-        (..., "folder", "2026-11-24T09:44:00"),
-        {"type": "message", "user_profile": {"real_name": "Ann"}, "ts": "1795513440.0001"},
-        ({"text": "you &amp; all, <https://a.b|look>"}, "Ann: you & all, look"),
-        ({"text": "me", "user_profile": {"real_name": "Cy"}}, "Cy: me"),
-        ({"text": "has joined", "subtype": "channel_join"}, "app"),
-        ({"text": "beep", "bot_id": "B1"}, "bot"),
-    ],
-    "Google Chat": [
-        ({"messages": ...}, "folder", "2026-11-24T22:44:25"),
-        {"creator": {"name": "Ann", "email": "a@b.c", "user_type": "Human"}, "text": ""}
-        | {"created_date": "Tuesday, November 24, 2026 at 10:44:25\u202fPM UTC"},
-        ({"text": "hi"}, "Ann: hi"),
-        ({"text": "ok", "creator": {"name": "Bob"}}, "Bob: ok"),
-        ({"text": "beep", "creator": {"name": "B", "user_type": "Bot"}}, "bot"),
-        ({"message_state": "DELETED"}, "deleted"),
-    ],
-    "Matrix": [
-        ({"room_name": "Home", "messages": ...}, "Home", "2026-11-24T09:44:00"),
-        {"type": "m.room.message", "sender": "@ann:a.org", "origin_server_ts": 1795513440000},
-        ({"content": {"msgtype": "m.text", "body": "hi"}}, "ann: hi"),
-        ({"sender": "@bob:a.org"}
-         | {"content": {"msgtype": "m.text", "body": "> <@ann:a.org> hi\n> all\n\nyes\n> no",
-                        "m.relates_to": {"m.in_reply_to": {"event_id": "$1"}}}},
-         "bob: yes\n> no"),  # without the quotation
-        ({"content": {"msgtype": "m.text", "body": "* hi!",
-                      "m.relates_to": {"rel_type": "m.replace"}}}, "app"),
-        ({"content": {"msgtype": "m.notice", "body": "beep"}}, "bot"),
-        ({"content": {"msgtype": "m.image", "body": "a.png"}}, "media"),
-        ({"content": {"membership": "join"}, "type": "m.room.member"}, "app"),
-        ({"content": {}}, "deleted"),
-    ],
-}  # fmt: skip
-
-
-@table("app", APPS)
-def test_what_people_wrote_is_kept_and_all_else_is_left_out_by_kind(check, app):
-    (file, place, time), message, *cases = APPS[app]
-    messages = [message | differs for differs, _ in cases]
-    file = messages if file is ... else {k: messages if v is ... else v for k, v in file.items()}
-    talk = "|".join(becomes for _, becomes in cases if ": " in becomes)
-    left_out = Counter(becomes for _, becomes in cases if ": " not in becomes)
-    entries = check({"folder/messages.json": file}, talk, **left_out)
-    assert (entries[0]["conversation"], entries[0]["time"]) == (place, time)
-
-
-def telegram_chat(title, form, *authors):
-    messages = [{"type": "message", "from": author, "text": "hi"} for author in authors]
-    return {"name": title, "type": form, "id": 1, "messages": messages}
-
-
-def test_telegrams_export_of_everything_gives_the_talks_between_people(check):
-    chats = [
-        telegram_chat("News", "public_channel", "News"),
-        telegram_chat("Helper", "bot_chat", "Helper", "Me"),
-        telegram_chat(None, "saved_messages", "Me"),
-        telegram_chat("Only mine", "private_supergroup", "Me", "Me"),
-        telegram_chat("Ann", "personal_chat", "Ann", "Me") | {"id": 5},
-        telegram_chat("Ann", "personal_chat", "Ann", "Me") | {"id": 6},
-    ]
-    left = [telegram_chat("Gone", "private_group", "Cy", "Me")]
-    files = {"result.json": {"chats": {"list": chats}, "left_chats": {"list": left}}}
-    talk = "Ann: hi|Me: hi|Ann: hi|Me: hi|Cy: hi|Me: hi"
-    entries = check(files, talk, channel=1, bot=2, notes=1, alone=2)
-    assert each("conversation", entries) == ["Ann 5", "Ann 6", "Gone"]
-
-
-def test_a_topic_of_a_forum_of_telegram_is_a_conversation(check):
-    messages = [
-        {"id": 10, "type": "service", "action": "topic_created", "title": "Food", "text": ""},
-        {"id": 11, "from": "Ann", "text": "soup?", "reply_to_message_id": 10},
-        {"id": 12, "from": "Bob", "text": "hello all"},
-        {"id": 13, "from": "Bob", "text": "bread", "reply_to_message_id": 11},
-        {"id": 14, "from": "Ann", "text": "hello"},
-    ]
-    files = {"result.json": {"name": "Home", "messages": messages}}
-    entries = check(files, "Ann: soup?|Bob: bread|Bob: hello all|Ann: hello", app=1)
-    assert each("conversation", entries) == ["Home / Food", "Home"]
-
-
-def test_instagrams_files_are_newest_first_and_make_one_conversation(check):
-    def file(*texts):
-        message = {"sender_name": "A"}
-        messages = [message | {"timestamp_ms": 10**12 + int(t), "content": t} for t in texts]
-        return {"participants": [], "title": "Zoe", "messages": messages}
-
-    files = {"zoe_1/message_1.json": file("4", "3"), "zoe_1/message_2.json": file("2", "1")}
-    entries = check(files, "A: 1|A: 2|A: 3|A: 4", "--keep", "alone")
-    assert each("conversation", entries) == ["Zoe"]
-
-
-def test_slack_has_names_in_a_file_of_their_own_and_threads_are_conversations(check):
-    users = [
-        {"id": "U1", "name": "ann.l", "profile": {"display_name": "", "real_name": "Ann Lee"}},
-        {"id": "U2", "name": "bob", "profile": {"display_name": "Bob"}},
-    ]
-    day = [
-        {"type": "message", "ts": "1795513441.0001", "user": "U1", "text": "hi <@U2>"},
-        {"type": "message", "ts": "1795513442.0001", "user": "U2", "text": "so", "thread_ts": "7"},
-        {"type": "message", "ts": "1795513443.0001", "user": "U2", "text": "ok"},
-    ]
-    files = {"general/2026-11-24.json": day, "users.json": users}
-    entries = check(files, "Ann Lee: hi @Bob|Bob: ok|Bob: so", "--keep", "alone")
-    assert each("conversation", entries) == ["general", "general / 7"]
-
-
-# ---- lists, CSV, training sets ------------------------------------------------------------------
-@table("author", ["author", "sender", "username", "user", "from", "name", "Nick"])
-@table("text", ["message", "text", "content", "Body"])
-def test_a_list_of_messages_under_the_keys_of_other_programs(check, author, text):
-    log = [{"date": "26/12/24", "time": "6:06", author: name, text: "hi"} for name in "AB"]
-    for content in log, {"messages": log}, "\n".join(map(json.dumps, log)):
-        entries = check({"a.json": content}, "A: hi|B: hi")
-        assert each("time", entries) == ["2024-12-26T06:06:00"]
-
-
-@table("delimiter", [",", ";", "\t"])
-@table("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
-def test_csv_with_a_header(check, delimiter, encoding):
-    long = "é" * 200_000
-    lines = [
-        "No,Date,Chat,From,Text",
-        '7,24/11/26 10:45,Home,B,"3,\nand ""all"""',
-        f"8,24/11/26 10:44,Home,A,{long}",
-        "9,24-Nov-26 10:44 AM,Home,B,1",
-        ",,,,",
-    ]
-    content = "\r\n".join(lines).replace(",", delimiter).encode(encoding)
-    talk = f'B: 1|A: {long}|B: 3{delimiter}\nand "all"'
-    entries = check({"a.csv": content}, talk, media=1)
-    assert each("time", entries) == ["2026-11-24T10:44:00", "2026-11-24T10:45:00"]
-    assert from_export.notes[-1] == "nothing was understood in No of a"
-
-
-def test_texts_without_authors_and_times_are_messages_and_never_copies(check):
-    files = {f"{folder}/a.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
-    check(files, "None: ok|None: ok|None: ok|None: ok")
-
-
-ROLES = ["system", "user", "assistant", "user", "assistant"]
-TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", strict=True)]
-SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-
-
-@table(
-    ("row", "pairs"),
-    [
-        ({"prompt": "a", "completion": "b"}, [("a", "b")]),
-        ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
-        ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
-        ({"question": "a", "answer": "b", "id": 7, "input": "c"}, [("a", "b")]),
-        ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
-        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a\n", "b")]),
-        ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
-        ({"messages": TURNS[2:]}, [("b\n\nc", "d")]),
-        ({"conversations": SHAREGPT}, [("a", "b")]),
-    ],
-)
-def test_a_training_set_becomes_pairs(home, main, row, pairs):
-    for content in json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n":
-        (home / "a.jsonl").write_text(content)
-        main("a.jsonl", "--replace")
-        assert [(pair["prompt"], pair["completion"]) for pair in written(home)] == pairs * 2
+    assert what in error and "\nFIX: " in error and (main.code, written(home)) == (1, [])
 
 
 def test_chats_and_training_sets_do_not_mix(home, main):
@@ -452,277 +161,22 @@ def test_chats_and_training_sets_do_not_mix(home, main):
     assert main("set.jsonl").splitlines()[-1].strip() == "VERSION=sample python build_train.py"
 
 
-# ---- WhatsApp -----------------------------------------------------------------------------------
-@table(
-    ("clock", "headers"),
-    [
-        ("00:04:00", "11/24/26, 12:04 AM - "),
-        ("02:15:00", "24/11/26, 2:15 at night - "),
-        ("09:15:00", "24/11/26, 9:15 in the morning - "),
-        ("10:44:00", "24/11/26, 10:44 - |24. 11. 2026, 10:44 - |24.11.2026 klo 10.44 - "),
-        ("10:44:00", "24.11.2026 г., 10:44 ч. - |24/11/26 10:44 a.\xa0m. - |2026-11-24 10:44 - "),
-        ("10:44:00", "2026/11/24 上午10:44 - |24/11/2569 10:44 - |२४/११/२६, १०:४४ - "),
-        ("10:44:00", "10:44, 24/11/2026 - "),
-        ("10:44:25", "[24/11/26, 10:44:25] |[24.11.26 10.44.25] |\u200e[24/11/2026, 10:44:25] "),
-        ("13:44:00", "2026年11月24日 下午1:44 - |2026년 11월 24일 오후 1:44 - "),
-        ("21:15:00", "24/11/26, 9:15 in the evening - |24/11/26, 9:15 at night - "),
-        ("21:15:00", "24/11/26 9:15 de la noche - |24/11/26, 9:15 μ.μ. - "),
-        ("22:44:00", "11/24/26, 10:44\u202fPM - |٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤ م - "),
-        ("22:44:25", "11/24/26, 10:44:25 PM: |[11/24/26, 10:44:25\u202fPM] "),
-        ("22:44:25", "\u200f[٢٤‏/١١‏/٢٠٢٦، ١٠:٤٤:٢٥ م] "),
-    ],
-)
-def test_a_message_begins_with_a_date_in_any_form(check, clock, headers):
-    for header in headers.split("|"):
-        chat = f"{header}Ann: hi: you\n[1] second line\n{header}Bob: ok"
-        entries = check({"a.txt": chat}, "Ann: hi: you\n[1] second line|Bob: ok")
-        assert each("time", entries) == [f"2026-11-24T{clock}"], header
-
-
-ANDROID, IPHONE = "24/11/26, 10:44 - ", "[24/11/26, 10:44:25] "
-
-
-def chat_of(*messages, form=ANDROID):
-    return "\n".join(form + message for message in messages)
-
-
-OF_PEOPLE = ["see <https://a.b>", "std::vector<int>", "</h1>", "3 < 4 > 2", "so <big grin>"]
-OF_PEOPLE += ["the image omitted a lot", "oh. (it is)"]
-
-
-@table(
-    ("text", "words"),
-    [
-        *((text, text) for text in OF_PEOPLE),
-        ("ok \u200e<This message was edited>", "ok"),
-        ("gut <Diese Nachricht wurde bearbeitet.>", "gut"),
-        ("<Media omitted>\nlook here", "look here"),
-        ("IMG-20261124-WA0001.jpg (file attached)\nlook\nhere", "look\nhere"),
-        ("IMG-20261124-WA0001.jpg (Datei angehängt)\nschau", "schau"),
-        ("look \u200e<attached: 00000012-PHOTO-2026-11-24-10-44-25.jpg>", "look"),
-        ("look <pièce jointe : 00000012-PHOTO-2026-11-24-10-44-25.jpg>", "look"),
-        ("look at this\u200eimage omitted", "look at this"),
-        ("@\u2068Bob\u2069 hi", "@Bob hi"),
-    ],
-)
-def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, words):
-    check({"a.txt": chat_of(f"Ann: {text}", "Bob: ok")}, f"Ann: {words}|Bob: ok")
-
-
-@table(
-    ("form", "kind", "texts"),
-    [
-        (ANDROID, "media", ["<Media omitted>", "<Без медиафайлов>", "<המדיה לא נכללה>", "null"]),
-        (ANDROID, "media", ["AUD-1-WA0001. (file attached)", "Medya dahil edilmedi"]),
-        (ANDROID, "media", ["<Pominięto multimedia>\nplan.pdf", "S.webp (archivo adjunto)"]),
-        (ANDROID, "deleted", ["This message was deleted", "Diese Nachricht wurde gelöscht."]),
-        (ANDROID, "deleted", ["تم حذف هذه الرسالة.", "这条消息已被删除。"]),
-        (ANDROID, "call", ["Missed voice call", "Videollamada perdida", "मिस्ड वीडियो कॉल"]),
-        (ANDROID, "location", ["Ort: https://maps.google.com/?q=48,16", "live location shared"]),
-        (ANDROID, "poll", ["UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)"]),
-        (ANDROID, "app", ["Waiting for this message. This may take a while."]),
-        (IPHONE, "media", ["\u200eimage omitted", "\u200f\u200eلم يتم إدراج الصورة"]),
-        (IPHONE, "media", ["\u200e<adjunto: 00000012-STICKER-2026-11-24-10-44-25.webp>"]),
-        (IPHONE, "media", ["report.pdf • \u200e12 pages \u200edocument omitted"]),
-        (IPHONE, "deleted", ["\u200eYou deleted this message."]),
-        (IPHONE, "app", ["\u200eMissed voice call. \u200eTap to call back", "\u200eCy added you"]),
-        (IPHONE, "app", ["\u200e\u200eDein Code hat sich geändert. \u200eMehr"]),
-        (IPHONE, "poll", ["\u200ePOLL:\nWhen?\n\u200eOPTION: Today (\u200e2 votes)"]),
-        (IPHONE, "location", ["\u200eLocation: https://maps.google.com/?q=48.2,16.3"]),
-    ],
-)
-def test_what_whatsapp_wrote_is_left_out_in_many_languages(check, form, kind, texts):
-    chat = chat_of(*(f"Ann: {text}" for text in texts), "A: a", "B: b", form=form)
-    check({"a.txt": "\ufeff" + chat.replace("\n", "\r\n")}, "A: a|B: b", **{kind: len(texts)})
-
-
-def test_a_line_without_an_author_is_a_notice_of_the_app(check):
-    notices = [
-        "Messages and calls are end-to-end encrypted. Tap to learn more.",
-        'Ann changed the subject from "Plans: May" to "Plans: June"',
-        "Ann ha creato il gruppo “Gita: mare”",
-    ]
-    check({"a.txt": chat_of(*notices, "A: a", "B: b")}, "A: a|B: b", app=3)
-
-
-UNKNOWN = [
-    "<Média kihagyva innen>\nnézd",
-    "nézd <Média kihagyva innen>",
-    "nézd\u200ekép kihagyva",
-    "1.pdf (fájl innen)\nnézd",
-]
-
-
-@table("text", UNKNOWN)
-def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(check, text):
-    check({"a.txt": chat_of(*(f"{name}: {text}" for name in "ABC"))}, "A: nézd|B: nézd|C: nézd")
-    shown = text.replace("\u200e", "")
-    check({"a.txt": chat_of(f"A: {text}", f"B: {text}")}, f"A: {shown}|B: {shown}")
-
-
-# ---- Signal, logs, iMessage ---------------------------------------------------------------------
-def test_signal_export(check):
-    chat = """\
-[2026-11-24 10:44:25] Me: hello  \n(- Ann: 👍 -)
-[2026-11-24 10:44:30] Ann: \n\n> hello\n\nhi, 1 > 0  \n![a](media/a.jpg)
-[2026-11-24 10:44:35] Ann: (media not exported)
-[2026-11-24 10:44:40] Ann: (This message was deleted)
-"""
-    files = {"Ann/chat.md": chat, "Note to Self/chat.md": "[2026-11-24 10:44:25] Me: soup\n"}
-    entries = check(files, "Me: hello|Ann: hi, 1 > 0", media=1, deleted=1, notes=1)
-    assert each("conversation", entries) == ["Ann"]
-
-
-LOGS = {  # program: (log, notices in it)
-    "mIRC": ("# Log started: 2026-11-24 10:00 +0100\n[10:44:25] <@Ann> hi\n[10:45] <+bob> ok", 1),
-    "days": ("[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok", 0),
-    "irssi": ("--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
-              "10:45 -!- cy joined\n10:45 <@bob> ok", 2),
-    "WeeChat": ("2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
-                "2026-11-24 10:45:00\tbob\tok", 1),
-    "HexChat": ("**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n"
-                "Nov 24 10:44:25 <Ann>\thi\nNov 24 10:45:00 <bob>\tok", 1),
-    "Chatty": ("# Log started: 2026-11-24 10:00:00\n[10:44:25] Ann: hi\n[10:45:00] bob: ok", 1),
-    "Twitch": ("[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok", 0),
-}  # fmt: skip
-
-
-@table("program", LOGS)
-def test_logs_of_irc_and_twitch(check, program):
-    log, notices = LOGS[program]
-    entries = check({"a.log": log}, "Ann: hi|bob: ok", app=notices)
-    assert each("time", entries) == ["2026-11-24T10:44:25", "2026-11-24T10:45:00"]
-
-
-def test_a_log_goes_on_after_midnight(check):
-    log = "[23:59:50] a: late\n[00:00:10] b: early\n[00:00:05] a: a clock goes wrong"
-    entries = check({"a.log": log}, "a: late|a: a clock goes wrong|b: early")
-    times = ["1970-01-01T23:59:50", "1970-01-02T00:00:05", "1970-01-02T00:00:10"]
-    assert each("time", entries) == times
-
-
-def test_a_log_may_have_its_day_in_its_name(check):
-    files = {f"#home/2026-11-{day}.log": "[10:44] <a> hi\n[10:44] <b> ok" for day in (24, 26)}
-    entries = check(files, "a: hi|b: ok|a: hi|b: ok")
-    assert each("time", entries) == ["2026-11-24T10:44:00", "2026-11-26T10:44:00"]
-    assert each("conversation", entries) == ["#home"]
-
-
-def test_imessage_exporter(check):
-    chat = """\
-Nov 24, 2026 10:44:25 AM (Read by you)\nMe\none\n\ntwo\nTapbacks:\nLoved by Ann\n
-Nov 24, 2026  1:44:30 PM\nAnn\nbetter\nEdited 15 seconds later: best
-This message responded to an earlier message.
-    Nov 24, 2026  1:45:00 PM\n    Me\n    an answer\n
-Nov 24, 2026  1:45:00 PM\nMe\nan answer\n
-Nov 24, 2026  1:46:00 PM You named the conversation Home\n
-Nov 24, 2026  1:47:00 PM\nAnn\n/Users/me/Library/Messages/Attachments/a/b.heic
-"""
-    talk = "Me: one\n\ntwo|Ann: best|Me: an answer"
-    entries = check({"+15550100.txt": chat}, talk, app=1, media=1)
-    assert [when[11:] for when in each("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
-    assert each("conversation", entries) == ["Person 1"]
-
-
-# ---- times --------------------------------------------------------------------------------------
-@table(
-    ("time", "values"),
-    [
-        ("2026-11-24T09:44:00", [1795513440, "1795513440.5", 1795513440000, 1795513440000000]),
-        ("2026-11-24T09:44:00", ["Tue, 24 Nov 2026 10:44:00 +0100", "2026-11-24T09:44:00Z"]),
-        ("2026-11-24T00:00:00", ["24.11.2026"]),
-        ("1970-01-01T20:15:00", ["20:15", "8:15 PM"]),  # and not today
-        (None, ["no time", float("inf"), float("nan"), "99.99.2026, 10:44", "24.11.2026, 10:99"]),
-    ],
-)
-def test_a_time_may_be_written_in_many_ways(check, values, time):
-    for value in values:
-        log = [{"timestamp": value, "user": name, "text": "hi"} for name in "AB"]
-        assert each("time", check({"a.json": log}, "A: hi|B: hi")) == [time], value
-
-
-@table(
-    ("dates", "first"),
-    [
-        ("1/2/26 13/2/26", "2026-02-01"),  # no month is 13
-        ("1/2/26 2/13/26", "2026-01-02"),
-        ("3/4/26 4/4/26 5/4/26 1/5/26", "2026-04-03"),  # so time goes on
-        ("4/3/26 4/4/26 4/5/26 5/1/26", "2026-04-03"),
-        ("1/5/26 5/4/26 4/4/26 3/4/26", "2026-04-03"),  # or back
-        ("26-04-03 26-04-04 26-05-01", "2026-04-03"),
-    ],
-)
-def test_the_order_of_day_and_month_is_that_of_the_whole_file(home, main, dates, first):
-    lines = [f"{day}, 9:44 - {'AB'[i % 2]}: hi\n" for i, day in enumerate(dates.split())]
-    (home / "chat.txt").write_text("".join(lines))
-    assert "nothing decides" not in main("chat.txt")
-    assert written(home)[0]["time"][:10] == first
-
-
-@table(
-    ("clock", "flags", "day"),
-    [
-        ("9:44", [], "2026-02-01"),
-        ("9:44 AM", [], "2026-01-02"),  # an American phone
-        ("9:44 AM", ["--dates", "dmy"], "2026-02-01"),
-    ],
-)
-def test_where_nothing_decides_capitals_or_the_setting_do_and_it_is_told(check, clock, flags, day):
-    chat = f"1/2/26, {clock} - A: a\n1/2/26, {clock} - B: b"
-    assert each("time", check({"a.txt": chat}, "A: a|B: b", *flags)) == [f"{day}T09:44:00"]
-    other = "mdy" if clock == "9:44" else "dmy"
-    assert [note[-11:] for note in from_export.notes] == ([] if flags else [f"--dates {other}"])
-
-
-# ---- leave out ----------------------------------------------------------------------------------
-AUTHORS = {
-    "+43 660 0000001": "Person 1",
-    "\u202a+43 660 0000001\u202c": "Person 1",
-    "~\u202fAnn": "Ann",
-    "+1 (555) 010\u20110002": "Person 2",
-    "\u202a+44\xa07700\xa0900000\u202c": "Person 3",
-    "A\x1b[2Jn\u202e  Lee": "A[2Jn Lee",
-    "\U0001f468\u200d\U0001f33e": "\U0001f468\u200d\U0001f33e",
-}
-
-
-def test_authors_lose_what_is_no_name_and_a_phone_number_becomes_a_person(check):
-    talk = "|".join(f"{author}: hi" for author in AUTHORS.values())
-    check({"a.txt": chat_of(*(f"{name}: hi" for name in AUTHORS))}, talk)
-
-
-def test_bots_are_known_by_name_and_a_kind_that_is_kept_is_not_left_out(check):
-    log = {"a.log": "[10:00:00] <ann> hi\n[10:00:01] <Nightbot> buy!\n[10:00:02] <bob> ok"}
-    check(log, "ann: hi|bob: ok", bot=1)
-    check(log, "ann: hi|Nightbot: buy!|bob: ok", "--keep", "bot")
-
-
-def test_a_message_that_two_exports_hold_is_read_once(check):
-    old = "24/11/26, 10:44 - A: hi\n24/11/26, 10:44 - A: hi\n24/11/26, 10:45 - B: ok"
-    new = old + "\n24/11/26, 10:46 - A: more\n24/11/26, 10:46 - A: more"
-    talk = "A: hi|A: hi|B: ok|A: more|A: more"
-    check({"Ann.txt": old, "Ann (1).txt": new}, talk, copy=3)
-
-
-# ---- write --------------------------------------------------------------------------------------
-def test_another_export_is_not_written_over_unless_told(home, main):
+# ---- write ---------------------------------------------------------------------------------------
+def test_another_export_replaces_only_if_told_and_what_was_there_is_kept(home, main):
     assert "3 entries" in main("chat.txt")
     assert "3 entries" in main("chat.txt")  # the same one
     (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
-    assert "FIX: add --replace" in main("chat.txt") and len(written(home)) == 3
+    error = main("chat.txt")
+    assert "FIX: python from_export.py --version sample chat.txt --replace" in error
+    assert "FIX: python from_export.py --version sample chat.txt --version sample_2\n" in error
+    assert (main.code, len(written(home))) == (1, 3)
     assert "4 entries" in main("chat.txt", "--version", "two") and len(written(home)) == 3
     assert "4 entries" in main("chat.txt", "--replace") and len(written(home)) == 4
+    before = home / "my project/data/raw/messages_sample.json.before"
+    assert len(json.loads(before.read_text())) == 3
 
 
-def test_a_second_run_on_the_same_name_is_refused(home, main):
-    with open(home / RAW / ".messages_sample.json.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is writing" in main("chat.txt")
-        assert "3 entries" in main("chat.txt", "--version", "two")
-    assert "3 entries" in main("chat.txt")
-
-
-# ---- tell ---------------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------
 def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, main):
     files = {"_chat.txt": CHAT, "__MACOSX/._chat.txt": "x", "a.jpg": "x"}
     (home / "Chat with Bob.zip").write_bytes(packed(files))
@@ -742,7 +196,7 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, main):
         "VERSION=sample python build_train.py --only-author 'Ann Lee'",
         "VERSION=sample python build_train.py",
     ]
-    lines = (home / RAW / "messages_sample.json").read_text().splitlines()
+    lines = (home / "my project/data/raw/messages_sample.json").read_text().splitlines()
     when = '"time": "2026-11-24T10:45:00"'
     assert lines[0] == "[" and lines[-1] == "]" and len(lines) == 5
     assert lines[2] == (
@@ -757,55 +211,50 @@ def test_the_author_of_most_conversations_is_the_one_to_learn(capsys):
     assert "--only-author Me\n" in capsys.readouterr().out
 
 
-# ---- untrusted text, odd surroundings -----------------------------------------------------------
+# ---- untrusted text ------------------------------------------------------------------------------
 def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, main):
-    texts = {"A\x1b[2J\u202e'; rm -rf ~; '": "\ud800\x07\x9b\x00hi", "B": "ok"}
-    log = [{"author": name, "text": text} for name, text in texts.items()] * 2
+    name = "A\x1b[2J\u202e'; rm -rf ~; '"
+    log = [{"author": name, "text": "\ud800\x07\x9b\x00hi"}, {"author": "B", "text": "ok"}] * 2
     (home / "a\x1b[2J.json").write_text(json.dumps(log))
     printed = main("a\x1b[2J.json")
     assert all(c.isprintable() or c == "\n" for c in printed)
-    assert said(written(home))[0] == "A[2J'; rm -rf ~; ': ?hi"
-    assert """--only-author 'A[2J'"'"'; rm -rf ~; '"'"''\n""" in printed
+    assert (written(home)[0]["author"], written(home)[0]["message"]) == (
+        "A[2J'; rm -rf ~; '",
+        "?hi",
+    )
+    command = next(line for line in printed.splitlines() if "--only-author" in line)
+    assert shlex.split(command)[-1] == "A[2J'; rm -rf ~; '"
 
 
-@table("head", [f"{ANDROID}Ann: ", "[10:44:25] <ann> ", "from,text\na,"])
+@table("head", ["24/11/26, 10:44 - Ann: ", "[10:44:25] <ann> ", "from,text\na,"])
 def test_no_text_takes_long(head):
     texts = " ", "\n", "!", "<", "a <", "\u200e<", "(1 ", "1", "1/", "1/2/26, 10:44", ":", "\t", "«"
     for text in texts:
         content = head + text * (50_000 // len(text))
         start = time.process_time()
-        _, messages = from_export.read("a.txt", content.encode())
-        messages = from_export.read_times(messages, None, "a")
-        from_export.sort_out([("a.txt", "", messages)], set())
+        chat = from_export.read_file(open_file("a.txt", content.encode(), {}), None)
+        from_export.sort_out([chat], [])
         assert time.process_time() - start < 2, text
 
 
-def test_the_same_bytes_in_any_surroundings(home, run, main):
-    (home / "chat.txt").write_text(CHAT.replace("Bob", "Zoë 🙂"), "utf-8")
-    main("chat.txt")
-    first = written(home)
-    for folder in (home, home / RAW):  # files beside the script are not its modules
-        for name in ("json", "signal", "csv", "dateutil", "argparse"):
-            (folder / f"{name}.py").write_text("raise SystemExit('ran')")
-    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONOPTIMIZE": "2"}
-    result = run(home / RAW, "from_export.py", "chat.txt", cwd=home, env=env)
-    assert result.returncode == 0 and result.stderr == "" and written(home) == first
-
-
-def test_ctrl_c_ends_it_quietly(home, run):
-    (home / "chat.txt").write_text(CHAT * 20000)
+def test_ctrl_c_leaves_nothing(project, run):
+    chat = project / "chat.txt"
+    chat.write_text(CHAT * 100_000)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    start = {"cwd": home, "start": subprocess.Popen} | pipes
-    process = run(home / RAW, "from_export.py", "chat.txt", **start)
-    while not (home / RAW / ".messages_sample.json.lock").exists():
-        time.sleep(0.01)
+    process = run(project, "data/raw/from_export.py", chat, start=subprocess.Popen, **pipes)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.communicate() == (b"", b"\n") and process.returncode == 130
-    assert written(home) == []
+    assert process.communicate() == (b"", b"\n")
+    assert process.returncode == -signal.SIGINT  # for a shell this is 130
+    assert {path.name for path in (project / "data/raw").glob("*messages*")} == {
+        "messages_sample.json"
+    }
 
 
-def test_without_the_environment_it_says_so(home):
-    command = [sys.executable, "-I", "-S", home / RAW / "from_export.py", "chat.txt"]
-    result = subprocess.run(command, cwd=home, capture_output=True, encoding="utf-8")
-    assert result.returncode == 1
-    assert last_error(result).endswith("source venv/bin/activate (see README.md, Install)")
+def test_it_runs_from_any_folder(project, run):
+    (project / "chat.txt").write_text(CHAT)
+    away = Path(project.parent)
+    env = {"VERSION": "mine"}
+    result = run(project, "data/raw/from_export.py", project / "chat.txt", env=env, cwd=away)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (project / "data/raw/messages_mine.json").stat().st_mode & 0o777 == 0o600

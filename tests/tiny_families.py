@@ -5,10 +5,12 @@
 What differs between families is the names and kinds of their layers, and their chat templates.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.adapted import make_model
 
 import mlx.core as mx
 from mlx_lm.utils import save_model
@@ -31,6 +33,7 @@ THINKS = """{% for turn in messages %}<|im_start|>{{ turn.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 <think>
 {% if enable_thinking is defined and not enable_thinking %}
+
 </think>
 
 {% endif %}{% endif %}"""
@@ -77,7 +80,6 @@ COMMON = {
     "norm_eps": 1e-6,
     "layer_norm_epsilon": 1e-6,
     "rope_theta": 10000.0,
-    "rope_scaling": None,
     "max_position_embeddings": 2048,
     "attention_bias": False,
     "tie_word_embeddings": True,
@@ -89,6 +91,7 @@ MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
+    "rope_scaling": None,
     "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32,
     "n_shared_experts": 1,
@@ -189,7 +192,7 @@ FAMILIES = {
     "olmo3": (SLIDING, TURNS),
     "granite": (GRANITE, TURNS),
     "exaone": ({"num_layers": 2}, TURNS),
-    "exaone4": (SLIDING | {"sliding_window_pattern": "LG"}, THINKS),
+    "exaone4": (SLIDING | {"sliding_window_pattern": "LG", "rope_scaling": None}, THINKS),
     "internlm3": ({"bias": False, "qkv_bias": False}, TURNS),
     "seed_oss": ({"attention_out_bias": False, "mlp_bias": False}, TURNS),
     "minicpm": (
@@ -253,6 +256,9 @@ FAMILIES = {
 }
 
 
+CANNOT_BE_ADAPTED = {"bitnet": ({}, TURNS)}
+
+
 def train_tokenizer():
     """Return a byte-level BPE tokenizer, to which no text is unknown; two line ends are a token."""
     tokenizer = Tokenizer(models.BPE())
@@ -268,22 +274,27 @@ def train_tokenizer():
     return tokenizer
 
 
+def config_of(family, **changes):
+    """Return the config of a family; the changes go where its sizes stand."""
+    config = COMMON | (FAMILIES | CANNOT_BE_ADAPTED)[family][0] | {"model_type": family}
+    if "text_config" in config:
+        return config | {"text_config": config["text_config"] | changes}
+    return config | changes
+
+
 def build(family, folder):
     """Write a base model of this family into a folder."""
-    config, template = FAMILIES[family]
-    config = (
-        COMMON | config | {"model_type": family, "eos_token_id": [0, SPECIAL.index("<|im_end|>")]}
-    )
+    config = config_of(family) | {"eos_token_id": [0, SPECIAL.index("<|im_end|>")]}
     mx.random.seed(0)
-    architecture = importlib.import_module(f"mlx_lm.models.{family}")
-    model = architecture.Model(architecture.ModelArgs.from_dict(json.loads(json.dumps(config))))
-    save_model(folder, model)
+    save_model(folder, make_model(config))
     (folder / "config.json").write_text(json.dumps(config))
     train_tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": template})
-    )
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "chat_template": (FAMILIES | CANNOT_BE_ADAPTED)[family][1],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
 if __name__ == "__main__":

@@ -2,27 +2,29 @@
 
     python tests/benchmarks/from_export.py
     python tests/benchmarks/from_export.py --only log --repeats 1     # in seconds
+    python tests/benchmarks/from_export.py --only WhatsApp --beside ~/old/data/raw/from_export.py
 
-reads a quarter and the whole of 200,000 messages and of texts made to be slow, and prints
+reads a quarter and the whole of 300,000 messages and of texts made to be slow, and prints
 
-                                             n        4n    4n : n
-    log                                 0.89 s    3.53 s      4.38
+                                             n        4n    4n : n    memory
+    log                                 0.89 s    3.53 s      4.38    104 MB
 
-The ratio should be under 5, 200,000 messages of WhatsApp under 10 s. Takes some minutes; writes to
-a temporary folder alone.
+The ratio should be under 5, 300,000 messages of WhatsApp under 15 s. Takes some minutes; writes to
+a temporary folder alone. --beside runs another version of the script on the same texts, in turn.
 """
 
 import argparse
 import json
+import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "data/raw/from_export.py"
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "data/raw/from_export.py"
 WORDS = ["river", "light", "coat", "old", "cake", "maybe", "window", "paper", "rain", "soup"]
 ENTRY = "24/11/26, 10:44 - Ann: "
 
@@ -71,10 +73,10 @@ def one_message(piece):
 
 
 CASES = {
-    "WhatsApp": (whatsapp, 200_000),
-    "Telegram": (telegram, 200_000),
-    "CSV": (csv, 200_000),
-    "log": (log, 200_000),
+    "WhatsApp": (whatsapp, 300_000),
+    "Telegram": (telegram, 300_000),
+    "CSV": (csv, 300_000),
+    "log": (log, 300_000),
     "one message of lines": (one_message("a\n"), 2_000_000),
     "one message of spaces": (one_message(" "), 40_000_000),
     "one message of '<'": (one_message("<"), 10_000_000),
@@ -84,40 +86,59 @@ CASES = {
 }
 
 
-def seconds(folder, text):
-    """Return how much time of the processor the script takes for a file with this text.
+def cost(script, export, text):
+    """Return (seconds of the processor, most memory in MB) of the script for a file with this text.
 
     Time of the processor, because then it does not count what else runs on the machine.
     """
-    (folder / "export.txt").write_text(text, "utf-8")
-    command = [sys.executable, folder / "from_export.py", folder / "export.txt", "--replace"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    export.write_text(text, "utf-8")
+    command = [sys.executable, script, export, "--replace"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, command
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on a Mac, else KB
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
+
+
+def project_in(folder):
+    """Copy what the script needs into a folder of its own; return the copy of the script."""
+    for name in "models/__init__.py", "models/common.py", "data/__init__.py":
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(SCRIPT.parent / "readers", folder / "data/raw/readers")
+    return Path(shutil.copy(SCRIPT, folder / "data/raw/from_export.py"))
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each case; the best counts")
-    parser.add_argument("--only", nargs="+", default=CASES, choices=CASES, metavar="CASE")
+    add = parser.add_argument
+    add("--repeats", type=int, default=3, help="runs of each case; the best counts")
+    add("--only", nargs="+", default=CASES, choices=CASES, metavar="CASE")
+    add("--beside", type=Path, help="another from_export.py; it writes beside itself")
     arguments = parser.parse_args()
-    repeats = arguments.repeats
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shutil.copy(SCRIPT, folder)
-        start = min(seconds(folder, whatsapp(20)) for _ in range(repeats))
+        scripts = [project_in(Path(name)), *filter(None, [arguments.beside])]
+        export = Path(name) / "export.txt"
+        start = min(cost(scripts[0], export, whatsapp(20)) for _ in range(arguments.repeats))[0]
         print(f"{'start':<32}{start:8.2f} s")
-        print(f"{'':<32}{'n':>10}{'4n':>10}{'4n : n':>10}")
+        print(f"{'':<32}{'n':>10}{'4n':>10}{'4n : n':>10}{'memory':>10}")
         for case in arguments.only:
             make, count = CASES[case]
-            small, large = make(count // 4), make(count)
-            few = min(seconds(folder, small) for _ in range(repeats))
-            many = min(seconds(folder, large) for _ in range(repeats))
-            ratio = max(many - start, 0.01) / max(few - start, 0.01)
-            print(f"{case:<32}{few:8.2f} s{many:8.2f} s{ratio:10.2f}", flush=True)
+            texts = make(count // 4), make(count)
+            runs = {(script, text): [] for script in scripts for text in texts}
+            for _ in range(arguments.repeats):  # in turn, so that a busy minute hits all
+                for (script, text), costs in runs.items():
+                    costs.append(cost(script, export, text))
+            for script in scripts:
+                few, many = (min(runs[script, text])[0] for text in texts)
+                memory = min(megabytes for _, megabytes in runs[script, texts[1]])
+                ratio = max(many - start, 0.01) / max(few - start, 0.01)
+                title = case if script == scripts[0] else "  beside it"
+                times = f"{few:8.2f} s{many:8.2f} s{ratio:10.2f}"
+                print(f"{title:<32}{times}{memory:7.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""From the bytes of a file to what stands in it: text, JSON or CSV."""
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from .not_read import refuse_bytes
+from .shared import share
+
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".xml", ".zip"}
+TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
+TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
+
+PICTURES = re.compile(rb' data="[^"]*"')  # in MMS
+LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
+
+
+class File(NamedTuple):
+    """What stands in a file, before it is known which app wrote it."""
+
+    name: str  # with its path, also in a .zip
+    title: str  # of the conversation, if the app writes none
+    lines: list  # of the text, if it is neither JSON nor CSV
+    data: object  # what its JSON or CSV holds, else None
+    keys: set  # of the data, if they are one {…}
+    entries: list  # what may be the messages in the data, each a {…}
+    names: dict  # number of a user → name, the same for all files of a run
+    notes: list  # what a person should know of it
+
+
+def open_file(name, content, names):
+    """Return a File of the bytes, which may be anything."""
+    refuse_bytes(name, content)
+    if name.lower().endswith(".xml"):
+        content = PICTURES.sub(b"", content)  # they make gigabytes of a backup
+    text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
+    notes = []
+    data = parse_json(text)
+    if data is None:
+        data = parse_csv(text, notes)
+    lines = text.split("\n") if data is None else []
+    data, lines = without_mojibake(data), without_mojibake(lines)
+    keys = set(data) if isinstance(data, dict) else set()
+    entries = [entry for entry in messages_of(data) if isinstance(entry, dict)]
+    return File(name, title_of(name), lines, data, keys, entries, names, notes)
+
+
+def title_of(name):
+    """Return a name for the conversation in a file: "x/Chat with Ann (1).txt" → "Chat with Ann".
+
+    Many apps give all files one name, and folders tell them apart: "Ann.zip/_chat.txt" → "Ann".
+    """
+    path = Path(name)
+    everyones = r"_chat|chat|data|export|index|messages?|message_\d+|result|\d{4}-\d\d-\d\d"
+    if re.fullmatch(everyones, path.stem) and path.parent.name:
+        path = path.parent
+    stem = path.stem if path.suffix.lower() in READABLE else path.name
+    return re.sub(r" ?\(\d+\)$", "", stem)
+
+
+def decode(content):
+    """Return the text of a file in UTF-8, UTF-16 (as Excel writes it) or Windows' own letters."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace")
+    text = content.decode("utf-8-sig", "replace")
+    wrong, letters = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+    if wrong <= letters / 10:  # a program may have cut a line within a letter
+        return text
+    return "\n".join(map(decode_line, content.split(b"\n")))
+
+
+def decode_line(line):
+    """Return the text of a line; in old logs each program wrote its own encoding."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return line.decode("windows-1252", "replace")
+
+
+def parse_json(text):
+    """Return what the JSON holds (of JSON lines a list), or None if it is none."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    for parts in [text], text.split("\n"):  # one document, or one in every line
+        with contextlib.suppress(ValueError):
+            found = [json.loads(part) for part in parts if part.strip()]
+            return found if len(found) > 1 else found[0]
+    return None
+
+
+def parse_csv(text, notes):
+    """Return the rows of a CSV with a header as a list of {column: text}, or None if it is none."""
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t|", key=header.count)
+    names = [name.strip(' "').casefold() for name in header.split(delimiter)]
+    if len(names) < 2 or not TABLES.intersection(names):
+        return None
+    import pandas as pd  # here, for it takes half a second and 50 MB, and few exports are CSV
+
+    with warnings.catch_warnings(record=True, category=pd.errors.ParserWarning) as too_long:
+        table = pd.read_csv(
+            io.StringIO(text),
+            sep=delimiter,
+            dtype=str,
+            keep_default_na=False,  # "NA" and "null" are words
+            index_col=False,  # all rows may be longer than the header
+            on_bad_lines="warn",
+        )
+    if too_long:
+        notes.append("rows with more columns than the header are left out or cut")
+    return table.fillna("").to_dict("records")
+
+
+def messages_of(data):
+    """Return the list of messages in the data, wherever the app put it; of one message, [it]."""
+    if isinstance(data, dict):
+        data = next((data[key] for key in LISTS if data.get(key)), [data])
+    return data if isinstance(data, list) else []
+
+
+# ---- UTF-8 that was written as if it were Latin-1 ------------------------------------------------
+def without_mojibake(data):
+    """Return the data with "CafÃ©" as "Café" everywhere, if most of its texts are like that."""
+    first = itertools.islice(texts_in(data), 20_000)
+    texts = [text for text in first if not text.isascii()]
+    if not texts or share(texts, lambda text: repaired(text) != text) < 1 / 2:
+        return data
+    return repaired_in(data)
+
+
+def texts_in(data):
+    """Yield all texts in lists and values."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, list | dict):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from texts_in(value)
+
+
+def repaired_in(data):
+    if isinstance(data, str):
+        return repaired(data)
+    if isinstance(data, list):
+        return [repaired_in(value) for value in data]
+    if isinstance(data, dict):
+        return {key: repaired_in(value) for key, value in data.items()}
+    return data
+
+
+def repaired(text):
+    """Return the text that was meant: "CafÃ©" → "Café"; what is no mojibake stays."""
+    for encoding in "latin-1", "windows-1252":
+        with contextlib.suppress(UnicodeError):
+            return text.encode(encoding).decode("utf-8")
+    return text

@@ -88,6 +88,8 @@ def find_model(version, model):
     base = Path("models/base", model)
     adapter = Path("models/adapters", f"adapter-{name}")
     fused = Path("models/fused", f"fused-{name}")
+    for folder in adapter, fused:
+        common.finish_move(folder)
     if common.data_changed(version, adapter):
         common.warn("the data are not those of the training", f"{run} ./fine_tune.sh")
     if fused.is_dir():

@@ -377,7 +377,8 @@ def main():
     facts = find_facts(args, at, data, asked, models, warnings)
     facts["verdict"] = verdict.verdict(table, facts)
     page = report.render(facts, table, asked, talk, said, at.results)
-    before = write(at.results, page, facts | table, asked, said)
+    known = {name: figure for name, figure in table.items() if figure}
+    before = write(at.results, page, facts | known, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
     for name in "report.html", "generations.csv", "metrics.json":
         print("wrote", at.results / name)

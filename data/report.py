@@ -1,7 +1,7 @@
 """What the page of test_on_validation.py shows; data/report.html is its template, for jinja2."""
 
 from models.common import visible
-from models.verdict import chance, far_figures, shown
+from models.verdict import chance, far_figures, passing, shown
 
 import json
 import math
@@ -41,15 +41,11 @@ def bars(table, facts):
         for who, share in chances.items()
     ]
     labels = {"somebody else": "somebody else"} | LABELS | {"reference": facts["name"]}
+    shares = {who: passing(table, who) for who in table["told apart"]}
     sounds = [
-        (
-            label,
-            who,
-            min(1, 2 * (1 - table["told apart"][who])),
-            f"{1 - table['told apart'][who]:.0%}",
-        )
+        (label, who, min(1, 2 * shares[who]), f"{shares[who]:.0%}")
         for who, label in labels.items()
-        if who in table["told apart"]
+        if who in shares
     ]
     return [learned, sounds]
 

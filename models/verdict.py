@@ -121,11 +121,18 @@ def sounds(table, facts):
     return answer
 
 
+def passing(table, who):
+    """Return how often replies pass for real; of the person's own, more than half is chance."""
+    share = 1 - table["told apart"][who]
+    return min(share, 0.5) if who == "reference" else share
+
+
 def beside(table, who, name):
     """Return what else passes for real: "Beside it: base 4%, somebody else 8%, Ann 47%."."""
-    shares = {other: f"{1 - told:.0%}" for other, told in table["told apart"].items()}
+    shares = {other: f"{passing(table, other):.0%}" for other in table["told apart"]}
     del shares[who]
-    shares[name] = shares.pop("reference", "not known")
+    if "reference" in shares:
+        shares[name] = shares.pop("reference")
     return f"Beside it: {', '.join(f'{other} {share}' for other, share in shares.items())}."
 
 

@@ -32,6 +32,7 @@ VALID = "data/for_train/sample/valid.jsonl"
 RESULTS = "data/results/sample_tiny-gemma-3"
 RUN = "VERSION=sample MODEL=tiny-gemma-3"
 ME = "test_on_validation.py"
+ALL = "base,adapter,fused"
 
 
 def cases(names, table):
@@ -147,11 +148,11 @@ def other_rows(project):
 # {id: (what is changed after the training, the models asked for, those that are tested, a warning)}
 # What is not asked for, nor the fused model by default, need not be there.
 CHANGED = {
-    "not fused": (remove(FUSED), "base,adapter,fused", ["base", "adapter"], ""),
+    "not fused": (remove(FUSED), ALL, ["base", "adapter"], ""),
     "no adapter": (remove(ADAPTER), "base,fused", ["base", "fused"], ""),
     "other rows": (other_rows, "adapter", ["adapter"], "not those of the training"),
     "other rows, base": (other_rows, "base", ["base"], ""),
-    "other adapter": (other_adapter, "base,fused", ["base", "fused"], "from another adapter"),
+    "other adapter": (other_adapter, ALL, ALL.split(","), "from another adapter"),
     "other adapter, base": (other_adapter, "base", ["base"], ""),
 }
 
@@ -164,6 +165,7 @@ def test_what_is_asked_for_must_belong_together(trained, run, change, models, te
     found = metrics(trained)
     assert (result.returncode, list(found["loss"])) == (0, tested)
     assert len(found["warnings"]) == bool(warning)
+    assert "kept" not in found  # an old fuse is not blamed for a new adapter
     assert warning in result.stderr
     page = (trained / RESULTS / "report.html").read_text("utf-8")
     assert ("<b>Warning:</b>" in page) == bool(warning)

@@ -419,6 +419,7 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
         (ANDROID, "deleted", ["تم حذف هذه الرسالة.", "这条消息已被删除。"]),
         (ANDROID, "call", ["Missed voice call", "Videollamada perdida", "मिस्ड वीडियो कॉल"]),
         (ANDROID, "location", ["Ort: https://maps.google.com/?q=48,16", "live location shared"]),
+        (ANDROID, "location", ["Home (Vienna, Austria): https://foursquare.com/v/4e89af"]),
         (ANDROID, "poll", ["UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)\nOPTION: Nie (0 Stimmen)"]),
         (ANDROID, "app", ["Waiting for this message. This may take a while."]),
         (IPHONE, "media", ["\u200eimage omitted", "\u200f\u200eلم يتم إدراج الصورة"]),

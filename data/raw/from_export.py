@@ -3,10 +3,11 @@
     python data/raw/from_export.py ~/Downloads/result.json
     python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip" --version ann
 
-Reads   files, folders or .zip of WhatsApp, Telegram, Instagram, Messenger, Discord, Signal, SMS,
-        iMessage, LINE, KakaoTalk, WeChat, Slack, Teams and others, each with a file in
-        data/raw/readers/; CSV with a header, JSON lists of messages, ready training sets. Their
-        content tells them apart; nothing is unpacked or sent anywhere.
+Reads   files, folders or .zip of WhatsApp, Telegram, Discord, Instagram, Messenger, Signal,
+        iMessage, SMS, LINE, KakaoTalk, WeChat, Snapchat, Slack, Teams, Skype, Google Chat, Matrix,
+        Rocket.Chat, Twitch, IRC, Pidgin, Reddit; CSV with a header, JSON lists of messages, ready
+        training sets. Their content tells them apart; nothing is unpacked or sent anywhere.
+        Each app has a file in data/raw/readers/.
 Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be read and edited:
         {"conversation": "Ann", "time": "2026-11-24T10:44:25", "author": "Ann Lee", "message": "hi"}
         one conversation after the other, each in the order of time;

@@ -4,21 +4,17 @@
     VERSION=sample python build_train.py             # the sample that comes with the guide
     python build_train.py --only-author ann --gap 3  # a model that answers as ann
 
-Reads   data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), in one of three shapes:
-        {"message": "hi!", "author": "ann", "time": "2024-05-31T18:04", "conversation": "family"}
-            a log, as data/raw/from_export.py writes it; only "message" must be there
-        {"previous_messages": ["hi all", "hi!"], "message": "ready?"}
-            a reply and what came before it
-        {"prompt": "Hi!", "completion": "Hello"}
-            a pair that is ready
-        and the tokenizer of models/base/${MODEL}/, if it is there
+Reads   data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), as data/raw/from_export.py
+        writes it, or in one of the two other shapes that data/messages.py shows
+        models/base/${MODEL}/, its tokenizer, if it is there
 Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line), dropped.jsonl
         (every entry that is in neither of them, and why), settings.json (how they were made)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
-from data.clean import cleaners
+from data.clean import cleaners, control_tokens
 from data.messages import Message, bar, find_raw, read
+from data.personal import looks_private
 from data.prompt import make_chat
 from data.split import COPY, drop_copies, split
 from models import common
@@ -399,7 +395,7 @@ def fit(rows, s, tokenizer, dropped):
         counts = count_tokens([training_row(row, s) for row in part], tokenizer)
         for row, count in zip(part, counts, strict=True):
             row.tokens = count
-            if row.tokens > s.max_seq_length and not row.message.prompt:
+            if row.tokens > s.max_seq_length:
                 shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
                 dropped.append((row.message, "over --max-seq-length"))
@@ -458,7 +454,7 @@ def print_table(s, dropped):
     print()
 
 
-def check_split(train, valid, raw):
+def check_split(train, valid, dropped, raw):
     """End the run if too few rows are left, or if a training row holds a held-out message."""
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
@@ -466,10 +462,10 @@ def check_split(train, valid, raw):
     held = set().union(*(row.places for row in valid))
     shared = sum(not held.isdisjoint(row.places) for row in train)
     if shared:
-        fail(
-            f"{shared} training rows hold messages of validation rows", "# report this: it is a bug"
-        )
+        fail(f"{shared} training rows hold messages of validation rows", "# report this bug")
     say("held out", f"{len(held):,} messages are for validation; no training row holds one of them")
+    if copies := sum(rule == COPY for _, rule in dropped):
+        say("", f"{copies:,} other rows do not validate, because training rows say the same")
 
 
 def report(train, valid, dropped):
@@ -484,6 +480,17 @@ def report(train, valid, dropped):
     say("one epoch", f"{len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
+def tell_private(rows):
+    """Print what may still be private in the messages of the rows, for --block."""
+    texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
+    found = [part for part in map(looks_private, texts) if part]
+    if found:
+        say("private?", f"{len(found):,} messages may hold a password, a code or an address:")
+        for part in list(dict.fromkeys(found))[:8]:
+            say("", part[:80])
+        say("", "write what to hide to a file, one a line, and add --block FILE")
+
+
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
     (0, "it runs, but so few teach hardly more than the tone: more chat helps most"),
     (100, "the tone comes through; four times as many lower the loss by another 4 to 5 %"),
@@ -495,12 +502,12 @@ ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the 
 def tell_who(train, s):
     """Say whose replies are learned, and whether they are enough."""
     [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
-    name, others = s.authors[:1], len(s.authors) - 1
+    authors = {row.author for row in train if row.author}
     if s.only_author:
         who = f"to reply as {s.only_author}"
-    elif name:
-        build = f"python build_train.py --only-author {shlex.quote(name[0])}"
-        who = f"to reply as everybody, {name[0]} and {others} others (one alone: {build})"
+    elif authors:
+        build = f"python build_train.py --only-author {shlex.quote(s.authors[0])}"
+        who = f"to reply as everybody, {len(authors):,} people (as one of them: {build})"
     else:
         who = "to reply as everybody: the chat does not say who wrote what"
     say("it learns", who)
@@ -523,23 +530,22 @@ def write(folder, files):
 
 
 def tell_replaced(before, version):
-    """Say what the data of before were, and whether an adapter was trained on them."""
-    s = json.loads((before / "settings.json").read_bytes())
+    """Say what the data of before were, and which adapters were trained on them."""
     rows = len((before / "train.jsonl").read_bytes().splitlines())
-    what = f"the data of {s['only_author'] or 'everybody'} ({rows:,} rows to train)"
+    author = json.loads((before / "settings.json").read_bytes())["only_author"]
+    what = f"the data of {author or 'everybody'} ({rows:,} rows to train)"
     trained_on = common.checksum(before / "train.jsonl")
-    for settings in Path("models/adapters").glob(f"adapter-{version}_*/settings"):
-        if trained_on in settings.read_text("utf-8", "replace"):
-            what += f", on which {settings.parent} was trained"
-    say("replaced", f"{what}; they are in {os.path.relpath(before)}")
+    for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
+        if common.settings_of(adapter).get("TRAIN_SHA256") == trained_on:
+            what += f", on which {adapter} was trained"
+    say("replaced", f"{what}; they are in {before}")
 
 
 # ---- the run -------------------------------------------------------------------------------------
 def make_rows(raw, s, tokenizer, dropped):
     """Return (training rows, validation rows); add (message, rule) to `dropped` for the others."""
-    tokens = tokenizer.all_special_tokens if tokenizer else []
-    hide = "personal data" not in s.off
-    tidy, name = cleaners(hide, s.block, [token for token in tokens if len(token) > 2])
+    tokens = control_tokens(tokenizer) if tokenizer else []
+    tidy, name = cleaners("personal data" not in s.off, s.block, tokens)
     conversations = read(raw, tidy, name)
     s.only_author = name(s.only_author)
     check_author(conversations, s, raw)
@@ -570,8 +576,9 @@ def main():
     train, valid = make_rows(raw, s, find_tokenizer(s), dropped)
     dropped.sort(key=lambda item: item[0].entry)
     print_table(s, dropped)
-    check_split(train, valid, raw)
+    check_split(train, valid, dropped, raw)
     report(train, valid, dropped)
+    tell_private(train + valid)
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]
     tell_who(train, s)
@@ -583,7 +590,8 @@ def main():
         "dropped.jsonl": lines,
         "settings.json": [vars(s)],
     }
-    if before := write(folder, files):
+    before = write(folder, files)
+    if before and all((before / name).is_file() for name in files):
         tell_replaced(before, s.version)
     say("written", f"{folder}/: {', '.join(files)}")
     say("next", f"VERSION={s.version} MODEL={s.model} ./fine_tune.sh")

@@ -109,7 +109,7 @@ fi
 # line; a resumed run takes the line up where it was.
 left=$((ITERS - batches_done))
 warmup=$((left < 20 ? left / 2 : 10))
-rate=$(awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
+rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
 cat >"$work/lora_config.yaml" <<YAML
 lora_parameters:
   rank: $RANK

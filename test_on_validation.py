@@ -272,31 +272,34 @@ def find_figures(data, asked, nats, replies, args):
         table["unfinished"][who] = sum(not done[who][row.line][1] for row in asked) / len(asked)
         figures.add_by_heart(table, who, texts[who], learned)
     if len(asked) >= 20:
-        theirs = texts.pop("reference")
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
+        real = texts.pop("reference")
         for who, mine in texts.items():
-            table["missing words"][who] = figures.missing_words(theirs, mine, names)
-        elsewhere = said_elsewhere(data, asked, args)
-        figures.add_told_apart(table, theirs, texts, *elsewhere)
+            table["missing words"][who] = figures.missing_words(real, mine, names)
+        add_told_apart(table, data, real, texts, asked)
     return table, said
 
 
-def said_elsewhere(data, asked, args):
-    """Return as many other replies of the person, and of what others of the chat said.
+def add_told_apart(table, data, real, made, asked):
+    """Add how well replies of models, of the person and of others are told from the real ones.
 
-    They come from valid.jsonl, whose talks are those of the rows that the models answer, and what
-    it lacks from train.jsonl.
+    Half of the validation rows at most are judged, so that the others show how well the person is
+    told from themselves. Replies of train.jsonl cannot: they are of other talks, with other topics.
     """
-    lines = {row.line for row in asked}
-    places = np.random.default_rng(args.seed).permutation(len(data.train))
-    train = [data.train[place] for place in places]
-    talks = [row.messages for row in data.rows if row.line not in lines] + train
-    own = [talk[-1][1] for talk in talks]
-    others = []
+    count = min(len(asked), len(data.rows) // 2)
+    if count < 20:
+        count = len(asked)
+    lines = {row.line for row in asked[:count]}
+    texts = made | {"reference": [row.reply() for row in data.rows if row.line not in lines]}
     if len(data.made.authors) == 1:  # else everybody is imitated, and nobody is somebody else
-        talks = [row.messages for row in data.rows] + train
-        others = [what_others_said(talk, joined=data.made.shape == "turns") for talk in talks]
-    return [[visible(text) for text in texts if text][: len(asked)] for texts in (own, others)]
+        joined = data.made.shape == "turns"
+        others = [visible(what_others_said(row.messages, joined)) for row in data.rows]
+        texts["somebody else"] = list(filter(None, others))
+    for who in texts:
+        if len(texts[who]) >= count:
+            told = figures.told_apart(real[:count], texts[who][:count])
+            table["told apart"][who], table["told apart error"][who] = told
+            table["pairs"][who] = count
 
 
 def find_facts(args, at, data, asked, models, warnings):
@@ -374,7 +377,8 @@ def main():
     facts = find_facts(args, at, data, asked, models, warnings)
     facts["verdict"] = verdict.verdict(table, facts)
     page = report.render(facts, table, asked, talk, said, at.results)
-    before = write(at.results, page, facts | table, asked, said)
+    known = {name: figure for name, figure in table.items() if figure}
+    before = write(at.results, page, facts | known, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
     for name in "report.html", "generations.csv", "metrics.json":
         print("wrote", at.results / name)

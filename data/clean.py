@@ -6,6 +6,7 @@ name("+39 333 123 4567")       → "Person 1"
 """
 
 # ruff: noqa: RUF001 (chat is in many scripts)
+from data.personal import hide_personal
 from models.common import fail
 
 import re
@@ -30,54 +31,6 @@ def clean(text):
     return " ".join(text.split())
 
 
-# ---- personal data -------------------------------------------------------------------------------
-EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}\.\w[\w.-]{1,200}")
-CONTACT = re.compile(r"(?i)(?:\btel:|\bwa\.me/|\bphone=|@(?=\d{7}))\+?\d(?:[ ().-]{0,2}\d){6,18}")
-IBAN = re.compile(
-    r"(?<!\w)[A-Za-z]{2}\d\d ?[A-Za-z]{0,4}(?: ?\d){8,26}(?: ?[A-Z\d]{1,4}){0,3}(?!\w)"
-)
-SEVEN_DIGITS = re.compile(r"\d(?:\D{0,2}\d){6}")
-LONG_NUMBER = re.compile(
-    r"(?<![\w/=#&?%~$€£-])(?<!\d[.:,])"  # not in an address, a file name, a sum, a time
-    r"[+(]{0,2}\d(?:[ ().\u2010-\u2013/-]{0,2}\d){6,18}"
-    r"(?![\w/=%]|[.,:-]\d|-[^\W\d])"
-)
-YEAR, DAY = r"(?:19|20)\d\d", r"[0-3]?\d"
-DATE = re.compile(  # 2024-05-31, 31/5/2024, 1914-1918
-    rf"(?<!\d)(?:{YEAR}\D+(?:{DAY}\D+{DAY}|{YEAR})|{DAY}\D+{DAY}\D+{YEAR})(?!\d)"
-)
-
-
-def is_personal(number):
-    """Say whether it looks like the number of a telephone, a card or an account.
-
-    "612 34 56 78", "(11) 98765-4321" and "4111111111111111" do; "192.168.100.200", "31/5/2024",
-    "6-4 7-5 6-7", "2 000 000" and "1.234.567" do not.
-    """
-    sizes = tuple(map(len, re.findall(r"\d+", number)))  # of its groups of digits
-    if "+" in number or re.match("00[1-9]", number):
-        return sum(sizes) >= 8
-    if "." in number and sizes != (3, 3, 4) and not re.match(r"0\d", number):
-        return False  # an address of the internet, a version, a price
-    if DATE.search(number) or ("/" in number and number[0] != "0"):
-        return False
-    if sum(sizes) == 7:
-        return sizes in {(3, 4), (3, 2, 2)}
-    if len(sizes) == 1:
-        return sum(sizes) >= 9
-    return len(sizes) <= 5 and min(sizes[1:]) > 1
-
-
-def hide_personal(text):
-    """Return text with […] in place of numbers and addresses: "ring 98765 43210" → "ring […]"."""
-    if "@" in text:
-        text = EMAIL.sub("[…]", text)
-    if SEVEN_DIGITS.search(text):
-        text = IBAN.sub("[…]", CONTACT.sub("[…]", text))
-        text = LONG_NUMBER.sub(lambda m: "[…]" if is_personal(m[0]) else m[0], text)
-    return text
-
-
 # ---- one's own words -----------------------------------------------------------------------------
 def block_list(path):
     """Return the pattern that finds the words of a file, in any case, but not within words."""
@@ -97,6 +50,24 @@ CONTROL = (  # what the chat templates of models are made of
     r"|<(?:/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
 )
+BRACKETS = re.compile(r"[<\[|>({｜].*[>\]|<)}｜]")  # other added tokens are words, or spaces
+HTML = re.compile(  # which Gemma has as tokens, and which control nothing
+    r"</?(?:table|caption|t(?:head|body|foot|r|h|d)|h[1-6]|blockquote|[uo]l|li|strong|em|b|i|u|code"
+    r"|a|p|br|hr|su[bp]|img|span|div)/?>"
+)
+
+
+def control_tokens(tokenizer):
+    """Return the texts, "<think>" and others, that are one token which controls the model."""
+    texts = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return sorted(text for text in texts if BRACKETS.fullmatch(text) and not HTML.fullmatch(text))
+
+
+def control_token_in(chats, tokenizer):
+    """Return a control token that stands in a text of the chats, None if none does."""
+    pattern = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or "(?!)")
+    found = (pattern.search(turn["content"]) for chat in chats for turn in chat)
+    return next((match[0] for match in found if match), None)
 
 
 # ---- all of it -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What the page of test_on_validation.py shows; data/report.html is its template, for jinja2."""
 
 from models.common import visible
-from models.verdict import chance, far_figures, shown
+from models.verdict import chance, far_figures, passing, shown
 
 import json
 import math
@@ -16,7 +16,7 @@ BLIND = 20  # rows of the blind test
 LABELS = {"base": "base model", "adapter": "adapter", "fused": "fused model"}
 
 
-# ---- how it was trained ---------------------------------------------------------------------------
+# ---- how it was trained --------------------------------------------------------------------------
 def date_of(path):
     """Return when a file was written, as "29 November 2026"; "" if there is none."""
     return f"{datetime.fromtimestamp(path.stat().st_mtime):%-d %B %Y}" if path.exists() else ""
@@ -41,15 +41,11 @@ def bars(table, facts):
         for who, share in chances.items()
     ]
     labels = {"somebody else": "somebody else"} | LABELS | {"reference": facts["name"]}
+    shares = {who: passing(table, who) for who in table["told apart"]}
     sounds = [
-        (
-            label,
-            who,
-            min(1, 2 * (1 - table["told apart"][who])),
-            f"{1 - table['told apart'][who]:.0%}",
-        )
+        (label, who, min(1, 2 * shares[who]), f"{shares[who]:.0%}")
         for who, label in labels.items()
-        if who in table["told apart"]
+        if who in shares
     ]
     return [learned, sounds]
 
@@ -151,6 +147,11 @@ def read_runs(final, facts, table):
     return runs
 
 
+def pairs_of(run):
+    """Return how many pairs of replies of a run were judged: more teach the classifier more."""
+    return run.get("pairs", {}).get(run["judged"])
+
+
 def compare(runs):
     """Return the runs as a table, [] if there is but one.
 
@@ -162,12 +163,12 @@ def compare(runs):
         for key in sorted({key for each in settings.values() for key in each} - {"version"})
         if len({str(each.get(key, "")) for each in settings.values()}) > 1
     ]
-    count = next(iter(runs.values()))["settings"]["replies"]
+    count = pairs_of(runs["this one"])
     table = []
     for name, run in runs.items():
         row = {"name": name, "judged": run["judged"], "loss": f"{run['loss'][run['judged']]:.3f}"}
         told = run.get("told apart", {}).get(run["judged"])
-        if told is not None and run["settings"]["replies"] == count:  # else it tells nothing
+        if told is not None and pairs_of(run) == count:  # else it tells nothing
             error = run["told apart error"][run["judged"]]
             row["taken for real"] = f"{1 - told:.0%} ± {error:.0%}"
         values = settings[name]

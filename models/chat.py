@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.clean import cleaners
+from data.clean import cleaners, control_tokens
 from data.prompt import make_chat
 from models import common
 from models.chat_template import load_model
@@ -55,8 +55,6 @@ add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
 ENDS = "exit", "quit", "/bye"  # typed alone, each ends the talk
 # --------------------------------------------------------------------------------------------------
 
-tidy, tidy_name = cleaners(hide=False, block=None, tokens=[])
-
 
 def arguments():
     """Return the settings of this run; end it if one of them cannot be."""
@@ -90,6 +88,8 @@ def find_model(version, model):
     base = Path("models/base", model)
     adapter = Path("models/adapters", f"adapter-{name}")
     fused = Path("models/fused", f"fused-{name}")
+    for folder in adapter, fused:
+        common.finish_move(folder)
     if common.data_changed(version, adapter):
         common.warn("the data are not those of the training", f"{run} ./fine_tune.sh")
     if fused.is_dir():
@@ -104,10 +104,10 @@ def find_model(version, model):
 
 def speakers(args, settings):
     """Return the names of who replies and of who types."""
-    learned = [tidy_name(author) for author in settings.authors] or ["model"]
+    learned = settings.authors or ["model"]
     can_choose = settings.shape == "prompt" and settings.names
     usual = learned[0] if can_choose or len(learned) == 1 else "model"
-    author, me = tidy_name(args.author) or usual, tidy_name(args.me) or "me"
+    author, me = args.author or usual, args.me or "me"
     if not can_choose and author != usual:
         fail(f"this model was not taught to reply as {author}", "python models/chat.py")
     if can_choose and author not in learned:
@@ -129,9 +129,10 @@ def make_prompt(log, author, settings, tokenizer):
     return tokens
 
 
-def tidy_lines(text):
-    r"""Return a message as those that were learned are: " how   are\n\n you" → "how are\nyou"."""
-    return "\n".join(filter(None, map(tidy, text.split("\n"))))
+def cleaner(tokenizer):
+    r"""Return what makes a message as those learned: " how   are\n\n you" → "how are\nyou"."""
+    tidy, _ = cleaners(hide=False, block=None, tokens=control_tokens(tokenizer))
+    return lambda text: "\n".join(filter(None, map(tidy, text.split("\n"))))
 
 
 def read_message(prompt):
@@ -177,14 +178,14 @@ def show(parts, indent):
     return text
 
 
-def talk(answer, author, me):
+def talk(answer, tidy, author, me):
     """Read messages and answer them until the input ends."""
     typed = sys.stdin.isatty()
     before, after = (f"{visible(name)}: " if typed else "" for name in (me, author))
     log = []  # [("me", "hi"), ("ann", "hello"), …]
     while True:
         try:
-            message = tidy_lines(read_message(before))
+            message = tidy(read_message(before))
         except EOFError:
             print(end="\n" if typed else "")
             return
@@ -198,7 +199,7 @@ def talk(answer, author, me):
         if message:
             log.append((me, message))
             print(after, end="", flush=True)
-            log.append((author, tidy_lines(show(answer(log), " " * len(after)))))
+            log.append((author, tidy(show(answer(log), " " * len(after)))))
             log = [(name, text) for name, text in log if text]
 
 
@@ -227,7 +228,7 @@ def main():
     if sys.stdin.isatty():
         print("(Ctrl-D ends the talk)", file=sys.stderr, flush=True)
     sys.stdin.reconfigure(errors="replace")
-    talk(answer, author, me)
+    talk(answer, cleaner(tokenizer), author, me)
 
 
 if __name__ == "__main__":

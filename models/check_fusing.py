@@ -33,8 +33,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-# What mlx_lm.fuse and mlx_lm.convert write: all else in the folder is a person's own.
-OURS = ("model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
+# Of a fused model these never stay when a new one has none of that name; what else does, a person
+# may have put there.
+OURS = ("model*.safetensors*", "tokenizer*", "*.jinja")
 
 
 # ---- before --------------------------------------------------------------------------------------

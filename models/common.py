@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unicodedata import category
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"  # what VERSION and MODEL can be: one folder, no hidden one
@@ -16,14 +17,19 @@ DEFAULTS = {"VERSION": "v1", "MODEL": "gemma-3-text-27b-it-4bit"}
 
 
 # ---- what a person sees --------------------------------------------------------------------------
+HIDDEN = "Cc", "Cf", "Cs", "Zl", "Zp"  # control, format, surrogate, separators of lines
+FINE = {"\n", "\u200c", "\u200d", *map(chr, range(0xE0020, 0xE0080))}  # what emoji are joined with
+
+
 def visible(text):
     r"""Return text that can only be read: chats and base models may hold terminal escapes.
 
-    Control, bidirectional and surrogate characters come out as \x1b and the like; emoji stay.
+    Control, bidirectional and surrogate characters come out as \x1b and the like. Emoji stay, with
+    what joins them, and also those that this Python does not know yet.
     """
-    fine = "\n\xa0\u3000\u200c\u200d"  # wide spaces, and what joins emoji
     return "".join(
-        c if c.isprintable() or c in fine else c.encode("unicode_escape").decode() for c in text
+        c.encode("unicode_escape").decode() if category(c) in HIDDEN and c not in FINE else c
+        for c in text
     )
 
 

@@ -80,17 +80,6 @@ def told_apart(real, made):
     return picked, SPREAD * math.sqrt(near * (1 - near) / len(real))
 
 
-def add_told_apart(table, real, made, more, others):
-    """Add how well replies of models, of the person and of others are told from the real ones.
-
-    made: {model: replies}; more: other replies of the person, which no model can sound more alike
-    than; others: what others of the chat said, which shows how much the classifier notices.
-    """
-    for who, texts in (made | {"reference": more, "somebody else": others}).items():
-        if len(texts) == len(real):
-            table["told apart"][who], table["told apart error"][who] = told_apart(real, texts)
-
-
 # ---- style ---------------------------------------------------------------------------------------
 def add_style(table, who, texts):
     """Add the mean length and the shares of STYLE of some replies."""
@@ -113,8 +102,8 @@ def missing_words(real, made, names):
     Of ["no no", "boh"] that is “no” for replies [], if one reply of two were many.
     """
     counts = Counter(word for text in real for word in words(text))
-    most = [pair for pair in counts.most_common() if pair[0] not in names][:20]
-    common = [word for word, count in most if count >= max(5, len(real) / 20)]
+    most = sorted((-count, word) for word, count in counts.items() if word not in names)[:20]
+    common = [word for count, word in most if -count >= max(5, len(real) / 20)]
     return ", ".join(f"“{word}”" for word in common if word not in set().union(*map(words, made)))
 
 

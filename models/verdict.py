@@ -102,12 +102,13 @@ def sounds(table, facts):
         "How often a classifier, shown a real reply and the model's, takes the model's for the "
         f"real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
     )
+    answer["beside"] = beside(table, who, facts["name"])
     far = far_figures(table, who)
     answer["more"] = [differs(table, who, name) for name in far]
     if table["missing words"][who]:
         answer["more"].append(f"It never says {table['missing words'][who]}.")
 
-    floor = table["told apart"].get("reference", 0.5)
+    floor = max(table["told apart"].get("reference", 0.5), 0.5)  # less is chance
     ceiling = max(table["told apart"].get("somebody else", 1), floor + 2 * CLOSE)
     if told > (floor + ceiling) / 2:
         answer["word"] = "no"
@@ -118,6 +119,21 @@ def sounds(table, facts):
     else:
         answer["word"] = "yes"
     return answer
+
+
+def passing(table, who):
+    """Return how often replies pass for real; of the person's own, more than half is chance."""
+    share = 1 - table["told apart"][who]
+    return min(share, 0.5) if who == "reference" else share
+
+
+def beside(table, who, name):
+    """Return what else passes for real: "Beside it: base 4%, somebody else 8%, Ann 47%."."""
+    shares = {other: f"{passing(table, other):.0%}" for other in table["told apart"]}
+    del shares[who]
+    if "reference" in shares:
+        shares[name] = shares.pop("reference")
+    return f"Beside it: {', '.join(f'{other} {share}' for other, share in shares.items())}."
 
 
 def far_figures(table, who):
@@ -203,13 +219,14 @@ def next_steps(table, facts, learned, sounds):
         steps.append(("Train longer.", f"{run} ITERS={2 * iterations} ./fine_tune.sh"))
     if table["kept"].get("fused", 1) < 0.9:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))
-    if facts["rows"] < FEW:
+    pairs = table["pairs"].get(facts["judged"], 0)
+    if sounds["word"] == "unsure" and pairs < min(100, facts["rows"] // 2):
+        more = f"{run} python test_on_validation.py --replies 100"
+        steps.append(("Let it reply to more rows.", more))
+    elif "unsure" in (learned["word"], sounds["word"]):
         author = f" --only-author {shlex.quote(facts['author'])}" if facts["author"] else ""
         build = f"{run} python build_train.py{author} --valid-size 0.3"
         steps.append(("Keep more replies for the test, and train again.", build))
-    elif sounds["word"] == "unsure" and facts["asked"] < min(100, facts["rows"]):
-        more = f"{run} python test_on_validation.py --replies 100"
-        steps.append(("Let it reply to more rows.", more))
     if learned["word"] == "yes" and sounds["word"] in ("yes", "nearly"):
         steps.append(("Talk to it.", f"{run} python models/chat.py"))
     if table["gain"] and sounds["word"] != "yes":
@@ -238,7 +255,7 @@ def as_text(verdict):
     for answer in verdict["answers"]:
         figure = f": {answer['figure']}" * bool(answer["figure"])
         yield f"\n{answer['question']} {answer['word'].capitalize()}{figure}"
-        for sentence in [answer["means"], *answer["more"]]:
+        for sentence in filter(None, [answer["means"], answer.get("beside"), *answer["more"]]):
             yield indented(sentence)
     if verdict["by heart"]:
         yield f"\nDid it learn by heart?\n{indented(verdict['by heart'])}"

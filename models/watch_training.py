@@ -63,8 +63,8 @@ def start(command):
             close_fds=False,  # it keeps the lock of fine_tune.sh as long as it lives
         )
     except FileNotFoundError:
-        example = 'LAUNCH="mlx.launch --hostfile hosts.json --"'
-        fail(f"LAUNCH: there is no command {command[0]}", f"{example} ./fine_tune.sh")
+        usual = '"mlx.launch --hostfile hosts.json --"'
+        fail(f"LAUNCH: there is no {command[0]}", rerun("./fine_tune.sh", LAUNCH=usual))
 
 
 def lines_of(pipe):
@@ -89,7 +89,7 @@ def lines_of(pipe):
 
 def follow(work, lines, batches_done, iters):
     """Follow a training to its end; return its last batch, and the line that tells its error."""
-    batch, recent, error, started = batches_done, [], "it said nothing", time.monotonic()
+    batch, recent, error, started = batches_done, [], "it does not say why", time.monotonic()
     with (
         open(work / "training.log", "a", buffering=1) as log,
         open(work / "train_losses.csv", "a", buffering=1) as losses,
@@ -112,7 +112,7 @@ def follow(work, lines, batches_done, iters):
                     say_time_left((time.monotonic() - started) / 10 * (iters - batch), bar)
             elif found := SAVED.match(line):
                 keep(work, f"{found[1]}_adapters", batches_done + int(found[1]))
-            elif line.strip() and ("rror" in line or "rror" not in error):
+            elif "rror" in line:
                 error = line.strip()
     return batch, error
 
@@ -171,10 +171,14 @@ def fixes(work, code, error):
         return ["df -h models/adapters  # free space, then:", again]
     if re.search("memory|alloc|wired", error, re.IGNORECASE) or code == -signal.SIGKILL:
         less = rerun("./fine_tune.sh", RESUME=0, GRAD_CHECKPOINT=1, BATCH_SIZE=1)
-        megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20
-        more = f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # of the memory, till it restarts"
-        return [less, *[more] * (sys.platform == "darwin")]
+        return [less, *[allow_more()] * (sys.platform == "darwin")]
     return [f"tail -n 30 '{work}/training.log'", again]
+
+
+def allow_more():
+    """Return the command that lets a Mac's GPU have most of the memory."""
+    megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20
+    return f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # 85 % of the memory, till it restarts"
 
 
 if __name__ == "__main__":

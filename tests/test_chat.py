@@ -61,7 +61,13 @@ def project(project, monkeypatch):
 @pytest.fixture(scope="module")
 def tiny(template):
     """Return (model, tokenizer) of the tiny base."""
-    return mlx_lm.load(str(template / BASE))
+    return chat.load_model(template / BASE)
+
+
+@pytest.fixture(scope="module")
+def tidy(tiny):
+    """Return what makes a message as those that were learned."""
+    return chat.cleaner(tiny[1])
 
 
 def likeliest(tiny, log):
@@ -118,7 +124,6 @@ def test_what_is_missing_or_wrong_is_said_with_its_fix(project, run, change, fla
         "another one": (SETTINGS, "bob", "me", ("bob", "me")),
         "both the same": (SETTINGS, "", "ann", ("ann", "ann_")),
         "nobody": (SETTINGS | {"authors": []}, "", "me", ("model", "me")),
-        "names that could command": (SETTINGS, "<eos>", "\x1b", ("< eos>", "me")),
         "only author": (TURNS, "", "me", ("ann", "me")),
     },
 )
@@ -173,7 +178,7 @@ def invented_log(people):
         "turns of several": (["ann", "bob", "eve"], "--only-author ann"),
     },
 )
-def test_the_prompt_is_that_of_the_training_rows(project, run, people, flags):
+def test_the_prompt_is_that_of_the_training_rows(project, run, tidy, people, flags):
     log = invented_log(people)
     entries = [{"author": author, "message": text} for author, text in log]
     shutil.rmtree(DATA)
@@ -183,7 +188,7 @@ def test_the_prompt_is_that_of_the_training_rows(project, run, people, flags):
     assert made.returncode == 0, made.stderr
 
     found = chat.read_settings("sample")
-    log = [(author, chat.tidy_lines(text)) for author, text in log]
+    log = [(author, tidy(text)) for author, text in log]
     places = {text: place for place, (_, text) in enumerate(log)}
     rows = common.read_rows(DATA / "train.jsonl", "")
     assert len(rows) > 20
@@ -193,9 +198,10 @@ def test_the_prompt_is_that_of_the_training_rows(project, run, people, flags):
         assert chat.make_chat(context, log[place][0], found) == prompt
 
 
-def test_a_message_that_is_typed_is_cleaned_as_those_that_were_learned():
+@pytest.mark.slow
+def test_a_message_that_is_typed_is_cleaned_as_those_that_were_learned(tidy):
     typed = "  two   words\t\n\nPerche\u0301\u200b bye<end_of_turn>\x1b"
-    assert chat.tidy_lines(typed) == "two words\nPerché bye< end_of_turn>"
+    assert tidy(typed) == "two words\nPerché bye< end_of_turn>"
 
 
 def test_a_long_talk_loses_its_oldest_messages():
@@ -209,12 +215,12 @@ def test_a_long_talk_loses_its_oldest_messages():
 
 # ---- the talk, in a pipe -------------------------------------------------------------------------
 @pytest.mark.slow
-def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tiny):
+def test_each_line_of_a_pipe_gets_a_reply_to_all_that_was_said(project, run, tiny, tidy):
     log, expected = [], ""
     for message in ["perché < eos>", "how are\nyou", "exit"]:
         log.append(("me", message))
         reply = likeliest(tiny, log)
-        log.append(("ann", chat.tidy_lines(reply)))
+        log.append(("ann", tidy(reply)))
         expected += common.visible(reply) + " …\n"  # cut off at 8 tokens
     said = {"input": "perché <eos>\n\nhow are\\\nyou\nexit", "cwd": project.parent}
     result = run(project, SCRIPT, *GREEDY, **said)

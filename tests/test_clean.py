@@ -1,7 +1,7 @@
 """What may be learned of a message: data/clean.py."""
 # ruff: noqa: RUF001 (chat in many scripts)
 
-from data.clean import clean, cleaners, hide_personal
+from data.clean import clean, cleaners, control_token_in, control_tokens
 
 import re
 import time
@@ -12,10 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 table = pytest.mark.parametrize
-
-
-def cells(text):
-    return text.strip().replace("\n", "|").split("|")
 
 
 # ---- what cannot be seen -------------------------------------------------------------------------
@@ -46,35 +42,7 @@ def test_any_text_becomes_one_line_of_normal_utf_8(text):
     assert not {unicodedata.category(letter) for letter in cleaned} & {"Cc", "Cs"}
 
 
-# ---- personal data -------------------------------------------------------------------------------
-PERSONAL = """
-anna.rossi+x@example.co.uk|+39 333 123 4567|3331234567!|(555) 123-4567|+4366412345678|@436641234567
-wa.me/4366412345678|tel:0664123456|98765 43210|(11) 98765-4321|8 912 345-67-89|612 34 56 78
-+1 (555) 123‑4567|06 12 34 56 78|06.12.34.56.78|0664/1234567|0171-1234567|02 1234 5678|138 1234 5678
-010-1234-5678|9123 4567|20 12 34 56|555-1234|555 12 34|+43/664/1234567|00 43 664 1234567
-0044 7400 123456|٠٥٠١٢٣٤٥٦٧|whatsapp://send?phone=39333123456|IT60 X054 2811 1010 0000 0123 456
-it60x0542811101000000123456|DE89 3704 0044 0532 0130 00|GB82 WEST 1234 5698 7654 32
-4111 1111 1111 1111|4111111111111111|378282246310005|3782 822463 10005|555.123.4567
-"""
-NOT_PERSONAL = """
-TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 31/12/2024 alle 10
-1234-5 87-42|2024-05-31 18:04|2013-03-26-205909|kernel 2.6.15-27-686|v10.0.1.218|192.168.100.200
-10.0.0.0/24|91.189.88.31:80|costa 1.234.567,89|2 000 000|14.500 euro|1234567|1 2 3 4 5 6 7 8 9
-11 22 33 44 55 66 77 88 99|@anna7|[17180697.916000]|0x00060329|9582879ff7f8570a87554c|user@host
-bugs.net/1234567|3.14159265358979
-"""
-
-
-@table("text", cells(PERSONAL))
-def test_personal_data_of_all_countries_are_hidden(text):
-    assert re.fullmatch(r"ecco \D*\[…\]\D* ciao", hide_personal(f"ecco {text} ciao"))
-
-
-@table("text", cells(NOT_PERSONAL))
-def test_other_numbers_stay(text):
-    assert hide_personal(f"ecco {text} ciao") == f"ecco {text} ciao"
-
-
+# ---- one's own words -----------------------------------------------------------------------------
 def test_ones_own_words_are_hidden_but_not_within_words(tmp_path):
     (tmp_path / "words").write_text("\ufeffAnna\nvia  Roma 12\nC++\n张伟\n\n", encoding="utf-8")
     tidy, _ = cleaners(True, str(tmp_path / "words"), [])
@@ -122,6 +90,27 @@ CONTROL = [
 def test_control_tokens_become_harmless_and_other_brackets_stay(text, expected):
     tidy, _ = cleaners(True, None, ["<go!>"])
     assert tidy(text) == expected
+
+
+class Tokenizer:
+    """What is asked of the tokenizer of a base model."""
+
+    all_special_tokens = ("<eos>",)
+
+    def get_added_vocab(self):
+        texts = ["<think>", "[TOOL_CALLS]", "<filename>", "<b>", "</h1>", "\n\n", "ciao", "▁▁"]
+        return {text: i for i, text in enumerate(texts)}
+
+
+def test_all_tokens_that_a_tokenizer_was_given_control_but_not_its_words_and_html():
+    assert control_tokens(Tokenizer()) == ["<eos>", "<filename>", "<think>", "[TOOL_CALLS]"]
+
+
+def test_control_tokens_are_found_once_more_before_training():
+    tidy, _ = cleaners(True, None, [])  # the data are older than the base
+    chats = [[{"role": "user", "content": tidy(f"ciao {text}")}] for text in ("<b>", "<filename>")]
+    assert control_token_in(chats, Tokenizer()) == "<filename>"
+    assert control_token_in(chats[:1], Tokenizer()) is None
 
 
 # ---- time ----------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def test_loss_gain_and_what_the_fused_model_keeps():
 
 
 def test_what_is_kept_of_a_gain_that_may_be_chance_is_not_said():
-    assert losses(base=[10, 6], adapter=[9, 7.4], fused=[9, 7])["kept"] == {}
+    assert losses(base=[10, 6], adapter=[9, 6.6], fused=[9, 6])["gain"]["adapter"] > 0
+    assert losses(base=[10, 6], adapter=[9, 6.6], fused=[9, 6])["kept"] == {}
     assert losses(base=[10, 6], adapter=[11, 7], fused=[12, 8])["kept"] == {}
 
 
@@ -47,7 +48,7 @@ def test_the_classifier_tells_what_can_be_told_and_no_more():
     real, alike = texts(100, 0), texts(100, 1)
     share, error = figures.told_apart(real, alike)
     assert abs(share - 0.5) < 2 * error
-    share, error = figures.told_apart(real, [text + "!" for text in alike])
+    share, error = figures.told_apart(real, [text.capitalize() for text in alike])
     assert share == 1.0
     assert 0 < error < 0.02
     assert figures.told_apart(real, real)[0] == 0.5
@@ -67,18 +68,6 @@ def test_the_error_covers_what_another_seed_gives():
         *[figures.told_apart(real, texts(60, seed)) for seed in range(1, 9)], strict=True
     )
     assert np.std(shares) < 1.2 * np.mean(errors)
-
-
-def test_the_person_and_somebody_else_are_told_apart_with_as_many_replies():
-    real, more = texts(30, 0), texts(30, 1)
-    others = [text + "!" for text in texts(30, 2)]
-    table = defaultdict(dict)
-    figures.add_told_apart(table, real, {"base": others}, more, others)
-    assert table["told apart"]["base"] == table["told apart"]["somebody else"] > 0.8
-    assert 0.3 < table["told apart"]["reference"] < 0.7
-    table = defaultdict(dict)
-    figures.add_told_apart(table, real, {}, more[:29], others[:29])
-    assert table["told apart"] == {}
 
 
 # ---- style ---------------------------------------------------------------------------------------
@@ -103,7 +92,7 @@ def test_a_figure_of_style_is_the_share_of_replies_that_have_it(name):
 
 
 def test_favourite_words_that_are_missing_are_quoted_and_whole():
-    real = ["boh I don't", "boh", "Boh!", "boh don\u2019t", "boh", "don't", "don't", "Don't"]
+    real = ["boh I don't", "boh", "boh", "Boh!", "boh don\u2019t", "boh", "don't", "don't", "Don't"]
     assert figures.missing_words(real, ["ma certo"], {"ann"}) == "“boh”, “don't”"
     assert figures.missing_words(real, ["BOH", "don\u2019t"], {}) == ""
     assert figures.missing_words(real, [], {"boh"}) == "“don't”"

@@ -12,6 +12,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -170,8 +171,10 @@ def test_several_macs_train_one_adapter_and_stay_awake(project, train, tmp_path)
         (tmp_path / name).chmod(0o755)
     macs = [{"ssh": f"mac{n}", "ips": ["127.0.0.1"]} for n in (1, 2)]
     (project / "hosts.json").write_text(json.dumps(macs))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]  # other tests may use mlx.launch, too
     result = train(
-        LAUNCH="mlx.launch --hostfile hosts.json --",
+        LAUNCH=f"mlx.launch --hostfile hosts.json --starting-port {port} --",
         MODEL="tiny-gemma-3-4bit",
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         ITERS="2",

@@ -99,7 +99,7 @@ def is_older(project):
 # ---- what comes out ------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(project, fuse):
-    (project / FUSED / "my model.gguf").write_bytes(b"hours")
+    (project / FUSED / "my notes.txt").write_bytes(b"hours")
     result = fuse()
     assert result.returncode == 0, result.stderr
     assert "FUSED_BITS=8" in result.stdout and result.stderr == ""
@@ -114,7 +114,7 @@ def test_the_default_keeps_98_percent_where_the_bits_of_the_base_lose_a_part(pro
     }
     assert f"replaced    a fused model; it is in {FUSED}.before" in result.stdout
     assert (project / f"{FUSED}.before/model.safetensors").read_bytes() == b"older"
-    assert (project / FUSED / "my model.gguf").read_bytes() == b"hours"
+    assert (project / FUSED / "my notes.txt").read_bytes() == b"hours"
     tokenizer = "tokenizer_config.json"
     for folder in BASE, FUSED:
         assert "<start_of_turn>" in (project / folder / tokenizer).read_text()  # for GGUF

@@ -125,7 +125,8 @@ def test_other_runs_on_the_same_rows_stand_beside_this_one(tmp_path):
     }
     run |= {"settings": {"version": "v1", "model": "n", "replies": 100, "seed": 0}}
     run |= {"told apart": {"fused": 0.6}, "told apart error": {"fused": 0.05}}
-    fewer = run | {"settings": run["settings"] | {"replies": 40}}
+    run |= {"pairs": {"fused": 80}}
+    fewer = run | {"pairs": {"fused": 40}}
     others = {
         "v1_n": run,
         "v1_few": fewer,
@@ -145,10 +146,10 @@ def test_other_runs_on_the_same_rows_stand_beside_this_one(tmp_path):
     this, few, other = report.compare(report.read_runs(tmp_path / "v1_m", facts, table))
     assert this == {
         "name": "this one", "judged": "adapter", "loss": "2.750", "taken for real": "30% ± 5%",
-        "differs": "RANK=8, model=m, replies=100",
+        "differs": "RANK=8, model=m",
     }  # fmt: skip
     assert other["name"] == "v1_n"
-    assert other["differs"] == "RANK=32, model=n, replies=100"
+    assert other["differs"] == "RANK=32, model=n"
     assert "taken for real" not in few  # of another number of replies it tells nothing
 
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ VALID = "data/for_train/sample/valid.jsonl"
 RESULTS = "data/results/sample_tiny-gemma-3"
 RUN = "VERSION=sample MODEL=tiny-gemma-3"
 ME = "test_on_validation.py"
+ALL = "base,adapter,fused"
 
 
 def cases(names, table):
@@ -146,11 +148,11 @@ def other_rows(project):
 # {id: (what is changed after the training, the models asked for, those that are tested, a warning)}
 # What is not asked for, nor the fused model by default, need not be there.
 CHANGED = {
-    "not fused": (remove(FUSED), "base,adapter,fused", ["base", "adapter"], ""),
+    "not fused": (remove(FUSED), ALL, ["base", "adapter"], ""),
     "no adapter": (remove(ADAPTER), "base,fused", ["base", "fused"], ""),
     "other rows": (other_rows, "adapter", ["adapter"], "not those of the training"),
     "other rows, base": (other_rows, "base", ["base"], ""),
-    "other adapter": (other_adapter, "base,fused", ["base", "fused"], "from another adapter"),
+    "other adapter": (other_adapter, ALL, ALL.split(","), "from another adapter"),
     "other adapter, base": (other_adapter, "base", ["base"], ""),
 }
 
@@ -163,6 +165,7 @@ def test_what_is_asked_for_must_belong_together(trained, run, change, models, te
     found = metrics(trained)
     assert (result.returncode, list(found["loss"])) == (0, tested)
     assert len(found["warnings"]) == bool(warning)
+    assert "kept" not in found  # an old fuse is not blamed for a new adapter
     assert warning in result.stderr
     page = (trained / RESULTS / "report.html").read_text("utf-8")
     assert ("<b>Warning:</b>" in page) == bool(warning)
@@ -257,6 +260,32 @@ def test_of_messages_the_last_one_is_scored_and_answered(trained, run):
         two["length"]["reference"],
     )
     assert one["loss"] != two["loss"]
+
+
+# ---- told apart ----------------------------------------------------------------------------------
+def told(rows, asked):
+    """Return the figures of so many rows, of which so many are answered with "no!" behind them."""
+    words = ["boh ma sì", "ciao dai", "no però", "vai certo"]
+    talks = [[("ann", "loud!!"), ("bob", words[line % 4])] for line in range(rows)]
+    rows = [script.Row(line, talk, [], 0) for line, talk in enumerate(talks)]
+    data = SimpleNamespace(rows=rows, made=SimpleNamespace(authors=["bob"], shape="turns"))
+    real, table = [row.reply() for row in rows[:asked]], defaultdict(dict)
+    script.add_told_apart(
+        table, data, real, {"base": [f"{text} no!" for text in real]}, rows[:asked]
+    )
+    return table
+
+
+def test_person_and_others_are_told_apart_beside_the_model_with_as_many_replies():
+    table = told(rows=50, asked=40)
+    assert table["pairs"] == {"base": 25, "reference": 25, "somebody else": 25}
+    assert table["told apart"]["base"] == table["told apart"]["somebody else"] == 1.0
+    assert table["told apart"]["reference"] < 0.75
+    assert told(rows=100, asked=20)["pairs"]["reference"] == 20
+
+
+def test_of_few_rows_all_are_judged_and_the_person_is_not():
+    assert told(rows=30, asked=25)["pairs"] == {"base": 25, "somebody else": 25}
 
 
 # ---- written whole -------------------------------------------------------------------------------

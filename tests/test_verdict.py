@@ -28,6 +28,7 @@ def table_of(base=3.2, adapter=2.3, told=0.55, floor=0.5, other=0.9, error=0.05,
     table["told apart"] = {"adapter": told, "reference": floor, "somebody else": other}
     table["told apart error"] = dict.fromkeys(table["told apart"], error)
     table["missing words"] = {"adapter": ""}
+    table["pairs"] = {"adapter": 25}
     for name, value in USUAL.items():
         table[name] = {"reference": value, "adapter": value}
     for name, value in more.items():
@@ -56,6 +57,7 @@ REPLIES = "VERSION=v1 MODEL=m python test_on_validation.py --replies 100"
 # {id: (figures, facts, headline, words, the first command)}
 VERDICTS = {
     "fine": (table_of(), {}, FINE, ["yes", "yes"], TALK),
+    "fine, and chance helped": (table_of(told=0.58, floor=0.4), {}, FINE, ["yes", "yes"], TALK),
     "nearly": (table_of(told=0.65), {}, NEARLY, ["yes", "nearly"], TALK),
     "not yet": (table_of(told=0.75), {}, NOT_YET, ["yes", "no"], MORE),
     "not yet, as another": (table_of(told=0.66, other=0.8), {}, NOT_YET, ["yes", "no"], MORE),
@@ -73,6 +75,10 @@ VERDICTS = {
         table_of(error=0.12), {},
         "It learned; there are too few replies to say whether it sounds like Ann.",
         ["yes", "unsure"], REPLIES),
+    "few replies of few rows": (
+        table_of(error=0.12), {"rows": 50},
+        "It learned; there are too few replies to say whether it sounds like Ann.",
+        ["yes", "unsure"], BUILD),
     "best early": (
         table_of(), {"curve": [(0, 3.2), (100, 2.3), (300, 2.9)]}, FINE,
         ["yes", "yes"], TRAIN.format("ITERS=100")),
@@ -109,6 +115,7 @@ def test_an_answer_is_a_figure_of_which_more_is_better_and_what_it_means():
     assert "The base model gives 4.1%. As a loss: 2.30 instead of 3.20." in learned["means"]
     assert "(± 5 points). 50% is perfect: nobody could tell." in sounds["means"]
     assert sounds["question"] == "Does it sound like Ann?"
+    assert sounds["beside"] == "Beside it: somebody else 10%, Ann 50%."
 
 
 def test_what_differs_is_said_in_words():

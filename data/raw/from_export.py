@@ -3,10 +3,11 @@
     python data/raw/from_export.py ~/Downloads/result.json
     python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip" --version ann
 
-Reads   files, folders or .zip of WhatsApp, Telegram, Discord, Instagram, Messenger, Twitch, IRC,
-        Slack, Signal, iMessage, Google Chat, Matrix; CSV with a header, JSON lists of messages,
-        ready training sets. Their content tells them apart; nothing is unpacked or sent anywhere.
-        Each app has its file in data/raw/readers/.
+Reads   files, folders or .zip of WhatsApp, Telegram, Discord, Instagram, Messenger, Signal,
+        iMessage, SMS, LINE, KakaoTalk, WeChat, Snapchat, Slack, Teams, Skype, Google Chat, Matrix,
+        Rocket.Chat, Twitch, IRC, Pidgin, Reddit; CSV with a header, JSON lists of messages, ready
+        training sets. Their content tells them apart; nothing is unpacked or sent anywhere.
+        Each app has a file in data/raw/readers/.
 Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be read and edited:
         {"conversation": "Ann", "time": "2026-11-24T10:44:25", "author": "Ann Lee", "message": "hi"}
         one conversation after the other, each in the order of time;
@@ -21,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.raw.readers import READERS
-from data.raw.readers.files import READABLE, open_file
+from data.raw.readers.files import open_file
+from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS, read_times
@@ -33,8 +35,6 @@ import json
 import os
 import re
 import shlex
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
@@ -56,8 +56,8 @@ KINDS = {
     "copy": "already in a file read before",
 }
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
+NAMES = "users.json", "channels.json"  # of Slack
 UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
-MOST_BYTES = 2 << 30  # of the chats in a .zip
 RAW = ROOT / "data/raw"
 EXAMPLE = 'python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip"'
 
@@ -77,40 +77,6 @@ def arguments():
     return s
 
 
-# ---- find ----------------------------------------------------------------------------------------
-def files_in(path):
-    """Yield (name, content) of a file, or of all files in a folder or .zip."""
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            is_ours = file.parent.resolve() == RAW and file.name.startswith("messages_")
-            if may_be_a_chat(file.relative_to(path)) and file.is_file() and not is_ours:
-                yield from files_in(file)
-    elif not path.is_file():
-        fail(f"{path} is not there, or no file", f"ls {shlex.quote(str(path.parent))}")
-    elif zipfile.is_zipfile(path):
-        yield from files_in_zip(path)
-    else:
-        yield str(path), path.read_bytes()
-
-
-def files_in_zip(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if may_be_a_chat(Path(name))]
-            if sum(archive.getinfo(name).file_size for name in names) > MOST_BYTES:
-                fail(f"{path} holds over {MOST_BYTES >> 30} GB", f"unzip {shlex.quote(str(path))}")
-            for name in names:
-                yield f"{path}/{name}", archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # also a password
-        fail(f"{path} cannot be unpacked: {e}", f"unzip {shlex.quote(str(path))}")
-
-
-def may_be_a_chat(path):
-    """Say whether a file in a folder or .zip is to be read: no picture, and nothing hidden."""
-    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in READABLE and not is_hidden
-
-
 # ---- read ----------------------------------------------------------------------------------------
 class Chat(NamedTuple):
     """What was read from one file."""
@@ -124,33 +90,54 @@ class Chat(NamedTuple):
 
 def read_files(paths, dates):
     """Return ([Chat], {name: (what it is, a FIX)}) of all files that the paths hold."""
-    contents = [found for path in paths for found in files_in(Path(path).expanduser())]
-    contents.sort(key=lambda found: not found[0].endswith("users.json"))  # Slack's names are first
+    found = dict(file for path in paths for file in files_in(Path(path).expanduser()))
     chats, not_read, names = [], {}, {}
-    for name, content in tqdm(contents, unit=" files", leave=False, disable=None):
+    for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
-            chats.append(read_file(open_file(name, content, names), dates))
+            if found[name] is None:
+                raise NotReadError(
+                    "a link that leads out of the folder", f"ls -l {shlex.quote(name)}"
+                )
+            chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
             not_read[name] = e.args
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
             not_read[name] = f"not as its app writes it: {e!r:.80}", AGAIN
     wrong = [name for name in not_read if name in paths or not chats]
     if wrong:
-        what, fix = not_read[wrong[0]]
-        fail(f"{wrong[0]} is {what}", fix)
+        name = min(wrong, key=lambda name: not_read[name][1] == AGAIN)  # what is known comes first
+        what, fix = not_read[name]
+        fail(f"{name} is {what}", fix)
     if not chats:
         fail(f"{paths[0]} holds no chat", f"ls {shlex.quote(paths[0])}")
     return chats, not_read
+
+
+def in_order(names):
+    """Return the names as they are read: Slack's users first, and Signal's chats only once."""
+    twins = {str(Path(name).with_name("data.json")) for name in names if name.endswith("chat.md")}
+    once = [name for name in names if name not in twins]
+    return sorted(once, key=lambda name: not name.endswith(NAMES))
 
 
 def read_file(file, dates):
     reader = reader_of(file)
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
-        times, note = read_times([text_of(m.time) for m in messages], dates)
+        written = [text_of(m.time) for m in messages]
+        times, note = read_times(written, dates, file.lines)
+        check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
         file.notes.extend(filter(None, [note]))
     return Chat(file.name, file.title, reader.APP, messages, file.notes)
+
+
+def check_times(written, times):
+    """Refuse a file in which more than a tenth of the times cannot be read."""
+    failed = [text for text, time in zip(written, times, strict=True) if text and not time]
+    if len(failed) > (1 - UNDERSTOOD) * len(written):
+        what = f"a chat with times that are not understood, like {failed[0][:60]!r}"
+        raise NotReadError(what, "# write them as 2026-11-24 10:44:25 and try again")
 
 
 def tidy(m, time, title):
@@ -167,7 +154,8 @@ def tidy(m, time, title):
 @functools.cache
 def tidy_name(name):
     r"""Return a name on one line: "\u202a~ Ann\nLee" → "Ann Lee"."""
-    return " ".join(INVISIBLE.sub("", name).split()).removeprefix("~").strip()
+    name = INVISIBLE.sub("", name).encode("utf-8", "replace").decode()  # half a character: ?
+    return " ".join(name.split()).removeprefix("~").strip()
 
 
 def reader_of(file):
@@ -235,22 +223,32 @@ def write(target, entries, replace):
     """Write one entry a line, whole or not at all; what was there before is kept once beside it."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
-    if target.exists() and target.read_bytes() == content:
-        return
-    again = shlex.join(["python", *sys.argv])
-    before = target.with_name(f"{target.name}.before")
-    if target.exists() and not replace:
-        fail(
-            f"{shown(target)} has other content: another export, or edited by hand",
-            f"{again} --version {target.stem.removeprefix('messages_')}_2",
-            f"{again} --replace  # the old one is then {before.name}",
-        )
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.write_bytes(content)
-    if target.exists():
-        before.unlink(missing_ok=True)
-        link(target, before)  # an edit that is saved meanwhile is in it
-    partial.replace(target)
+    try:
+        for old in target, target.with_suffix(".jsonl"):  # build_train.py reads one of them
+            if old.exists() and old.read_bytes() != content:
+                check_replace(old, replace)
+                before = old.with_name(f"{old.name}.before")
+                before.unlink(missing_ok=True)
+                link(old, before)  # what an editor saves right now is in it
+                print(f"replaced {shown(old)}; what it was is in {before.name}")
+        partial.replace(target)
+        target.with_suffix(".jsonl").unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_replace(old, replace):
+    """Refuse to write over another export, or the work of somebody, unless told."""
+    again = shlex.join(["python", *sys.argv])
+    version = old.stem.removeprefix("messages_")
+    others = f"{again} --version {version}_2"
+    if not replace:
+        what = f"{shown(old)} has other content: another export, or edited by hand"
+        fail(what, others, f"{again} --replace  # the old one is then {old.name}.before")
+    if old.name not in os.listdir(old.parent):  # a Mac takes messages_Ann.json for it
+        fail(f"{shown(old)} is there under a name with other capitals", others)
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -304,22 +302,34 @@ def next_steps(entries, version):
     print(f"      {build}")
 
 
+def keep_most(left_out):
+    """Return the command that keeps the kind of which most texts are left out."""
+    texts = {kind: len(list(filter(None, texts))) for kind, texts in left_out.items()}
+    kind = max(texts, key=texts.get, default="")
+    if not kind or not texts[kind]:
+        return "# export another chat"
+    return f"{shlex.join(['python', *sys.argv])} --keep {kind}"
+
+
 def main():
     s = arguments()
     target = RAW / f"messages_{s.version}.json"
-    chats, not_read = read_files(s.paths, s.dates)
+    try:
+        chats, not_read = read_files(s.paths, s.dates)
+    except MemoryError:
+        fail("this is more than fits into memory", "# export single chats")
     pairs = [m for chat in chats for m in chat.messages if isinstance(m, dict)]
     if pairs and len(pairs) < sum(len(chat.messages) for chat in chats):
-        fail("these are chats and training sets", f"{EXAMPLE}  # one run for each")
+        names = {isinstance(chat.messages[0], dict): chat.name for chat in chats if chat.messages}
+        one_each = [shlex.join(["python", sys.argv[0], name]) for name in names.values()]
+        fail("these are chats and training sets", *one_each)
     conversations, left_out = ({}, {}) if pairs else sort_out(chats, s.keep)
     entries = pairs or entries_of(conversations)
     if entries:
         write(target, entries, s.replace)
     report(chats, not_read, left_out, entries)
     if not entries:
-        kind = max(left_out, key=lambda kind: len(left_out[kind]), default="app")
-        again = shlex.join(["python", *sys.argv])
-        fail("nothing is left that people said to each other", f"{again} --keep {kind}")
+        fail("nothing is left that people said to each other", keep_most(left_out))
     print(f"\nwrote {shown(target)}: {len(entries):,} entries; delete what it must not learn")
     next_steps(entries, s.version)
 

@@ -9,11 +9,16 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .not_read import AGAIN, NotReadError
+from .not_read import refuse_bytes
 from .shared import share
 
-READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".zip"}
-TABLES = {"message", "text", "content", "body", "msg", "contents"}  # one of these heads a column
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip"}
+READABLE |= {".html", ".xml", ".js"}  # to say what they are, and SMS
+TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
+TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
+
+PICTURES = re.compile(rb' data="[^"]*"')  # in MMS
+LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
 
 
 class File(NamedTuple):
@@ -31,6 +36,9 @@ class File(NamedTuple):
 
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
+    refuse_bytes(name, content)
+    if name.lower().endswith(".xml"):
+        content = PICTURES.sub(b"", content)  # they make gigabytes of a backup
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
     notes = []
     data = parse_json(text)
@@ -60,10 +68,6 @@ def decode(content):
     """Return the text of a file in UTF-8, UTF-16 (as Excel writes it) or Windows' own letters."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
-    if content.startswith(b"PK"):
-        raise NotReadError("a .zip that is not whole", "# copy it or export the chat again")
-    if b"\0" in content[:1000]:
-        raise NotReadError("no text", AGAIN)
     text = content.decode("utf-8-sig", "replace")
     wrong, letters = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
     if wrong <= letters / 10:  # a program may have cut a line within a letter
@@ -116,7 +120,7 @@ def parse_csv(text, notes):
 def messages_of(data):
     """Return the list of messages in the data, wherever the app put it; of one message, [it]."""
     if isinstance(data, dict):
-        data = data.get("messages") or data.get("comments") or [data]
+        data = next((data[key] for key in LISTS if data.get(key)), [data])
     return data if isinstance(data, list) else []
 
 

@@ -6,7 +6,7 @@ A message:
        "created_date": "Tuesday, November 24, 2026 at 10:44:25 AM UTC"}]}
 """
 
-from .shared import Message, dig, first, share, text_of
+from .shared import Message, dig, first, share
 
 APP = "Google Chat"
 
@@ -18,7 +18,7 @@ def understands(file):
 def read(file):
     for m in file.entries:
         yield Message(
-            time=text_of(m.get("created_date")).replace(" at ", " "),
+            time=m.get("created_date"),
             author=m.get("creator"),
             text=m.get("text"),
             kind=first(

@@ -2,64 +2,80 @@
 
 Messages, and a line with the day:
 
-    [10:44] <@ann> hi                       mIRC, irssi, HexChat; also with the day before
+    [10:44] <@ann> hi                       mIRC, irssi, HexChat, eggdrop; also with a day before
     2026-11-24 10:44:25 [tab] @ann [tab] hi WeeChat
     [10:44:25] ann: hi                      Chatty
+    [24 Nov 10:44] <ann!n=ann@host> +hi     dircproxy
     --- Day changed Tue Nov 24 2026
 """
 
-import contextlib
+import functools
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from dateutil import parser as date_parser
-
-from .shared import Message
+from .shared import Message, share
+from .times import NO_YEAR, stamp_of, time_of
 
 APP = "log"
-CLOCK = r"\[?(?P<hours>\d\d?):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?\]?\s+"
-STAMP = rf"\[?(?:(?P<day>\d{{4}}-\d\d-\d\d|[A-Z][a-z]{{2}} [ \d]\d)[T ])?{CLOCK}"
-LINES = (
-    re.compile(STAMP + r"<[\s@+%&~!]{0,3}(?P<nick>[^>\s]{1,60})>\s?(?P<words>.*)"),
-    re.compile(STAMP + r"[@+%&~]?(?P<nick>[\w\[\]\\`^{|}-]*\w)\t(?P<words>.*)"),
+ISO = r"\d{4}-\d\d-\d\d"
+NAMED = r"[A-Z][a-z]{2} [ \d]\d|\d\d? [A-Z][a-z]{2}|[^\W\d_]+ \d\d? [^\W\d_]+ \d{4}"
+CLOCK = r"(?P<hours>\d\d?):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?"
+ZONE = r"(?:\.\d+)?(?:Z|(?P<east>[+-]\d\d):?\d\d| [A-Z]{3,4})?"
+STAMP = rf"\[?(?:(?P<day>{ISO}|{NAMED})\]?[T ]\[?)?{CLOCK}{ZONE}\]?\s+"
+FORMS = (
+    re.compile(STAMP + r"<[\s@+%&~!]{0,3}(?P<nick>[^>\s!]{1,60})(?P<host>!\S+)?>\s?(?P<words>.*)"),
+    re.compile(rf"(?P<day>{ISO}) {CLOCK}\t[@+%&~]?(?P<nick>[\w\[\]\\`^{{|}}-]*\w)\t(?P<words>.*)"),
     # Chatty's; with a day it would be WhatsApp's
-    re.compile(CLOCK + r"(?P<nick>[^\s:<>]{1,60}):\s(?P<words>.*)"),
+    re.compile(rf"\[?{CLOCK}\]?\s+(?P<nick>[^\s:<>]{{1,60}}):\s(?P<words>.*)"),
 )
-DAY = re.compile(r"(?:#|---|\*\*\*\*|Session ).*\b(?:19|20)\d\d\b.*")
+NOTICE = re.compile(rf"{STAMP}|[-=*<>!]{{2,}}|\* ")  # "=== cy joined", "* bob waves"
+DAY_LINE = re.compile(rf"(?:#|---|\*\*\*\*|Session |\[?{CLOCK}\]? ---).*\b(?:19|20)\d\d\b.*")
 
 
 def understands(file):
-    return any(parts_of(line) for line in file.lines[:50])
+    """Return the share of messages, notices and lines with a day; somebody must speak."""
+    form = form_of(file.lines)
+    is_known = lambda line: form.match(line) or NOTICE.match(line) or DAY_LINE.match(line)  # noqa: E731
+    return share(file.lines, is_known) if share(file.lines, form.match) else 0
+
+
+def form_of(lines):
+    """Return the form in which most lines are: in a log with <ann>, "Action: …" is a notice."""
+    return max(FORMS, key=lambda form: share(lines, form.match))
 
 
 def read(file):
+    form = form_of(file.lines)
     last = day_in(Path(file.name).stem, datetime(1970, 1, 1))
     for line in filter(str.strip, file.lines):
-        if parts := parts_of(line):
-            clock = {unit: int(parts[unit] or 0) for unit in ("hours", "minutes", "seconds")}
-            now = day_in(parts["day"], last) + timedelta(**clock)
+        if found := form.match(line):
+            parts = {"day": "", "east": "", "host": ""} | found.groupdict("")
+            now = day_in(parts["day"], last) + clock_of(parts)
             if now < last - timedelta(minutes=1) and not parts["day"]:  # past midnight
                 now += timedelta(days=1)
             last = now
-            yield Message(now, parts["nick"], parts["words"])
+            words = parts["words"][1:] if parts["host"] else parts["words"]  # dircproxy's + or -
+            yield Message(now, parts["nick"], words)
         else:
-            last = day_in(line, last) if DAY.match(line) else last
+            last = day_in(line, last) if DAY_LINE.match(line) else last
             yield Message(last, "", line, "app")
 
 
-def parts_of(line):
-    """Return the parts of what a nick said, {"nick": "ann", "words": "hi", …}, else None."""
-    for form in LINES:
-        if found := form.match(line):
-            return {"day": ""} | found.groupdict("")
-    return None
+def clock_of(parts):
+    hours = int(parts["hours"]) - int(parts["east"] or 0)  # east of Greenwich it is later
+    return timedelta(hours=hours, minutes=int(parts["minutes"]), seconds=int(parts["seconds"] or 0))
 
 
 def day_in(text, otherwise):
     """Return the midnight of the day in a text, as in "--- Day changed Tue Jan 02 2024"."""
-    when = otherwise
-    with contextlib.suppress(ValueError, OverflowError):
-        if re.search(r"(19|20)\d\d-\d\d-\d\d|\b[A-Z][a-z]{2} [ \d]\d\b", text):
-            when = date_parser.parse(text.strip("#-* "), fuzzy=True, default=otherwise)
-    return when.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
+    when = named_in(text) or otherwise
+    year = otherwise.year if when.year == NO_YEAR else when.year
+    return datetime(year, when.month, when.day)
+
+
+@functools.cache
+def named_in(text):
+    if not re.search(rf"{ISO}|\b[A-Z][a-z]{{2,8}} [ \d]\d\b|\b\d\d? ?[A-Z][a-z]{{2,8}}", text):
+        return None
+    return time_of(stamp_of(text.strip("#-*[] ")), "ymd")

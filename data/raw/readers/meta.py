@@ -7,13 +7,23 @@ encrypted chats:
       {"sender_name": "Zo\u00c3\u00ab", "timestamp_ms": 1795513440000, "content": "hi"}]}
     {"participants": ["Zoë"], "threadName": "Zoë_12", "messages": [
       {"senderName": "Zoë", "timestamp": 1795513440000, "text": "hi", "type": "text"}]}
+
+Meta writes its own sentences in the language of whoever exports, as messages of the one who acts:
+"Zoë sent an attachment.", "Reacted 😂 to your message ". Those that phrases.json has not are known
+by their form: see is_notice().
 """
 
 import re
+from collections import Counter, defaultdict
 
+from .files import repaired
 from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
+NOTICES = "Subscribe", "Unsubscribe", "placeholder"  # types
+EMOJI = re.compile("[\u200d\u203c-\u2bff\u3030\u303d\ufe0f\U0001f000-\U0001faff]+")
+
+REACTION = re.compile(rf"{EMOJI.pattern}.*\w.* \Z")
 
 
 def understands(file):
@@ -26,9 +36,11 @@ def understands(file):
 def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
-    for m in file.entries:
-        author = text_of(m.get("sender_name") or m.get("senderName"))
-        text = text_of(m.get("content") or m.get("text"))
+    said = [(author_of(m), words_of(m)) for m in file.entries]
+    forms = forms_of(said)
+    people = {first_name(author) for author, _ in said}
+    attached = Counter(words_of(m) for m in file.entries if "share" in m)
+    for m, (author, text) in zip(file.entries, said, strict=True):
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
             author=author,
@@ -36,14 +48,71 @@ def read(file):
             kind=first(
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
-                app=m.get("type") in ("Subscribe", "Unsubscribe", "placeholder")
-                or kind_of_sentence(without_emoji(text), "Meta")
-                or (text.startswith(f"{author} ") and text.endswith(".")),
+                app=m.get("type") in NOTICES
+                or is_notice(author, text, forms, people)
+                or (attached[text] > 1 and " " in text and "://" not in text),
             ),
-            conversation=title,
+            conversation=repaired(title),
         )
 
 
-def without_emoji(text):
-    """Return "Reacted to your message" of "Reacted 😂 to your message"."""
-    return re.sub(r"[^\w\s]+ ", "", text)
+def author_of(m):
+    return repaired(text_of(m.get("sender_name") or m.get("senderName")))
+
+
+def words_of(m):
+    return repaired(text_of(m.get("content") or m.get("text")))
+
+
+def forms_of(said):
+    """Return {form: [texts]}, to see which sentences come back; see form_of()."""
+    forms = defaultdict(list)
+    for author, text in said:
+        forms[form_of(author, text)].append(text)
+    return forms
+
+
+def form_of(author, text):
+    """Return a text without who acts and emoji: "Ann reacted 😂 to you" → "reacted to you"."""
+    return " ".join(EMOJI.sub(" ", without_name(author, text)).split())
+
+
+def without_name(author, text):
+    """Return what is behind the author's own name: whole, the first one, or as of an account."""
+    word, _, rest = text.partition(" ")
+    if text.startswith(f"{author} "):
+        return text.removeprefix(f"{author} ")
+    if rest and (word == first_name(author) or is_account(word, author)):
+        return rest
+    return text
+
+
+def first_name(text):
+    return text.partition(" ")[0]
+
+
+def is_account(word, author):
+    """Say whether a word is a name as an account has it: "rita_sol" of "Rita Sol"."""
+    joined = re.sub(r"\W", "", author.casefold())
+    return " " in author.strip() and re.sub(r"[\W_]", "", word.casefold()) == joined
+
+
+def is_notice(author, text, forms, people):
+    """Say whether Meta wrote a text, in any language."""
+    form = form_of(author, text)
+    same = forms[form]
+    begins_with_author = without_name(author, text) != text
+    of_another = not begins_with_author and first_name(text) in people  # somebody writes of them
+    return (
+        (not of_another and kind_of_sentence(form, "Meta"))
+        or (begins_with_author and text.endswith(".") and len(text) < 100)  # Ann sent a link.
+        or (begins_with_author and is_account(text.split(" ")[0], author))
+        or (begins_with_author and len(same) >= 3 and " " in form)
+        or (len(same) > 1 and is_reaction(same))
+    )
+
+
+def is_reaction(same):
+    """Say whether texts are the same words around another emoji, with a space at the end."""
+    emoji = {tuple(EMOJI.findall(text)) for text in same}
+    return len(emoji) > 1 and all(REACTION.search(text) for text in same)

@@ -1,22 +1,106 @@
 """Files that no reader reads: what they are, and what a person can do."""
 
 import re
+import shlex
 
 AGAIN = "# export the chat again: as JSON or CSV if the app can, else as text"
+AS_LIST = '# write its messages as JSON, a list of {"time", "author", "message"}: that is read'
+AS_PAIRS = '# it answers as a machine does; to learn that, write rows of {"prompt", "completion"}'
+UNPACK = "tar -xf {}  # then give the folder"
+TO_TEXT = "# save it as text or CSV, or export the chat from its app"
+AS_JSON = "# export it as JSON; in Telegram: Machine-readable JSON"
+DISCORD = "# DiscordChatExporter writes what both sides said; choose its format JSON"
+
+FIRST_BYTES = {
+    b"%PDF": ("a PDF", TO_TEXT),
+    b"{\\rtf": ("a document (RTF)", TO_TEXT),
+    b"\xd0\xcf\x11\xe0": ("a document of Word or Excel", TO_TEXT),
+    b"SQLite format 3": ("a database", "# export the chat in its app"),
+    b"\x1f\x8b": ("a .gz", UNPACK),
+    b"Rar!": ("a .rar", UNPACK),
+    b"7z\xbc\xaf": ("a .7z", UNPACK),
+    b"PK": ("a .zip that is not whole", "# copy it or export the chat again"),
+    b"\xff\xd8\xff": ("a picture", AGAIN),
+    b"\x89PNG": ("a picture", AGAIN),
+}
+FIRST_WORDS = (
+    (r"(?i)<!doctype html|<html", "a web page", AS_JSON),
+    (r"<\?xml", "XML, but no backup of SMS Backup & Restore", AGAIN),
+    (r"window\.YTD", "an archive of X (Twitter)", AS_LIST),
+    (r"消息记录", "an export of QQ", AS_LIST),
+    (r"(?:Received|MIME-Version|From): ", "an e-mail", "# save the file attached to it"),
+)
+KEYS = (  # of the file or of its entries
+    ({"mapping", "title"}, "a ChatGPT export", AS_PAIRS),
+    ({"chat_messages"}, "a Claude export", AS_PAIRS),
+    ({"user_name", "character_name"}, "a chat of SillyTavern", AS_PAIRS),
+    ({"ID", "Contents", "Attachments"}, "Discord's package of what you alone wrote", DISCORD),
+    ({"Direct Messages"}, "a TikTok export", AS_LIST),
+    ({"Direct Message"}, "a TikTok export", AS_LIST),
+    ({"zerver_message"}, "an export of Zulip", AS_LIST),
+    ({"type", "version", "post"}, "an export of Mattermost", AS_LIST),
+    ({"previous_messages"}, "what build_train.py reads as it is", "# copy it into data/raw"),
+)
 
 
 class NotReadError(Exception):
     """NotReadError(what the file is, a FIX)."""
 
 
+def refuse_bytes(name, content):
+    """Raise the error for a file that holds no text."""
+    if re.search(r"\.crypt\d+$", name):
+        raise NotReadError("an encrypted backup of WhatsApp", "# in the chat: Export chat")
+    for start, (what, fix) in FIRST_BYTES.items():
+        if content.startswith(start):
+            raise NotReadError(what, fix.replace("{}", shlex.quote(name)))
+    if content[257:262] == b"ustar":
+        raise NotReadError("a .tar", UNPACK.replace("{}", shlex.quote(name)))
+    if b"\0" in content[:1000] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16
+        raise NotReadError("no text", AGAIN)
+
+
+def understands(file):
+    return bool(known_as(file))
+
+
+def read(file):
+    refuse(file)
+
+
 def refuse(file):
     """Raise the error that says what the file is."""
-    start = next(filter(str.strip, file.lines), "").strip()[:60]
-    keys = {str(key) for entry in file.entries[:100] for key in entry}
-    if re.match(r"(?i)<!doctype html|<html", start):
-        raise NotReadError("a web page", "# export it as JSON; in Telegram: Machine-readable JSON")
-    if "previous_messages" in keys:
-        raise NotReadError("what build_train.py reads as it is", "# copy it into data/raw")
+    if known := known_as(file):
+        raise NotReadError(*known)
     if file.data is not None:
-        raise NotReadError(f"JSON with the keys {', '.join(sorted(keys)[:9]) or '(none)'}", AGAIN)
+        keys = ", ".join(sorted(keys_of(file))[:9])
+        raise NotReadError(f"JSON with the keys {keys or '(none)'}", AGAIN)
+    start = first_words(file)
     raise NotReadError(f"a text that begins with {start!r}" if start else "empty", AGAIN)
+
+
+def known_as(file):
+    """Return (what it is, a FIX) of an export that is known by name, else None."""
+    if "[Content_Types].xml" in file.name:
+        return "a document of Word or Excel", TO_TEXT
+    keys = keys_of(file)
+    if any(key.endswith(("@s.whatsapp.net", "@g.us")) for key in keys):
+        return (
+            "JSON of WhatsApp Chat Exporter",
+            "# run wtsexporter with --txt, and give what it writes",
+        )
+    for needed, *known in KEYS:
+        if needed <= keys:
+            return known
+    for words, *known in FIRST_WORDS:
+        if re.match(words, first_words(file)):
+            return known
+    return None
+
+
+def keys_of(file):
+    return file.keys | {str(key) for entry in file.entries[:100] for key in entry}
+
+
+def first_words(file):
+    return next(filter(str.strip, file.lines), "").strip()[:60]

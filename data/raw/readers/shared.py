@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 INVISIBLE = re.compile(  # control characters and marks; not what joins the parts of an emoji
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc]"
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffc]"
 )
+NAMES = "display_name", "displayName", "real_name", "name", "username", "user_id"
+TEXTS = "text", "body", *NAMES  # the first of these keys that a value has is its text
 SAMPLE = 2000  # so many lines or entries tell which app wrote a file
 
 
@@ -52,8 +55,7 @@ def text_of(value):
     if isinstance(value, list):
         return "".join(text_of(part) for part in value)
     if isinstance(value, dict):
-        keys = "text", "body", "display_name", "displayName", "real_name", "name", "username"
-        return next((text_of(value[key]) for key in keys if value.get(key)), "")
+        return next((text_of(value[key]) for key in TEXTS if value.get(key)), "")
     return "" if value is None or isinstance(value, bool) else str(value)
 
 
@@ -91,7 +93,11 @@ def sentences_of(app):
     for kind, languages in PHRASES[app].items():
         sentences = [plain(sentence) for each in languages.values() for sentence in each]
         exact |= {sentence: kind for sentence in sentences if "…" not in sentence}
-        gaps = [re.escape(sentence).replace("…", ".+") for sentence in sentences if "…" in sentence]
+        gaps = [
+            re.escape(sentence).replace("…", ".{1,100}")
+            for sentence in sentences
+            if "…" in sentence
+        ]
         patterns |= {kind: re.compile("|".join(gaps))} if gaps else {}
     return exact, patterns
 

@@ -1,20 +1,29 @@
 """Signal, as signal-export writes it: a folder with chat.md for each chat.
 
-A message, and a reaction to it:
+A message with a quotation and a reaction to it, a sticker and a call:
 
-    [2026-11-24 10:44:25] Me: are you there?
+    [2026-11-24 10:44:25] Me:
+
+    > are you there?
+
+    yes
     (- Ann: 👍 -)
+    [2026-11-24 10:45:25] Ann: (( 🎉 ))
+    [2026-11-24 10:46:25] Ann: Incoming voice call (accepted, 2m 3s)
 """
 
 import re
 
-from .shared import Message, blocks, first, share
+from .shared import Message, blocks, first, kind_of_sentence, share
 
 APP = "Signal"
 LINE = re.compile(r"\[(\d{4}-\d\d-\d\d,? \d\d:\d\d\S*)\] ([^\n]{1,100}?): ?")
-REACTIONS = re.compile(r"\n\(- .* -\) *\Z")
-QUOTATION = re.compile(r"(?m)^> .*\n?")
-ATTACHMENT = re.compile(r"!?\[[^][\n]*\]\([^()\n]*\)|\(\w+ not exported\)")
+NOT_SAID = (
+    re.compile(r"\A(?:>.*\n)+\n"),  # what is quoted
+    re.compile(r"(?:\A|\n)\(- .* -\)"),  # reactions
+    re.compile(r"(?:\A|\n)\(\( .* \)\)"),  # a sticker
+    re.compile(r"!?\[[^][\n]*\]\([^()\n]*\)|\(\w+ not exported\)"),  # files
+)
 
 
 def understands(file):
@@ -25,8 +34,7 @@ def understands(file):
 
 def read(file):
     for start, words in blocks(file.lines, LINE.match):
-        for pattern in REACTIONS, QUOTATION, ATTACHMENT:
+        for pattern in NOT_SAID:
             words = pattern.sub("", words)
-        is_deleted = words.strip() == "(This message was deleted)"
-        kind = first(notes=file.title == "Note to Self", deleted=is_deleted)
+        kind = first(notes=file.title == "Note to Self") or kind_of_sentence(words, APP)
         yield Message(start[1], start[2], words, kind)

@@ -7,14 +7,24 @@ Two messages:
     [{"timestamp": 1795513440, "user": "ann", "text": "hi"}]
 """
 
-from .shared import Message, sample, text_of
+import re
+
+from .not_read import NotReadError
+from .shared import Message, first, sample, text_of
 
 APP = "list of messages"
 COLUMNS = {
-    "conversation": "conversation channel chat thread room group conversation_id chat_name",
-    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts",
-    "author": "author sender sender_name username user from nick nickname name display_name",
+    "conversation": "conversation channel chat thread room group conversation_id chat_name "
+    "group_id chat_session",
+    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts "
+    "created_utc createtime message_date",
+    "author": "author sender sender_name username user from nick nickname name display_name "
+    "author_name user_name from_id",
     "text": "message text content body msg contents",
+}
+LIKE = {  # a column with one of these words in its name is what it says
+    "time": {"time", "date", "created", "sent", "timestamp", "zeit", "datum", "fecha", "data"},
+    "author": {"author", "sender", "user", "from", "nick", "autor", "autore", "absender", "von"},
 }
 
 
@@ -27,6 +37,11 @@ def read(file):
     keys = keys_of(file.entries)
     columns = columns_of(keys)
     ignored = keys - {key for found in columns.values() for key in found}
+    for column, words in LIKE.items():
+        for key in sorted(ignored) if not columns[column] else []:
+            if words.intersection(words_in(key)) and any(entry.get(key) for entry in file.entries):
+                what = f"a list with its {column}s under {key!r}, a name that is not known"
+                raise NotReadError(what, f'# call it "{column}" and try again')
     if ignored:
         file.notes.append(f"nothing was understood in {', '.join(sorted(ignored))}")
     for entry in file.entries:
@@ -34,7 +49,12 @@ def read(file):
             column: " ".join(text_of(entry[key]) for key in found if entry.get(key))
             for column, found in columns.items()
         }
-        yield Message(**values)
+        yield Message(**values, kind=first(app=entry.get("system") is True))
+
+
+def words_in(key):
+    """Return the words of a name: "messageDate" and "Message Date" → {"message", "date"}."""
+    return {word.casefold() for word in re.findall(r"[^\W\d_A-Z]+|[A-Z][^\W\d_A-Z]*", str(key))}
 
 
 def keys_of(entries):

@@ -28,15 +28,16 @@ def read(file):
     for key in "chats", "left_chats":
         chats += file.data.get(key, {}).get("list", [])
     chats = chats or [file.data]
+    people = {}  # name → number of the first one who has it
     names = Counter(chat.get("name") for chat in chats)
     for chat in chats:
         name = text_of(chat.get("name")) or file.title
         if names[chat.get("name")] > 1:  # two people of one name
             name += f" {text_of(chat.get('id'))}"
-        yield from read_chat(chat, name)
+        yield from read_chat(chat, name, people)
 
 
-def read_chat(chat, name):
+def read_chat(chat, name, people):
     topics = {}  # number of a message → its topic
     for m in chat["messages"]:
         topic = topics.get(m.get("reply_to_message_id"))
@@ -45,11 +46,20 @@ def read_chat(chat, name):
         topics[m.get("id")] = topic
         yield Message(
             time=m.get("date_unixtime") or m.get("date"),
-            author=m.get("from"),
+            author=name_of(text_of(m.get("from")), text_of(m.get("from_id")), people),
             text=m.get("text") or m.get("text_entities"),
             kind=kind_of(m, text_of(chat.get("type"))),
             conversation=f"{name} / {topic}" if topic else name,
         )
+
+
+def name_of(name, number, people):
+    """Return the name of a person: who has no name any more, or another's, gets the number."""
+    if not number.startswith("user"):
+        return name
+    name = name or "Deleted Account"
+    is_first = name != "Deleted Account" and people.setdefault(name, number) == number
+    return name if is_first else f"{name} {number.removeprefix('user')}"
 
 
 def kind_of(m, chat_type):

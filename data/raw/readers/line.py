@@ -1,0 +1,103 @@
+r"""LINE: "Send chat history" of a phone, "Save chat" of a PC; a .txt for each chat.
+
+Messages with tabs, below a line with the day, as a phone writes them; the tags in its language:
+
+    2026/11/24(火)                  also 2026.11.24 Tuesday, Tue, 11/24/2026, R8/11/24(火)
+    10:44   花子    来る
+    10:45   太郎    "一行目
+    二行目"
+    10:46   花子    [スタンプ]
+    10:47   花子がメッセージの送信を取り消しました
+
+A PC writes one space, so that nothing shows where a name ends:
+
+    2026.11.24 Tuesday
+    10:44 Ann Lee are you coming?
+"""
+
+import re
+from collections import defaultdict
+
+from .shared import Message, blocks, first, sample, share
+
+APP = "LINE"
+DATE = r"(?:\d{4}|R\d\d?)[./年]\d\d?[./月]\d\d?日?"
+DAY = re.compile(
+    rf"(?P<day>{DATE})\s?(?:\W?\w{{1,3}}\W?|\w+day|\w曜日)?$|\w{{3}}, (?P<other_day>[\d/]{{8,10}})$"
+)
+CLOCK = r"(?:[^\W\d]{2} ?)?\d\d?:\d\d(?: ?[AaPp][Mm])?"
+PHONE = re.compile(rf"(?P<clock>{CLOCK})(?:\t| {{4}})(?:(?P<author>.{{0,60}}?)(?:\t| {{4}}))?")
+PC = re.compile(rf"(?P<clock>{CLOCK}) (?P<author>)")
+
+TAG = re.compile(r"\[[^\[\]\n]{1,30}\](?: \(null\)| \S+\.\w+)?")  # [Photo], [File] plan.pdf
+PC_TAGS = {"Photos", "Videos", "Stickers", "Audio", "Files", "画像", "写真", "動画", "スタンプ"}
+PC_TAGS |= {"圖片", "照片", "影片", "貼圖", "已傳送圖片", "已傳送貼圖"}
+UNSENT = re.compile(
+    r".*(?:unsent a message|Message unsent|送信を取り消しました|已收回訊息|撤回了一条消息)\W?"
+)
+
+
+def understands(file):
+    lines = sample(file.lines)
+    clocks = [line for line in lines if re.match(CLOCK, line)]
+    if len(clocks) < len(lines) / 10 or not any(map(DAY.match, file.lines)):
+        return 0
+    return share(clocks, form_of(clocks).match)
+
+
+def form_of(lines):
+    return PHONE if share(lines, PHONE.match) > 1 / 2 else PC
+
+
+def read(file):
+    form = form_of([line for line in file.lines if re.match(CLOCK, line)])
+    header = re.compile(f"{form.pattern}|{DAY.pattern}")
+    day, messages = "", []
+    for start, words in blocks(file.lines, header.match):
+        day = start["day"] or start["other_day"] or day
+        if start["clock"]:
+            messages.append((f"{day} {start['clock']}", start["author"], words))
+    if form is PC:
+        names = names_in([words for *_, words in messages])
+        messages = [(when, *split_off(words, names)) for when, _, words in messages]
+    for when, author, words in messages:
+        if re.fullmatch(r'"[^\n]*\n(?s:.*)"', words):  # around several lines
+            words = words[1:-1]
+        yield Message(when, author, words, kind_of(author, words, form))
+
+
+def names_in(texts):
+    """Return the name behind each first word, as long as the words after it are always the same.
+
+    ["Ann Lee hi", "Bob yes", "Ann Lee so", "Bob no"] → {"Ann": "Ann Lee", "Bob": "Bob"}
+    """
+    lines = defaultdict(list)
+    for text in texts:
+        words = text.split("\n")[0].split(" ")
+        lines[words[0]].append(words)
+    return {word: common_start(lines) for word, lines in lines.items()}
+
+
+def common_start(lines):
+    """Return the words with which all lines begin, at most three; of one line the first."""
+    words = []
+    for same in zip(*lines, strict=False):
+        if len(set(same)) > 1 or len(words) == 3 or (words and len(lines) == 1):
+            break
+        words.append(same[0])
+    return " ".join(words)
+
+
+def split_off(text, names):
+    """Return (name, words) of "Ann Lee are you coming?"."""
+    name = names[re.split(r"[ \n]", text)[0]]
+    return name, text.removeprefix(name).strip()
+
+
+def kind_of(author, words, form):
+    return first(
+        call=words.startswith("☎"),
+        app=not author,
+        deleted=UNSENT.fullmatch(words),
+        media=TAG.fullmatch(words) or (form is PC and words in PC_TAGS),
+    )

@@ -43,7 +43,7 @@ def find_raw(version):
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
         if (folder / name).exists() and (folder / name).stat().st_size:
             return folder / name
-    files = sorted(path.name for path in folder.glob("[!.]*") if path.is_file())
+    files = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in ("", ".py"))
     exports = [shlex.quote(f"data/raw/{name}") for name in files if name.endswith((".txt", ".zip"))]
     others = [name[9:].partition(".json")[0] for name in files if name.startswith("messages_")]
     make = "python data/raw/from_export.py"

@@ -57,7 +57,7 @@ def find_raw(version):
 def fail_to_read(path, where, what):
     """End the run for raw data that cannot be read; perhaps an app's export is in its place."""
     fixes = [f"# correct {path} in an editor; README.md says what an entry is"]
-    if not path.read_bytes().strip(b"\xef\xbb\xbf \r\n").startswith((b"[", b'{"message"')):
+    if not re.match(rb'[^!-~]*(\[\s*["\[{]|\{"message")', path.read_bytes()):
         version = path.stem.removeprefix("messages_")
         fixes.insert(0, f"python data/raw/from_export.py {path} --version {version}_chat")
     fail(f"{path}, {where}: {what}", *fixes)

@@ -148,6 +148,10 @@ def set_sampling(args, base):
 
 
 # ---- the validation rows ------------------------------------------------------------------------
+# Where there is no settings.json, the rows are not of build_train.py:
+UNKNOWN = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
+
+
 @dataclass
 class Row:
     """A row of valid.jsonl."""
@@ -172,8 +176,7 @@ class Row:
 
 def read_data(at):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
-    usual = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
-    made = SimpleNamespace(**usual | read_json(at.data / "settings.json"))
+    made = SimpleNamespace(**UNKNOWN | read_json(at.data / "settings.json"))
     train = at.data / "train.jsonl"
     chats = common.read_rows(train, at.build) if train.is_file() else []
     rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)

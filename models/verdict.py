@@ -133,7 +133,8 @@ def beside(table, who, name):
     del shares[who]
     if "reference" in shares:
         shares[name] = shares.pop("reference")
-    return f"Beside it: {', '.join(f'{other} {share}' for other, share in shares.items())}."
+    found = ", ".join(f"{other} {share}" for other, share in shares.items())
+    return f"Beside it: {found}." if found else ""
 
 
 def far_figures(table, who):

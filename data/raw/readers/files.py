@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import re
 import warnings
@@ -12,12 +11,12 @@ from typing import NamedTuple
 from .not_read import refuse_bytes
 from .shared import share
 
-READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip"}
-READABLE |= {".html", ".xml", ".js"}  # to say what they are, and SMS
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip", ".xml"}
+READABLE |= {".html", ".js"}  # only to say what they are
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
 TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
-
-PICTURES = re.compile(rb' data="[^"]*"')  # in MMS
+PICTURES = re.compile(rb' data="[^"]*"')  # in MMS; they make gigabytes of a backup
+FOREIGN = re.compile(r"[^\x00-\x7f]+")
 LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
 
 
@@ -37,15 +36,14 @@ class File(NamedTuple):
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
     refuse_bytes(name, content)
-    if name.lower().endswith(".xml"):
-        content = PICTURES.sub(b"", content)  # they make gigabytes of a backup
+    content = PICTURES.sub(b"", content) if name.lower().endswith(".xml") else content
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
+    text = without_mojibake(text)
     notes = []
     data = parse_json(text)
     if data is None:
         data = parse_csv(text, notes)
     lines = text.split("\n") if data is None else []
-    data, lines = without_mojibake(data), without_mojibake(lines)
     keys = set(data) if isinstance(data, dict) else set()
     entries = [entry for entry in messages_of(data) if isinstance(entry, dict)]
     return File(name, title_of(name), lines, data, keys, entries, names, notes)
@@ -69,14 +67,14 @@ def decode(content):
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     text = content.decode("utf-8-sig", "replace")
-    wrong, letters = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
-    if wrong <= letters / 10:  # a program may have cut a line within a letter
+    wrong, foreign = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+    if wrong <= foreign / 10:  # a program may have cut a line within a letter
         return text
     return "\n".join(map(decode_line, content.split(b"\n")))
 
 
 def decode_line(line):
-    """Return the text of a line; in old logs each program wrote its own encoding."""
+    """Return the text of a line; in an old log each line may have its own encoding."""
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -125,37 +123,19 @@ def messages_of(data):
 
 
 # ---- UTF-8 that was written as if it were Latin-1 ------------------------------------------------
-def without_mojibake(data):
-    """Return the data with "CafÃ©" as "Café" everywhere, if most of its texts are like that."""
-    first = itertools.islice(texts_in(data), 20_000)
-    texts = [text for text in first if not text.isascii()]
-    if not texts or share(texts, lambda text: repaired(text) != text) < 1 / 2:
-        return data
-    return repaired_in(data)
+def without_mojibake(text):
+    """Return the text with "CafÃ©" as "Café", if most of its foreign letters are like that."""
+    escaped = r"(?<!\\)\\u00([89a-f][0-9a-f])"  # as JSON may write them
+    text = re.sub(escaped, lambda letter: chr(int(letter[1], 16)), text)
+    letters = FOREIGN.findall(text[:1_000_000])
+    if share(letters, lambda run: repaired(run) != run) < 1 / 2:
+        return text
+    return FOREIGN.sub(lambda run: repaired(run[0]), text)
 
 
-def texts_in(data):
-    """Yield all texts in lists and values."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, list | dict):
-        for value in data.values() if isinstance(data, dict) else data:
-            yield from texts_in(value)
-
-
-def repaired_in(data):
-    if isinstance(data, str):
-        return repaired(data)
-    if isinstance(data, list):
-        return [repaired_in(value) for value in data]
-    if isinstance(data, dict):
-        return {key: repaired_in(value) for key, value in data.items()}
-    return data
-
-
-def repaired(text):
-    """Return the text that was meant: "CafÃ©" → "Café"; what is no mojibake stays."""
+def repaired(letters):
+    """Return the letters that were meant: "Ã©" → "é"; what is no mojibake stays."""
     for encoding in "latin-1", "windows-1252":
         with contextlib.suppress(UnicodeError):
-            return text.encode(encoding).decode("utf-8")
-    return text
+            return letters.encode(encoding).decode("utf-8")
+    return letters

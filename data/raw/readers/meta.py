@@ -16,7 +16,6 @@ by their form: see is_notice().
 import re
 from collections import Counter, defaultdict
 
-from .files import repaired
 from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
@@ -52,16 +51,16 @@ def read(file):
                 or is_notice(author, text, forms, people)
                 or (attached[text] > 1 and " " in text and "://" not in text),
             ),
-            conversation=repaired(title),
+            conversation=title,
         )
 
 
 def author_of(m):
-    return repaired(text_of(m.get("sender_name") or m.get("senderName")))
+    return text_of(m.get("sender_name") or m.get("senderName"))
 
 
 def words_of(m):
-    return repaired(text_of(m.get("content") or m.get("text")))
+    return text_of(m.get("content") or m.get("text"))
 
 
 def forms_of(said):

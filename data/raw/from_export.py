@@ -22,11 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.raw.readers import READERS
+from data.raw.readers.dates import read_times
 from data.raw.readers.files import open_file
 from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
-from data.raw.readers.times import ORDERS, read_times
+from data.raw.readers.times import ORDERS
 from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, link, visible
 
 import argparse
@@ -90,14 +91,10 @@ class Chat(NamedTuple):
 
 def read_files(paths, dates):
     """Return ([Chat], {name: (what it is, a FIX)}) of all files that the paths hold."""
-    found = dict(file for path in paths for file in files_in(Path(path).expanduser()))
+    found = dict(file for path in paths for file in files_in(Path(path)))
     chats, not_read, names = [], {}, {}
     for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
-            if found[name] is None:
-                raise NotReadError(
-                    "a link that leads out of the folder", f"ls -l {shlex.quote(name)}"
-                )
             chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
             not_read[name] = e.args
@@ -240,15 +237,15 @@ def write(target, entries, replace):
 
 
 def check_replace(old, replace):
-    """Refuse to write over another export, or the work of somebody, unless told."""
+    """Refuse to write over another export, or over what a person edited, unless told."""
     again = shlex.join(["python", *sys.argv])
     version = old.stem.removeprefix("messages_")
-    others = f"{again} --version {version}_2"
     if not replace:
-        what = f"{shown(old)} has other content: another export, or edited by hand"
-        fail(what, others, f"{again} --replace  # the old one is then {old.name}.before")
-    if old.name not in os.listdir(old.parent):  # a Mac takes messages_Ann.json for it
-        fail(f"{shown(old)} is there under a name with other capitals", others)
+        fail(
+            f"{shown(old)} has other content: another export, or edited by hand",
+            f"{again} --version {version}_2",
+            f"{again} --replace  # the old one is then {old.name}.before",
+        )
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -258,6 +255,7 @@ def shown(path):
 
 
 def tell(title, number, text=""):
+    """Print "authors               2", a line of the report."""
     number = f"{number:,}" if isinstance(number, int) else number
     text = visible(" ".join(text.split()))
     print(f"{title:<14}{number:>9}  {text}".rstrip())
@@ -304,25 +302,20 @@ def next_steps(entries, version):
 
 def keep_most(left_out):
     """Return the command that keeps the kind of which most texts are left out."""
-    texts = {kind: len(list(filter(None, texts))) for kind, texts in left_out.items()}
-    kind = max(texts, key=texts.get, default="")
-    if not kind or not texts[kind]:
+    kinds = [kind for kind, texts in left_out.items() if any(texts)]
+    if not kinds:
         return "# export another chat"
+    kind = max(kinds, key=lambda kind: len(left_out[kind]))
     return f"{shlex.join(['python', *sys.argv])} --keep {kind}"
 
 
 def main():
     s = arguments()
     target = RAW / f"messages_{s.version}.json"
-    try:
-        chats, not_read = read_files(s.paths, s.dates)
-    except MemoryError:
-        fail("this is more than fits into memory", "# export single chats")
+    chats, not_read = read_files(s.paths, s.dates)
     pairs = [m for chat in chats for m in chat.messages if isinstance(m, dict)]
     if pairs and len(pairs) < sum(len(chat.messages) for chat in chats):
-        names = {isinstance(chat.messages[0], dict): chat.name for chat in chats if chat.messages}
-        one_each = [shlex.join(["python", sys.argv[0], name]) for name in names.values()]
-        fail("these are chats and training sets", *one_each)
+        fail("these are chats and training sets", "# read each of them with a --version of its own")
     conversations, left_out = ({}, {}) if pairs else sort_out(chats, s.keep)
     entries = pairs or entries_of(conversations)
     if entries:

@@ -14,12 +14,9 @@ from .shared import Message, first, sample, text_of
 
 APP = "list of messages"
 COLUMNS = {
-    "conversation": "conversation channel chat thread room group conversation_id chat_name "
-    "group_id chat_session",
-    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts "
-    "created_utc createtime message_date",
-    "author": "author sender sender_name username user from nick nickname name display_name "
-    "author_name user_name from_id",
+    "conversation": "conversation channel chat thread room group chat_name group_id",
+    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts",
+    "author": "author sender author_name sender_name username user from nick name from_id",
     "text": "message text content body msg contents",
 }
 LIKE = {  # a column with one of these words in its name is what it says
@@ -37,11 +34,11 @@ def read(file):
     keys = keys_of(file.entries)
     columns = columns_of(keys)
     ignored = keys - {key for found in columns.values() for key in found}
-    for column, words in LIKE.items():
-        for key in sorted(ignored) if not columns[column] else []:
-            if words.intersection(words_in(key)) and any(entry.get(key) for entry in file.entries):
-                what = f"a list with its {column}s under {key!r}, a name that is not known"
-                raise NotReadError(what, f'# call it "{column}" and try again')
+    for column in LIKE:
+        alike = [key for key in sorted(ignored) if LIKE[column].intersection(words_in(key))]
+        if alike and not columns[column]:
+            what = f"a list with its {column}s under {alike[0]!r}, a name that is not known"
+            raise NotReadError(what, f'# call it "{column}" and try again')
     if ignored:
         file.notes.append(f"nothing was understood in {', '.join(sorted(ignored))}")
     for entry in file.entries:

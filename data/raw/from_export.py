@@ -37,6 +37,7 @@ import os
 import re
 import shlex
 from collections import Counter, defaultdict
+from os.path import relpath
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -220,40 +221,35 @@ def write(target, entries, replace):
     """Write one entry a line, whole or not at all; what was there before is kept once beside it."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
+    files = target, target.with_suffix(".jsonl")  # build_train.py reads one of them
+    others = [file for file in files if file.exists() and file.read_bytes() != content]
+    if others and not replace:
+        refuse_to_replace(others[0])
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_bytes(content)
     try:
-        for old in target, target.with_suffix(".jsonl"):  # build_train.py reads one of them
-            if old.exists() and old.read_bytes() != content:
-                check_replace(old, replace)
-                before = old.with_name(f"{old.name}.before")
-                before.unlink(missing_ok=True)
-                link(old, before)  # what an editor saves right now is in it
-                print(f"replaced {shown(old)}; what it was is in {before.name}")
+        partial.write_bytes(content)
+        for old in others:
+            before = old.with_name(f"{old.name}.before")
+            before.unlink(missing_ok=True)
+            link(old, before)  # what an editor saves right now is in it
+            print(f"replaced {relpath(old)}; what it was is in {before.name}")
         partial.replace(target)
         target.with_suffix(".jsonl").unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def check_replace(old, replace):
-    """Refuse to write over another export, or over what a person edited, unless told."""
+def refuse_to_replace(old):
+    """Fail, for a file that holds another export, or what a person edited."""
     again = shlex.join(["python", *sys.argv])
-    version = old.stem.removeprefix("messages_")
-    if not replace:
-        fail(
-            f"{shown(old)} has other content: another export, or edited by hand",
-            f"{again} --version {version}_2",
-            f"{again} --replace  # the old one is then {old.name}.before",
-        )
+    fail(
+        f"{relpath(old)} has other content: another export, or edited by hand",
+        f"{again} --version {old.stem.removeprefix('messages_')}_2",
+        f"{again} --replace  # the old one is then {old.name}.before",
+    )
 
 
 # ---- report --------------------------------------------------------------------------------------
-def shown(path):
-    """Return a path as short as it can be: "data/raw/messages_v1.json"."""
-    return os.path.relpath(path)
-
-
 def tell(title, number, text=""):
     """Print "authors               2", a line of the report."""
     number = f"{number:,}" if isinstance(number, int) else number
@@ -301,7 +297,7 @@ def next_steps(entries, version):
 
 
 def keep_most(left_out):
-    """Return the command that keeps the kind of which most texts are left out."""
+    """Return the command that keeps the kind of which most messages are left out."""
     kinds = [kind for kind, texts in left_out.items() if any(texts)]
     if not kinds:
         return "# export another chat"
@@ -323,7 +319,7 @@ def main():
     report(chats, not_read, left_out, entries)
     if not entries:
         fail("nothing is left that people said to each other", keep_most(left_out))
-    print(f"\nwrote {shown(target)}: {len(entries):,} entries; delete what it must not learn")
+    print(f"\nwrote {relpath(target)}: {len(entries):,} entries; delete what it must not learn")
     next_steps(entries, s.version)
 
 

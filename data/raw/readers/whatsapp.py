@@ -25,7 +25,6 @@ ENTRY = re.compile(
     r"(?(iphone)\]|(?:\s[-\u2013]|(?P<colon>:)))(?:\s|$)"
 )
 LONG_YEAR = re.compile(r"[-/.]\s?\d{4}|\d{4}\s?[-/.年년]")
-QUOTE = re.compile('["“”„«»]')
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
 LOCATION = re.compile(r"[^:]{1,90}: https://(?:maps\.google\.com/\?q=|foursquare\.com/v/)\S+")
 POLL = re.compile(  # POLL:\nWhen?\nOPTION: Today (2 votes)\nOPTION: Later (1 vote)
@@ -93,7 +92,7 @@ def author_and_words(text):
     """Return the parts of "Ann: hi" → ("Ann", "hi"); the notices of the app have no author."""
     found = AUTHOR.match(text)
     # subtle: 'Ann named the group "a: b"' is a notice; nobody's name has one quotation mark
-    if not found or len(QUOTE.findall(found[1])) % 2:
+    if not found or len(re.findall('["“”„«»]', found[1])) % 2:
         return "", text
     return found[1], text[found.end() :]
 

@@ -12,8 +12,7 @@ Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be r
         {"conversation": "Ann", "time": "2026-11-24T10:44:25", "author": "Ann Lee", "message": "hi"}
         one conversation after the other, each in the order of time;
         of a training set {"prompt": "Hi!", "completion": "Hello"}
-
-What is no talk between people is left out, counted and shown: see KINDS below.
+        What is no talk between people is left out, counted and shown: see KINDS below.
 """
 
 import sys
@@ -119,14 +118,16 @@ def in_order(names):
 
 
 def read_file(file, dates):
-    reader = reader_of(file)
+    """Return the Chat of a file, read by the first reader that understands it."""
+    readers = (reader for reader in READERS if reader.understands(file) >= UNDERSTOOD)
+    reader = next(readers, None) or refuse(file)
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
         written = [text_of(m.time) for m in messages]
         times, note = read_times(written, dates, file.lines)
         check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
-        file.notes.extend(filter(None, [note]))
+        file.notes.extend([note] if note else [])
     return Chat(file.name, file.title, reader.APP, messages, file.notes)
 
 
@@ -154,14 +155,6 @@ def tidy_name(name):
     r"""Return a name on one line: "\u202a~ Ann\nLee" → "Ann Lee"."""
     name = INVISIBLE.sub("", name).encode("utf-8", "replace").decode()  # half a character: ?
     return " ".join(name.split()).removeprefix("~").strip()
-
-
-def reader_of(file):
-    """Return the first reader that understands the file."""
-    for reader in READERS:
-        if reader.understands(file) >= UNDERSTOOD:
-            return reader
-    refuse(file)
 
 
 # ---- leave out -----------------------------------------------------------------------------------

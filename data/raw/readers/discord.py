@@ -19,7 +19,7 @@ from .shared import Message, blocks, dig, first, kind_of_sentence, share
 
 APP = "Discord"
 LINE = re.compile(r"\[(\d[^]\n]*\d:\d\d[^]\n]*)\] ([^\n:]{1,60}?)(?: \(pinned\))?$")
-BESIDE = re.compile(r"(?ms)^(?:\{(?:Attachments|Embed|Stickers|Reactions|Forwarded.*?)\}|={60}).*")
+BESIDE = re.compile(r"(?ms)^(?:\{(?:Attachments|Embed|Stickers|Reactions|Forwarded \w+)\}|={60}).*")
 
 
 def understands(file):

@@ -27,6 +27,14 @@ for package in "babel", "jinja2", "mlx", "mlx_lm", "numpy", "pandas", "sklearn",
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.umask(0o077)  # chats are private: new files are for their owner alone
+if sys.platform == "linux":
+    # MLX runs what it finds compiled in TMPDIR/mlx, and in /tmp anybody may have put it there.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ["TMPDIR"] = os.path.join(cache, "fine-tune")
+    os.makedirs(os.environ["TMPDIR"], exist_ok=True)
+
+
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 def explain(kind, error, trace):
@@ -35,7 +43,7 @@ def explain(kind, error, trace):
         print(file=sys.stderr)
     elif kind is BrokenPipeError:  # `… | head` reads no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif isinstance(error, OSError) and error.errno in FULL_DISK:
         print(f"error: the disk is full: {error}\nFIX: df -h .  # free space", file=sys.stderr)
     elif isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EROFS:
         where = os.path.dirname(os.path.abspath(error.filename or "."))

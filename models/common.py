@@ -1,5 +1,6 @@
 """What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -70,6 +71,15 @@ def download(model):
     return f"hf download mlx-community/{model} --local-dir models/base/{model}"
 
 
+def rerun(script, **settings):
+    """Return the command that runs a script again, for the same names and with other settings.
+
+    rerun("./fine_tune.sh", BATCH_SIZE=1) → "VERSION=v1 MODEL=gemma BATCH_SIZE=1 ./fine_tune.sh"
+    """
+    names = {name: from_environment(name) for name in DEFAULTS}
+    return " ".join([*(f"{name}={value}" for name, value in (names | settings).items()), script])
+
+
 def need(file, variable, command):
     """Refuse a folder without its file; the fixes are the command, and the folders that have it.
 
@@ -115,6 +125,43 @@ def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
+def checksums_of_data(version):
+    """Return the lines of an adapter's `settings` that tell its data: {"TRAIN_SHA256": "3b0c…"}."""
+    data = Path("data/for_train", version)
+    return {
+        f"{name.upper()}_SHA256": checksum(data / f"{name}.jsonl") for name in ("train", "valid")
+    }
+
+
+def settings_of(adapter):
+    """Return how an adapter was trained, {"ITERS": "600", …}, from its file `settings`."""
+    file = adapter / "settings"
+    lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def data_changed(version, adapter):
+    """Say whether the data, and so window, names and author, may differ from what was trained."""
+    trained = settings_of(adapter)
+    return any(
+        now and trained.get(name, now) != now for name, now in checksums_of_data(version).items()
+    )
+
+
+def is_stale(adapter, fused):
+    """Say whether the fused model was made from another adapter than the one there now."""
+    try:
+        made_from = json.loads((fused / "fused_from.json").read_bytes())["adapter_sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return checksum(adapter / "adapters.safetensors") not in ("", made_from)
+
+
+def checkpoints(work):
+    """Return {batch: file} of the checkpoints of a training, in the order of time."""
+    return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
+
+
 # ---- outputs appear whole or not at all ----------------------------------------------------------
 def beside(folder, word):
     """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.
@@ -153,6 +200,12 @@ def carry_over(old, new, ours):
             link(path, new / path.name)
 
 
+def before(folder):
+    """Return where the output of before is kept: models/fused/fused-v1_gemma.before."""
+    target = Path(os.path.realpath(folder))
+    return target.with_name(f"{target.name}.before")
+
+
 def into_place(new, folder, ours):
     """Put a finished folder into its place; return where the one of before is, None if nowhere.
 
@@ -160,6 +213,7 @@ def into_place(new, folder, ours):
     Killed at any moment this leaves the folder of before or the new one; see finish_move().
     """
     folder = Path(os.path.realpath(folder))
+    finish_move(folder)  # of a run that was killed
     if folder.exists() and is_same(new, folder):
         shutil.rmtree(new)
         return None
@@ -168,7 +222,7 @@ def into_place(new, folder, ours):
     was_there = folder.exists()
     new.rename(beside(folder, "new"))
     finish_move(folder)
-    return folder.with_name(f"{folder.name}.before") if was_there else None
+    return Path(os.path.relpath(before(folder))) if was_there else None
 
 
 def finish_move(folder):
@@ -177,10 +231,11 @@ def finish_move(folder):
     v1 → v1.before, .v1.new → v1
     """
     folder = Path(os.path.realpath(folder))
-    new, before = beside(folder, "new"), folder.with_name(f"{folder.name}.before")
+    new = beside(folder, "new")
     if not new.exists():
         return
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
-    new.rename(folder)
+    with contextlib.suppress(FileNotFoundError):  # another script has just done it
+        if folder.exists():
+            shutil.rmtree(before(folder), ignore_errors=True)
+            folder.rename(before(folder))
+        new.rename(folder)

@@ -44,7 +44,7 @@ def seconds(command, env):
 
 
 def bare(args, folder, config, evaluate):
-    """Return mlx_lm.lora as fine_tune.sh calls it, or with its own evaluations."""
+    """Return mlx_lm.lora with the settings of fine_tune.sh, or with its own evaluations too."""
     data = folder / ("with" if evaluate else "without")
     data.mkdir()
     source = ROOT / f"data/for_train/{args.version}"
@@ -66,12 +66,13 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     settings = {"MODEL": args.model, "VERSION": args.version, "ITERS": args.iters}
-    env = os.environ | settings | {"EVAL_EVERY": args.every, "HF_HUB_OFFLINE": "1"}
+    env = os.environ | settings | {"EVAL_EVERY": args.every, "RESUME": "0", "HF_HUB_OFFLINE": "1"}
     ours = ["bash", ROOT / "fine_tune.sh"]
     seconds(ours, env)  # warms the caches, leaves the settings
     adapter = ROOT / f"models/adapters/adapter-{args.version}_{args.model}"
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(shutil.copy(adapter / "lora_config.yaml", folder))
+        # mlx-lm writes all its settings there as JSON, which is YAML, too.
+        config = Path(shutil.copy(adapter / "adapter_config.json", folder))
         commands = {
             "bare": bare(args, Path(folder), config, evaluate=True),
             "no eval": bare(args, Path(folder), config, evaluate=False),

@@ -17,16 +17,24 @@ Set MLX_CUDA_USE_CUDNN_SDPA=0 on an NVIDIA GPU: attention is then computed in th
 way as in training on a Mac, which has no fused one for gradients.
 """
 
+# ruff: noqa: E402 (our own modules are found from the root)
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from models.adapted import look_at
+from models.memory import memory_to_train
+
 import argparse
 import contextlib
 import io
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -38,7 +46,6 @@ from mlx_lm.models import gemma3_text
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = (
     "num_hidden_layers",
     "hidden_size",
@@ -63,9 +70,6 @@ SETTINGS = [  # the defaults first
     (2, 1024, -1, 1, 32, 1), (4, 512, -1, 1, 32, 1), (4, 512, -1, 0, 32, 1),
     (2, 1024, -1, 0, 32, 1),
 ]  # fmt: skip
-SCALE = 10.0
-MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"]
-MATRICES += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 CONFIG = {
     "model_type": "gemma3_text",
     "vocab_size": 262144,
@@ -80,32 +84,31 @@ def config_of(shape):
     return CONFIG | dict(zip(KEYS, SHAPES[shape], strict=True))
 
 
-def weights_of(shape):
-    """Return the bytes of all matrices at 4 bits and a scale and a bias for each 64: 4.5 bits."""
-    depth, hidden, inner, heads, key_heads, head, *_ = SHAPES[shape]
-    layer = 2 * hidden * head * (heads + key_heads) + 3 * hidden * inner
-    return int(4.5 / 8 * (depth * layer + 262144 * hidden))
-
-
-def reckon(shape, weights, batch, tokens, layers, checkpointing, rank, embeddings):
-    """Return the bytes that fine_tune.sh reckons, by its own lines."""
-    script = (ROOT / "fine_tune.sh").read_text("utf-8")
-    lines = script[script.index("def memory(") : script.index("def check_memory")]
-    exec(lines, names := {})
-    depth, hidden, inner, *_ = SHAPES[shape]
-    size = SimpleNamespace(layers=depth, hidden=hidden, inner=inner, weights=weights)
-    size.vocabulary = 262144
+def reckon(model, weights, batch, tokens, layers, checkpointing, rank, embeddings):
+    """Return the bytes that fine_tune.sh reckons."""
+    size = look_at(model, model.args.__dict__, embeddings)
+    size.weights = weights
     s = SimpleNamespace(NUM_LAYERS=layers, GRAD_CHECKPOINT=checkpointing, RANK=rank)
     s.EMBEDDINGS, s.BATCH_SIZE = embeddings, batch
-    return int(names["memory"](s, size, tokens))
+    return int(memory_to_train(s, size, tokens))
 
 
-def build(shape, bits=4, group_size=64):
-    """Return a gemma3_text model of random weights at `bits`, made matrix by matrix."""
+def bytes_of(model):
+    return sum(values.nbytes for _, values in tree_flatten(model.parameters()))
+
+
+def outline(shape, bits=4, group_size=64):
+    """Return a gemma3_text model whose random weights are drawn when somebody needs them."""
     model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(config_of(shape)))
     model.sanitize({})  # input and output embeddings are the same matrix
     model.set_dtype(mx.bfloat16)
-    nn.quantize(model, group_size=group_size, bits=bits)  # nothing is computed yet
+    nn.quantize(model, group_size=group_size, bits=bits)
+    return model
+
+
+def build(shape):
+    """Return the same with its weights, which are drawn and quantised matrix by matrix."""
+    model = outline(shape)
     for _, module in model.named_modules():
         if not module.children():
             mx.eval(module.parameters())
@@ -113,10 +116,10 @@ def build(shape, bits=4, group_size=64):
     return model
 
 
-def lora(rank, embeddings):
-    """Return the lora_parameters of fine_tune.sh: the layers' matrices, perhaps the embeddings."""
-    keys = {"keys": [*MATRICES, "model.embed_tokens"]} if embeddings else {}
-    return {"rank": rank, "scale": SCALE, "dropout": 0.0} | keys
+def lora(model, rank, embeddings):
+    """Return the lora_parameters of fine_tune.sh."""
+    keys = look_at(model, model.args.__dict__, embeddings).keys
+    return {"rank": rank, "scale": 10.0, "dropout": 0.0, "keys": keys}
 
 
 def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddings, iters=3):
@@ -135,7 +138,7 @@ def measure_training(model, batch, tokens, layers, checkpointing, rank, embeddin
 
     model.freeze()
     plain_embeddings = model.model.embed_tokens
-    linear_to_lora_layers(model, layers, lora(rank, embeddings))
+    linear_to_lora_layers(model, layers, lora(model, rank, embeddings))
     mx.eval(model.trainable_parameters())
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -205,7 +208,7 @@ def save_base_and_adapter(shape, tokenizer, base, adapter):
     mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
 
     settings = {"model": str(base), "fine_tune_type": "lora", "num_layers": -1}
-    settings["lora_parameters"] = lora(32, True)
+    settings["lora_parameters"] = lora(model, 32, True)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     linear_to_lora_layers(model, -1, settings["lora_parameters"])
     model.freeze()
@@ -255,17 +258,16 @@ def main():
         if s.fuse:
             measure_fusing(shape, s.fuse, s.folder, s.out)
             continue
-        started = time.time()
-        model = None if s.reckon else build(shape)
-        weights = weights_of(shape) if s.reckon else mx.get_active_memory()
-        spent = time.time() - started
-        print(f"{shape}: {gigabytes(weights)} GB of weights in {spent:.1f} s", flush=True)
+        model = outline(shape) if s.reckon else build(shape)
+        weights = bytes_of(model)
+        print(f"{shape}: {gigabytes(weights)} GB of weights", flush=True)
         for setting in (SETTINGS[i] for i in s.settings):
-            measured = model and measure_training(model, *setting)
+            reckoned = reckon(model, weights, *setting)
+            measured = None if s.reckon else measure_training(model, *setting)
             peak, seconds = measured or ("", 0)
             line = dict(zip(NAMES, setting, strict=True)) | {"peak_gb": gigabytes(peak)}
-            line["reckoned_gb"] = gigabytes(reckon(shape, weights, *setting))
-            write(s.out, shape=shape, what="train", **line, seconds=f"{seconds:.2f}", disk_gb="")
+            line |= {"reckoned_gb": gigabytes(reckoned), "seconds": f"{seconds:.2f}"}
+            write(s.out, shape=shape, what="train", **line, disk_gb="")
         del model
         mx.clear_cache()
 

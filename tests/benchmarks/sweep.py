@@ -14,20 +14,28 @@ prints all runs, the best first, `valid` and `test` before the recipe:
     7.6380  7.6380  rank 4                   seed 0  best 4
 """
 
+# ruff: noqa: E402 (our own modules are found from the root)
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from models.chat_template import load_model
+from models.common import read_rows
+from models.completion_loss import encode, loss_of_replies
+
 import argparse
-import csv
 import fnmatch
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import pandas as pd
+
 RATES = (2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 1e-3)
 # Settings of fine_tune.sh; besides: ROWS to train on, EPOCHS over them instead of ITERS.
 RECIPES = {
@@ -73,61 +81,57 @@ def settings_of(recipe):
 
 
 def test_loss(base, adapter, rows):
-    """Return the loss of the replies in nats per token, as test_on_validation.py reckons it."""
-    spec = importlib.util.spec_from_file_location("stage_4", ROOT / "test_on_validation.py")
-    stage_4 = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage_4)
-    model, tokenizer = stage_4.load("./fine_tune.sh", base, adapter)
-    rows = stage_4.read_rows(argparse.Namespace(version="VERSION"), rows, base, tokenizer)
-    nats = stage_4.row_losses(model, rows, batch_tokens=2048)
-    return nats.sum() / sum(row.length() for row in rows)
+    """Return the loss of the replies in nats per token, as all scripts count it."""
+    model, tokenizer = load_model(base, adapter)
+    chats = read_rows(rows, "# write it anew")
+    return loss_of_replies(model, [encode(tokenizer, chat) for chat in chats])
 
 
 def measure(s, name, recipe, seed):
-    """Run fine_tune.sh in a version of its own, append a line to --out, tidy up."""
+    """Train with a recipe in a version of its own, append a line to --out, tidy up."""
     version = f"sweep-{s.version}-{name}-{seed}".replace(" ", "_").replace(",", "")
-    data, adapter = (
-        ROOT / f"data/for_train/{version}",
-        ROOT / f"models/adapters/adapter-{version}_{s.model}",
-    )
+    data = ROOT / f"data/for_train/{version}"
+    adapter = ROOT / f"models/adapters/adapter-{version}_{s.model}"
     line = {"model": s.model, "data": s.version, "recipe": name, "seed": seed}
-    line["settings"] = json.dumps(recipe, sort_keys=True)
-    names = {"VERSION": version, "MODEL": s.model, "SEED": str(seed), "CHECK_MEMORY": "0"}
     started = time.time()
     try:
         shutil.rmtree(data, ignore_errors=True)
         write_data(ROOT / f"data/for_train/{s.version}", data, recipe.get("ROWS", 0))
-        done = subprocess.run(
-            ["bash", ROOT / "fine_tune.sh"],
-            env=os.environ | settings_of(recipe) | names,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        with (adapter / "losses.csv").open() as file:
-            losses = [row for row in csv.DictReader(file) if row["val_loss"]]
-        best = min(losses[1:], key=lambda row: float(row["val_loss"]))
-        line |= {"valid": best["val_loss"], "best": best["iteration"]}
-        if (data / "test.jsonl").exists():
+        names = {"VERSION": version, "MODEL": s.model, "SEED": str(seed), "CHECK_MEMORY": "0"}
+        run(["bash", ROOT / "fine_tune.sh"], settings_of(recipe) | names)
+        losses = pd.read_csv(adapter / "losses.csv", index_col="iteration").val_loss[1:]
+        line |= {"valid": losses.min(), "best": losses.idxmin()}
+        if (data / "test.jsonl").exists():  # in a process of its own, which gives its memory back
             base = ROOT / f"models/base/{s.model}"
-            command = [sys.executable, __file__, "--score", base, adapter, data / "test.jsonl"]
-            scored = subprocess.run(command, capture_output=True, text=True, check=True)
-            line["test"] = f"{float(scored.stdout.split()[-1]):.4f}"
-    except (RuntimeError, subprocess.CalledProcessError, OSError) as error:
+            said = run([sys.executable, __file__, "--score", base, adapter, data / "test.jsonl"])
+            line["test"] = round(float(said.split()[-1]), 4)
+    except (RuntimeError, OSError) as error:
         line["valid"] = f"failed: {error}"[:300]
-    line["seconds"] = round(time.time() - started)
-    with s.out.open("a", newline="") as file:
-        csv.DictWriter(file, COLUMNS, delimiter="\t").writerow(line)
+    line |= {"seconds": round(time.time() - started), "settings": json.dumps(recipe)}
+    pd.DataFrame([line], columns=COLUMNS).to_csv(
+        s.out, mode="a", sep="\t", header=False, index=False
+    )
     print(f"{name:24} seed {seed}: {line['valid']} ({line['seconds']} s)", flush=True)
     for folder in (data, adapter):
         if not s.keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_results(out):
-    with out.open(newline="") as file:
-        return [row for row in csv.DictReader(file, delimiter="\t") if row["valid"][0].isdigit()]
+def run(command, settings=None):
+    """Run a command and return what it printed; its error is a RuntimeError."""
+    env = os.environ | (settings or {})
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise RuntimeError(said[-1] if said else done.stderr[-200:])
+    return done.stdout
+
+
+def results(s):
+    """Return the runs that succeeded with this model and these data, as a table."""
+    table = pd.read_csv(s.out, sep="\t", dtype=str, keep_default_na=False)
+    mine = (table.model == s.model) & (table.data == s.version)
+    return table[mine & ~table.valid.str.startswith("failed")]
 
 
 def main():
@@ -150,22 +154,18 @@ def main():
         return
     if not s.out.exists():
         s.out.write_text("\t".join(COLUMNS) + "\n")
-    done = {(r["model"], r["data"], r["recipe"], r["seed"]) for r in read_results(s.out)}
+    done = set(zip(results(s).recipe, results(s).seed, strict=True))
     changes = dict(item.split("=", 1) for item in s.set)
     runs = []
     with ThreadPoolExecutor(s.jobs) as pool:
         for name, recipe in RECIPES.items():
             for seed in s.seeds if any(fnmatch.fnmatch(name, p) for p in s.only) else []:
-                label = s.label + name
-                if (s.model, s.version, label, str(seed)) not in done:
-                    runs.append(pool.submit(measure, s, label, changes | recipe, seed))
-    for run in runs:
-        run.result()  # an error of this script's own shows here
-    results = [r for r in read_results(s.out) if (r["model"], r["data"]) == (s.model, s.version)]
-    if not results:
-        sys.exit("error: no run succeeded. FIX: mend what the lines above say")
-    for r in sorted(results, key=lambda r: float(r["valid"])):
-        print(f"{r['valid']}  {r['test']}  {r['recipe']:24} seed {r['seed']}  best {r['best']}")
+                if (s.label + name, str(seed)) not in done:
+                    runs.append(pool.submit(measure, s, s.label + name, changes | recipe, seed))
+    for finished in runs:
+        finished.result()  # an error of this script's own shows here
+    for r in results(s).sort_values("valid").itertuples():
+        print(f"{r.valid}  {r.test}  {r.recipe:24} seed {r.seed}  best {r.best}")
 
 
 if __name__ == "__main__":

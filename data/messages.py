@@ -1,0 +1,180 @@
+r"""Raw data → messages: data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), cleaned.
+
+{"message": "hi!", "author": "ann", "time": "2024-05-31T18:04", "conversation": "family"}
+    of a log, as data/raw/from_export.py writes it; only "message" must be there
+{"previous_messages": ["hi all", "hi!"], "message": "ready?"}
+    a reply and what came before it
+{"prompt": "Hi!", "completion": "Hello"}
+    a pair that is ready
+"""
+
+from models.common import fail, warn
+
+import json
+import re
+import shlex
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+bar = partial(tqdm, delay=1, leave=False, disable=None)
+
+
+@dataclass(slots=True)
+class Message:
+    """One message of a chat."""
+
+    text: str
+    author: str = ""
+    time: float | None = None  # seconds
+    entry: int = 0  # its number: in the list from 0, or the line of a .jsonl file, from 1
+    context: list | None = None  # the messages before it, if its entry brings them along
+    prompt: str = ""  # of a ready pair; its lines are the context
+
+
+# ---- the file ------------------------------------------------------------------------------------
+def find_raw(version):
+    """Return the file to read; if it is not there, say what is, and how it is made."""
+    folder = Path("data/raw")
+    for name in f"messages_{version}.json", f"messages_{version}.jsonl":
+        if (folder / name).exists() and (folder / name).stat().st_size:
+            return folder / name
+    files = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in ("", ".py"))
+    exports = [shlex.quote(f"data/raw/{name}") for name in files if name.endswith((".txt", ".zip"))]
+    others = [name[9:].partition(".json")[0] for name in files if name.startswith("messages_")]
+    make = "python data/raw/from_export.py"
+    fixes = [f"{make} {path} --version {version}" for path in exports]
+    fixes = fixes or [f"# {make} YOUR_EXPORT --version {version}"]
+    fixes += [f"export VERSION={other}" for other in others if other != "sample"]
+    what = f"data/raw/messages_{version}.json is not there or empty; there are {', '.join(files)}"
+    fail(what, *fixes)
+
+
+def fail_to_read(path, where, what):
+    """End the run for raw data that cannot be read; perhaps an app's export is in its place."""
+    fixes = [f"# correct {path} in an editor; README.md says what an entry is"]
+    if not re.match(rb'[^!-~]*(\[\s*["\[{]|\{"message")', path.read_bytes()):
+        version = path.stem.removeprefix("messages_")
+        fixes.insert(0, f"python data/raw/from_export.py {path} --version {version}_chat")
+    fail(f"{path}, {where}: {what}", *fixes)
+
+
+def mended(text):
+    r"""Return JSON with the commas right that an edit left, or took away, at the end of a line.
+
+    '[\n{…}\n{…},\n]' → '[\n{…},\n{…}\n]'; no string of JSON reaches over the end of a line
+    """
+    text = re.sub(r",[ \t,]*(\r?\n\s*[\]}])", r"\1", text)
+    text = re.sub(r",[ \t,]+(\r?\n)", r",\1", text)
+    return re.sub(r'(["}\]\del])([ \t]*\r?\n\s*["{\[])', r"\1,\2", text)
+
+
+def read_list(path):
+    """Return the list in a .json file."""
+    content = path.read_bytes()
+    try:
+        text = content.decode(json.detect_encoding(content))
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError:
+            entries = json.loads(mended(text))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        fail_to_read(path, f"line {line}", f"not JSON in UTF-8: {error}")
+    except json.JSONDecodeError as error:
+        line = text.split("\n")[error.lineno - 1].strip()
+        fail_to_read(path, f"line {error.lineno}", f"not JSON: {error.msg} in {line:.100}")
+    except (ValueError, RecursionError) as error:  # a number of a thousand digits, a nest of lists
+        fail_to_read(path, "line 1", f"not JSON: {error}")
+    if not isinstance(entries, list):
+        fail_to_read(path, "line 1", f"{json.dumps(entries):.60} is no list of entries")
+    return entries
+
+
+def read_lines(path):
+    """Yield (number, entry) of the lines of a .jsonl file."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield number, json.loads(line.rstrip(b", \r\n"))
+            except (ValueError, RecursionError) as error:
+                fail_to_read(path, f"line {number}", f"not JSON in UTF-8: {error}")
+
+
+# ---- its entries ---------------------------------------------------------------------------------
+UNKNOWN = type(None)
+KINDS = {  # key of an entry: what its value may be
+    "message": str,
+    "author": (str, int, UNKNOWN),
+    "time": (str, int, float, UNKNOWN),
+    "conversation": (str, int, UNKNOWN),
+    "previous_messages": list,
+    "prompt": str,
+    "completion": str,
+}
+
+
+def get(entry, key):
+    """Return a value of the entry; raise ValueError if it is not what it may be."""
+    value = entry.get(key)
+    if isinstance(value, KINDS[key]):
+        return value
+    raise ValueError(f'"{key}" is {json.dumps(value):.60}' if key in entry else f'no "{key}"')
+
+
+def seconds(value):
+    """Return a time in seconds: "1970-01-01T00:01", 60 and "60" → 60.0; None if not known."""
+    if value in (None, ""):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        time = datetime.fromisoformat(value)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
+
+
+bare = cache(Message)  # of a context: equal ones are one object in memory
+
+
+def parse(number, entry, tidy, name):
+    r"""Return the message of an entry, cleaned.
+
+    {"prompt": "hi\nready?", "completion": "yes"} → "yes" with the context "hi", "ready?"
+    """
+    author = name(str(get(entry, "author") or ""))
+    if "prompt" in entry:
+        texts = get(entry, "prompt"), get(entry, "completion")
+        prompt, reply = ("\n".join(map(tidy, text.split("\n"))).strip() for text in texts)
+        context = [bare(text) for text in prompt.split("\n") if text]
+        return Message(reply, author, None, number, context, prompt)
+    reply = tidy(get(entry, "message"))
+    if "previous_messages" in entry:
+        context = [bare(text) for text in map(tidy, get(entry, "previous_messages")) if text]
+        return Message(reply, author, None, number, context)
+    return Message(reply, author, seconds(get(entry, "time")), number)
+
+
+def read(path, tidy, name):
+    """Return {conversation: [message, …]}, in the order of the file."""
+    is_list = path.suffix == ".json"
+    entries = enumerate(bar(read_list(path), "reading")) if is_list else read_lines(path)
+    conversations, unknown = defaultdict(list), set()
+    for number, entry in entries:
+        entry = entry if isinstance(entry, dict) else {"message": entry}
+        unknown |= entry.keys() - KINDS.keys()
+        try:
+            conversation = get(entry, "conversation")
+            message = parse(number, entry, tidy, name)
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            where = f"{'entry' if is_list else 'line'} {number}"
+            fail_to_read(path, where, f"{error} in {json.dumps(entry):.100}")
+        conversations["" if conversation is None else str(conversation)].append(message)
+    if unknown:
+        warn(f"these keys of entries are not used: {', '.join(sorted(unknown)[:9])}")
+    return conversations

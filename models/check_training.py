@@ -1,0 +1,195 @@
+"""Check what fine_tune.sh is given before a model is loaded, and fill in what is auto.
+
+    python -m models.check_training data/for_train/v1/train.jsonl data/for_train/v1/valid.jsonl
+
+Reads   VERSION, MODEL and the settings of fine_tune.sh, which are environment variables here
+Prints  ITERS=600 and so on for the shell, on stdout; what people want to know, on stderr
+Exit    0 it can be trained, 1 it cannot
+"""
+
+from models.chat_template import check_template, load_tokenizer
+from models.common import (
+    check_names,
+    checksum,
+    download,
+    fail,
+    from_environment,
+    need,
+    read_rows,
+    rerun,
+    warn,
+)
+from models.completion_loss import encode
+from models.memory import changes_to_fit, memory_for_mlx, memory_to_train, sizes_of
+
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+# The least and the most that each setting can be, and its default in fine_tune.sh, which an error
+# proposes. Where the least is a whole number, so is the setting.
+SETTINGS = {
+    "ITERS": (1, math.inf, "auto"),
+    "BATCH_SIZE": (1, math.inf, 2),
+    "GRAD_CHECKPOINT": (0, 1, 0),
+    "MAX_SEQ_LENGTH": (1, math.inf, 1024),
+    "LEARNING_RATE": (1e-9, math.inf, "auto"),
+    "RANK": (1, math.inf, 32),
+    "SCALE": (0.1, math.inf, 10.0),
+    "DROPOUT": (0.0, 0.9, 0.0),
+    "NUM_LAYERS": (-1, math.inf, -1),
+    "EMBEDDINGS": (0, 1, 1),
+    "MASK_PROMPT": (0, 1, 0),
+    "EVAL_EVERY": (1, math.inf, 200),
+    "SEED": (0, 10**9, 0),
+    "CHECK_MEMORY": (0, 1, 1),
+    "RESUME": (0, 1, "auto"),
+}
+
+OTHER_BASE = "python -m models.which_model  # lists others; their names have -it or -Instruct"
+
+
+def main(train, valid):
+    version, model = from_environment("VERSION"), from_environment("MODEL")
+    check_names(version, model)
+    s = read_settings()
+    build = rerun("python build_train.py")
+    base = Path("models/base", model)
+    need(base / "config.json", "MODEL", download(model))
+    for file in Path(train), Path(valid):
+        need(file, "VERSION", build)
+    size = read_base(base, s.EMBEDDINGS, download(model))
+    train_rows, valid_rows = read_rows(Path(train), build), read_rows(Path(valid), build)
+    longest = longest_row(base, train_rows, valid_rows, download(model))
+    say("base", f"{model}: adapts {size.summary}")
+    say("data", f"{version}: {len(train_rows)} rows to train on, the longest of {longest} tokens")
+    say("", f"{len(valid_rows)} rows to choose a checkpoint by")
+    check_sizes(s, size, len(train_rows), longest)
+    fill_in(s, size, len(train_rows))
+    check_memory(s, size, longest)
+    s.KEYS = ", ".join(size.keys)
+    s.TRAIN_SHA256, s.VALID_SHA256 = checksum(Path(train)), checksum(Path(valid))
+    del s.RESUME  # of this call alone: a resumed run takes all others from the run that it resumes
+    for name, value in vars(s).items():
+        print(f"{name}={shlex.quote(str(value))}")
+
+
+def say(title, text):
+    print(f"{title:11} {text}", file=sys.stderr)
+
+
+# ---- the settings --------------------------------------------------------------------------------
+def read_settings():
+    """Return the settings as s.BATCH_SIZE and so on."""
+    return SimpleNamespace(**{name: read_setting(name, *SETTINGS[name]) for name in SETTINGS})
+
+
+def read_setting(name, least, most, default):
+    """Return the number that a setting is, or "auto" where that is its default."""
+    text, kind = os.environ.get(name, str(default)), type(least)
+    if text == default:
+        return text
+    try:
+        if least <= kind(text) <= most and kind(text) < math.inf:
+            return kind(text)
+    except ValueError:
+        pass
+    number = "a whole number" if kind is int else "a number"
+    limits = f"from {least}" + (f" to {most}" if most < math.inf else "")
+    fail(f"{name}={text} is not {number} {limits}", rerun("./fine_tune.sh", **{name: default}))
+
+
+def fill_in(s, size, rows):
+    """Make numbers of ITERS=auto and LEARNING_RATE=auto.
+
+    One epoch and, for a hidden size of 640, 2e-4 were best in tests/benchmarks/README.md. At most
+    1,200 rows, for the time that a large model takes. The exponent is the one that Schulman et al.
+    (LoRA Without Regret, 2025) found for Llama.
+    """
+    epoch = rows // s.BATCH_SIZE
+    if s.ITERS == "auto":
+        s.ITERS = min(epoch, max(1, 1200 // s.BATCH_SIZE))
+    if s.LEARNING_RATE == "auto":
+        s.LEARNING_RATE = float(f"{2e-4 * (640 / size.hidden) ** 0.78:.1e}")
+        say("rate", f"{s.LEARNING_RATE} = 2e-4 x (640 / {size.hidden})^0.78, by the hidden size")
+    say("run", f"{s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
+    if epoch > s.ITERS:
+        say("", f"more lowers the loss, up to one epoch: ITERS={epoch}")
+    if 2 * epoch < s.ITERS:
+        measured = "(8,000 rows at 1, 2, 4 epochs: 3.33, 3.39, 3.86; 500 rows: 3.66, 3.78, 5.47)"
+        fix = rerun("./fine_tune.sh", ITERS=epoch)
+        warn(f"more than one epoch made held-out chats worse {measured}", fix)
+
+
+# ---- the base model and the rows -----------------------------------------------------------------
+def read_base(base, embeddings, make):
+    """Return the sizes of a base model; refuse one that is cut off or cannot be adapted."""
+    try:
+        return sizes_of(base, embeddings)
+    except Exception as error:  # whatever is wrong with a download
+        fail(f"the base model in {base} cannot be used: {error}", make, OTHER_BASE)
+
+
+def longest_row(base, train, valid, make):
+    """Return the most tokens in a row; refuse a base whose chat template teaches no replies."""
+    try:
+        tokenizer = load_tokenizer(base)
+        check_template(tokenizer)
+        of_valid = max(len(encode(tokenizer, chat)[0]) for chat in valid)
+        return max(of_valid, longest_of_many(tokenizer, train))
+    except Exception as error:  # whatever a broken download or a template leads to
+        fail(f"the tokenizer of {base} cannot be used: {error}", make, OTHER_BASE)
+
+
+def longest_of_many(tokenizer, chats):
+    """Return the most tokens in a row, without tokenizing all of a large chat.
+
+    No text has more tokens than bytes: once a row of 400 tokens is found, rows of fewer than 400
+    bytes, less what the chat template puts around any chat, cannot be longer.
+    """
+    frame = len(tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]))
+    sizes = [len(str(chat).encode()) + frame for chat in chats]
+    longest = 0
+    for place in sorted(range(len(chats)), key=sizes.__getitem__, reverse=True):
+        if sizes[place] <= longest:
+            break
+        longest = max(longest, len(encode(tokenizer, chats[place])[0]))
+    return longest
+
+
+def check_sizes(s, size, rows, longest):
+    """Refuse settings that these rows, or this base model, cannot be trained with."""
+    if s.NUM_LAYERS == 0 or len(size.blocks) < s.NUM_LAYERS:  # mlx-lm takes 0 for all
+        what = f"NUM_LAYERS={s.NUM_LAYERS} is not one of the {len(size.blocks)} layers of the base"
+        fail(what, rerun("./fine_tune.sh", NUM_LAYERS=-1))
+    if longest > s.MAX_SEQ_LENGTH:
+        what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
+        fail(what, rerun("./fine_tune.sh", MAX_SEQ_LENGTH=longest))
+    # Seen on CUDA from 1.5 times 2^31 logits: a wrong loss, NaN gradients, no error.
+    most = min(rows, 2**31 // size.vocabulary // longest)
+    if most < s.BATCH_SIZE:
+        what = f"BATCH_SIZE={s.BATCH_SIZE}: of these rows a batch can have {most} at most"
+        fail(what, rerun("./fine_tune.sh", BATCH_SIZE=most))
+
+
+# ---- memory --------------------------------------------------------------------------------------
+def check_memory(s, size, longest):
+    """Refuse what does not fit, with settings that do: a Mac may crash where memory runs out."""
+    needed, allowed = memory_to_train(s, size, longest), memory_for_mlx()
+    say("memory", f"about {needed / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
+    if not s.CHECK_MEMORY:
+        return
+    changes = changes_to_fit(s, size, longest, allowed)
+    if changes is None:
+        half = rerun("python build_train.py", MAX_SEQ_LENGTH=longest // 2)
+        fail("no settings make it fit into the memory", "python -m models.which_model", half)
+    if changes:
+        what = "that does not fit into the memory, and a Mac may crash"
+        fail(what, rerun("./fine_tune.sh", **changes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

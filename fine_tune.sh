@@ -89,6 +89,7 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $adapter" "# wait until it is done, or end it"
 
 # ---- start, or go on -----------------------------------------------------------------------------
+full() { fail "nothing can be written to $work" "df -h models/adapters  # free space, then: $again"; }
 if [ "$RESUME" = 1 ]; then
   batches_done=$((10#$(basename "$newest" .safetensors))) # 10#: 0000200 is not octal
   echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"
@@ -99,9 +100,9 @@ else
   batches_done=0 newest=
   rm -rf "$work"
   mkdir -p "$work/data"
-  cp "$train" "$work/data"
-  cp "$valid" "$work" # not beside it, where mlx_lm.lora would score it, prompts and padding too
-  echo "$plan" >"$work/settings"
+  cp "$train" "$work/data" || full
+  cp "$valid" "$work" || full # elsewhere, or mlx_lm.lora would score it, prompts and padding too
+  echo "$plan" >"$work/settings" || full
 fi
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -109,8 +110,8 @@ fi
 # line; a resumed run takes the line up where it was.
 left=$((ITERS - batches_done))
 warmup=$((left < 20 ? left / 2 : 10))
-rate=$(awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
-cat >"$work/lora_config.yaml" <<YAML
+rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
+cat >"$work/lora_config.yaml" <<YAML || full
 lora_parameters:
   rank: $RANK
   scale: $SCALE

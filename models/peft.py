@@ -14,7 +14,7 @@ Exit    0 done, 1 the adapter is missing or does not fit, 2 wrong usage
 """
 
 from models import common
-from models.common import fail
+from models.adapted import read_model
 
 import argparse
 import json
@@ -28,18 +28,14 @@ import mlx_lm
 PEFT = "base_model.model."  # PEFT puts this before each name
 # Where layers and embeddings are, in PEFT and here; models that also see have a language_model.
 TEXT = r"^(model\.language_model\.|language_model\.model\.|model\.)(?=layers\.|embed_tokens)"
-
 OURS = "adapters.safetensors", "adapter_config.json", "settings", "lora_config.yaml", "losses.csv"
 
 
-def modules_of(base):
-    """Return {name: module} of a base model, whose weights are not read."""
-    model, _ = mlx_lm.load(str(base), tokenizer_config={"trust_remote_code": False}, lazy=True)
-    return dict(model.named_modules())
-
-
 def embeddings_of(modules):
-    """Return the name of the token embeddings, and whether they are the output matrix too."""
+    """Return the name of the token embeddings, and whether they are the output matrix too.
+
+    {"model.embed_tokens": …, "model.layers.0": …} without an lm_head → "model.embed_tokens", True
+    """
     name = next(name for name in modules if name.endswith("embed_tokens"))
     return name, not any(name.endswith("lm_head") for name in modules)
 
@@ -59,7 +55,8 @@ def to_peft(weights, modules):
     for name, values in weights.items():
         module, letter = re.fullmatch(r"(.+)\.lora_([ab])", name).groups()
         if values.ndim != 2:
-            fail(f"the adapter adapts {module}, the experts of a layer: PEFT cannot hold those")
+            fused = common.rerun("./fuse.sh") + "  # a fused model needs no adapter"
+            common.fail(f"PEFT cannot hold {module}, the experts of a block", fused)
         prefix = "model.language_model." if module.startswith("language_model.") else "model."
         theirs = PEFT + re.sub(TEXT, prefix, module)
         if module != embeddings:
@@ -79,24 +76,22 @@ def peft_config(lora, tensors):
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,  # whatever the original of models/base/MODEL is called
         "r": lora["rank"],
         "lora_alpha": lora["scale"] * lora["rank"],
         "lora_dropout": lora["dropout"],
         "target_modules": sorted(names - {"lm_head"} if tied else names),
         "ensure_weight_tying": tied,  # so lm_head, too
         "bias": "none",
-        "inference_mode": True,
     }
 
 
 def export_adapter(adapter, base, folder):
     lora = json.loads((adapter / "adapter_config.json").read_bytes())["lora_parameters"]
-    tensors = to_peft(mx.load(str(adapter / "adapters.safetensors")), modules_of(base))
+    modules = dict(read_model(base)[0].named_modules())
+    tensors = to_peft(mx.load(str(adapter / "adapters.safetensors")), modules)
     new = empty_folder(folder)
     mx.save_safetensors(str(new / "adapter_model.safetensors"), tensors, {"format": "pt"})
-    text = json.dumps(peft_config(lora, tensors), indent=2)
-    (new / "adapter_config.json").write_text(text, "utf-8")
+    (new / "adapter_config.json").write_text(json.dumps(peft_config(lora, tensors), indent=2))
     common.into_place(new, folder, ["adapter_model.safetensors", "adapter_config.json"])
     print(f"wrote       {folder}")
 
@@ -125,8 +120,7 @@ def join_head(weights, embeddings):
     for letter, other in "ab", "ba":
         head = weights.pop(f"lm_head.lora_{letter}", none)
         if not mx.array_equal(head.T, weights.get(f"{embeddings}.lora_{other}", none)):
-            what = "it adapts embeddings and output apart; in this base they are one matrix"
-            raise ValueError(what)
+            raise ValueError("it adapts embeddings and output apart, which are one matrix here")
 
 
 def is_of_use(name, weights, modules):
@@ -155,15 +149,15 @@ def import_adapter(folder, base, adapter):
     new = empty_folder(adapter)
     try:
         config = json.loads((folder / "adapter_config.json").read_bytes())
-        weights = from_peft(mx.load(str(folder / "adapter_model.safetensors")), modules_of(base))
-        text = json.dumps(mlx_config(config, weights, base), indent=4)
-        (new / "adapter_config.json").write_text(text, "utf-8")
+        modules = dict(read_model(base)[0].named_modules())
+        weights = from_peft(mx.load(str(folder / "adapter_model.safetensors")), modules)
+        (new / "adapter_config.json").write_text(json.dumps(mlx_config(config, weights, base)))
         mx.save_safetensors(str(new / "adapters.safetensors"), weights)
         mlx_lm.load(str(base), adapter_path=str(new), lazy=True)  # refuses what has another shape
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         shutil.rmtree(new)
         what = f"{folder} cannot be used with {base}: {error}"
-        fail(what, "# plain LoRA can, trained on the original of this base")
+        common.fail(what, "# plain LoRA can, trained on the original of this base")
     if (folder.parent / "settings").is_file():  # from models/trl.py
         shutil.copy(folder.parent / "settings", new)
     before = common.into_place(new, adapter, OURS)
@@ -201,7 +195,7 @@ def main():
         import_adapter(args.folder, base, adapter)
     else:
         if not (adapter / "adapters.safetensors").is_file():
-            fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
+            common.fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
         export_adapter(adapter, base, adapters / f"peft-{version}_{model}")
 
 

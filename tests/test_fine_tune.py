@@ -12,6 +12,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -132,21 +133,34 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(project, tra
     assert losses[0] == pytest.approx(loss(project), abs=2e-4)
     assert losses[best] == pytest.approx(loss(project, project / ADAPTER), abs=2e-4)
 
+    assert (project / ADAPTER / "adapters.safetensors").stat().st_mode & 0o077 == 0  # private
+    log = (project / ADAPTER / "training.log").read_text()
+    assert "save  0000024_adapters.safetensors" in log and " val " not in log
+
     settings = (project / ADAPTER / "settings").read_text().splitlines()
     assert "ITERS=25" in settings and "RANK=8" in settings
     assert f"TRAIN_SHA256={checksum(project / DATA / 'train.jsonl')}" in settings
     config = json.loads((project / ADAPTER / "adapter_config.json").read_text())
     assert config["project_name"] == "mine"
+    assert config["lr_schedule"]["arguments"] == [8e-3, 0.0, 15]
+    assert config["lr_schedule"]["warmup"] == 10
     assert config["optimizer_config"]["adam"] == {"bias_correction": True}
 
 
 @pytest.mark.slow
-def test_with_mask_prompt_the_loss_is_that_of_other_tokens(project, train):
+def test_the_settings_reach_the_trainer(project, train):
+    settings = {"DROPOUT": "0.1", "SCALE": "5", "NUM_LAYERS": "4", "BATCH_SIZE": "4", "SEED": "7"}
     losses = []
     for mask in "0", "1":
-        assert train(ITERS="1", MASK_PROMPT=mask).returncode == 0
+        assert train(**settings, ITERS="1", GRAD_CHECKPOINT="1", MASK_PROMPT=mask).returncode == 0
         losses.append(losses_of(project).train_loss[1])  # before the first update
-    assert losses[0] != losses[1]
+    assert losses[0] != losses[1]  # of all tokens, of the replies
+    config = json.loads((project / ADAPTER / "adapter_config.json").read_text())
+    lora = config["lora_parameters"]
+    assert (lora["rank"], lora["scale"], lora["dropout"]) == (8, 5.0, 0.1)
+    assert {"self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"} < set(lora["keys"])
+    names = "num_layers", "batch_size", "grad_checkpoint", "mask_prompt", "seed", "iters"
+    assert [config[name] for name in names] == [4, 4, 1, 1, 7, 1]
 
 
 # As ssh does, this one starts anew without the environment of who calls it, and with a terminal.
@@ -170,8 +184,10 @@ def test_several_macs_train_one_adapter_and_stay_awake(project, train, tmp_path)
         (tmp_path / name).chmod(0o755)
     macs = [{"ssh": f"mac{n}", "ips": ["127.0.0.1"]} for n in (1, 2)]
     (project / "hosts.json").write_text(json.dumps(macs))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]  # other tests may use mlx.launch, too
     result = train(
-        LAUNCH="mlx.launch --hostfile hosts.json --",
+        LAUNCH=f"mlx.launch --hostfile hosts.json --starting-port {port} --",
         MODEL="tiny-gemma-3-4bit",
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         ITERS="2",

@@ -4,14 +4,9 @@
     VERSION=sample python build_train.py             # the sample that comes with the guide
     python build_train.py --only-author ann --gap 3  # a model that answers as ann
 
-Reads   data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), in one of three shapes:
-        {"message": "hi!", "author": "ann", "time": "2024-05-31T18:04", "conversation": "family"}
-            a log, as data/raw/from_export.py writes it; only "message" must be there
-        {"previous_messages": ["hi all", "hi!"], "message": "ready?"}
-            a reply and what came before it
-        {"prompt": "Hi!", "completion": "Hello"}
-            a pair that is ready
-        and the tokenizer of models/base/${MODEL}/, if it is there
+Reads   data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), as data/raw/from_export.py
+        writes it, or in one of the two other shapes that data/messages.py shows
+        models/base/${MODEL}/, its tokenizer, if it is there
 Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line), dropped.jsonl
         (every entry that is in neither of them, and why), settings.json (how they were made)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
@@ -400,7 +395,7 @@ def fit(rows, s, tokenizer, dropped):
         counts = count_tokens([training_row(row, s) for row in part], tokenizer)
         for row, count in zip(part, counts, strict=True):
             row.tokens = count
-            if row.tokens > s.max_seq_length and not row.message.prompt:
+            if row.tokens > s.max_seq_length:
                 shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
                 dropped.append((row.message, "over --max-seq-length"))
@@ -467,12 +462,10 @@ def check_split(train, valid, dropped, raw):
     held = set().union(*(row.places for row in valid))
     shared = sum(not held.isdisjoint(row.places) for row in train)
     if shared:
-        fail(
-            f"{shared} training rows hold messages of validation rows", "# report this: it is a bug"
-        )
-    copies = sum(rule == COPY for _, rule in dropped)
+        fail(f"{shared} training rows hold messages of validation rows", "# report this bug")
     say("held out", f"{len(held):,} messages are for validation; no training row holds one of them")
-    say("", f"{copies:,} other rows do not validate, as training rows say the same")
+    if copies := sum(rule == COPY for _, rule in dropped):
+        say("", f"{copies:,} other rows do not validate, because training rows say the same")
 
 
 def report(train, valid, dropped):
@@ -487,25 +480,23 @@ def report(train, valid, dropped):
     say("one epoch", f"{len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
+def tell_private(rows):
+    """Print what may still be private in the messages of the rows, for --block."""
+    texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
+    found = [part for part in map(looks_private, texts) if part]
+    if found:
+        say("private?", f"{len(found):,} messages may hold a password, a code or an address:")
+        for part in list(dict.fromkeys(found))[:8]:
+            say("", part[:80])
+        say("", "write what to hide to a file, one a line, and add --block FILE")
+
+
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
     (0, "it runs, but so few teach hardly more than the tone: more chat helps most"),
     (100, "the tone comes through; four times as many lower the loss by another 4 to 5 %"),
     (500, "enough to sound like somebody; four times as many lower the loss by another 4 to 5 %"),
     (2000, "plenty"),
 ]
-
-
-def tell_private(rows):
-    """Print what may still be private in the messages of the rows, for --block."""
-    texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
-    found = [part for part in map(looks_private, texts) if part]
-    if found:
-        say(
-            "private?", f"{len(found):,} messages may hold a password, a code, an address; such as:"
-        )
-        for part in list(dict.fromkeys(found))[:8]:
-            say("", part[:80])
-        say("", "write what to hide to a file, one a line, and add --block FILE")
 
 
 def tell_who(train, s):
@@ -539,15 +530,15 @@ def write(folder, files):
 
 
 def tell_replaced(before, version):
-    """Say what the data of before were, and whether an adapter was trained on them."""
-    s = json.loads((before / "settings.json").read_bytes())
+    """Say what the data of before were, and which adapters were trained on them."""
     rows = len((before / "train.jsonl").read_bytes().splitlines())
-    what = f"the data of {s['only_author'] or 'everybody'} ({rows:,} rows to train)"
+    author = json.loads((before / "settings.json").read_bytes())["only_author"]
+    what = f"the data of {author or 'everybody'} ({rows:,} rows to train)"
     trained_on = common.checksum(before / "train.jsonl")
-    for settings in Path("models/adapters").glob(f"adapter-{version}_*/settings"):
-        if trained_on in settings.read_text("utf-8", "replace"):
-            what += f", on which {settings.parent} was trained"
-    say("replaced", f"{what}; they are in {os.path.relpath(before)}")
+    for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
+        if common.settings_of(adapter).get("TRAIN_SHA256") == trained_on:
+            what += f", on which {adapter} was trained"
+    say("replaced", f"{what}; they are in {before}")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -599,7 +590,8 @@ def main():
         "dropped.jsonl": lines,
         "settings.json": [vars(s)],
     }
-    if before := write(folder, files):
+    before = write(folder, files)
+    if before and all((before / name).is_file() for name in files):
         tell_replaced(before, s.version)
     say("written", f"{folder}/: {', '.join(files)}")
     say("next", f"VERSION={s.version} MODEL={s.model} ./fine_tune.sh")

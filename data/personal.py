@@ -40,6 +40,9 @@ def is_personal(number, before=""):
     "6-4 7-5 6-7", "2 000 000" and "1.234.567" do not; "12345678" does after "call".
     """
     number = number.replace("\ufe0f\u20e3", "")
+    sizes = [len(digits) for digits in re.findall(r"\d+", number)]  # of its groups
+    if "+" in number or re.match("00 ?[1-9]", number):
+        return sum(sizes) >= 8
     parts = HARMLESS.split(number)
     if len(parts) > 1:
         return any(is_personal(part, before) for part in parts)
@@ -47,12 +50,9 @@ def is_personal(number, before=""):
     if len(parts) > 1 and all(len(re.findall(r"\d", part)) >= 9 for part in parts):
         return True  # two numbers, or three
 
-    sizes = [len(digits) for digits in re.findall(r"\d+", number)]
     while len(sizes) > 2 and sizes[-1] == 1:  # "333 1234567 2 times"
         sizes.pop()
     count = sum(sizes)
-    if "+" in number or re.match("00 ?[1-9]", number):
-        return count >= 8
     if sizes in ([3, 4], [3, 2, 2]):
         return set("./:,").isdisjoint(number)
     if not 8 <= count <= 19 or "," in number or (":" in number and sizes[0] != 3):
@@ -70,7 +70,7 @@ def is_personal(number, before=""):
 def hide_number(match):
     """Return […] for a match of NUMBER that is personal, the match itself if it is not."""
     text, number = match.string, match["number"]
-    if number is None or re.match(r"\w|%|[.-][^\W\d]", text[match.end() :][:2]):
+    if number is None or re.match(r"\w|%|[.-][^\W\d]", text[match.end() : match.end() + 2]):
         return match[0]
     before = text[max(0, match.start() - 30) : match.start()]
     return "[…]" if is_personal(number, before) else match[0]

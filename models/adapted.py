@@ -10,8 +10,6 @@ import copy
 import importlib
 import math
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -29,7 +27,7 @@ EXPERTS_PER_TOKEN = re.compile("num_experts_per_tok(en)?|moe_(top_?)?k|top_k_exp
 
 
 def read_model(base):
-    """Return (model, config) of models/base/MODEL without its weights."""
+    """Return (model, config) of models/base/MODEL; its weights stay on the disk."""
     model, config = load_model(Path(base), lazy=True)
     model.freeze()
     return model, config
@@ -86,17 +84,12 @@ def can_train(model, keys):
 
     Some models read a matrix past its layer, and an adapted layer has no such attribute.
     """
-    threading.stack_size(2**28)  # MLX frees a plan by recursion; that of 70B takes over 8 MB
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(plan_training, model, keys).result()
-
-
-def plan_training(model, keys):
     kinds = LINEAR + EMBEDDINGS
     before = [(name, m) for name, m in model.named_modules() if can_adapt(m, kinds)]
     parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
     try:
         linear_to_lora_layers(model, -1, parameters)
+        mx.eval(mx.random.state)  # else a chain as long as the model is deep, freed by recursion
         model.train()
         nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.array([[0, 1]]))
         return True

@@ -49,7 +49,7 @@ max_steps: {steps}  # batches
 per_device_train_batch_size: {rows}  # rows, on each of {cards} cards
 learning_rate: {rate:.2g}
 lr_scheduler_type: linear
-warmup_steps: 10
+warmup_steps: {warmup}
 max_grad_norm: 0  # mlx_lm.lora does not clip, either
 seed: {SEED}
 dtype: bfloat16
@@ -76,10 +76,12 @@ def fill_in(settings, growth, cards):
     """
     rows = max(1, int(settings["BATCH_SIZE"]) // cards)
     larger_batch = rows * cards / int(settings["BATCH_SIZE"])
+    steps = max(1, round(int(settings["ITERS"]) / larger_batch))
     return settings | {
         "cards": cards,
         "rows": rows,
-        "steps": max(1, round(int(settings["ITERS"]) / larger_batch)),
+        "steps": steps,
+        "warmup": steps // 2 if steps < 20 else 10,
         "rate": float(settings["LEARNING_RATE"]) * growth**-0.78 * larger_batch**0.5,
         "alpha": float(settings["SCALE"]) * int(settings["RANK"]),
         "mask_prompt": "true" if settings["MASK_PROMPT"] == "1" else "false",
@@ -118,7 +120,7 @@ def main():
     common.need(small / "config.json", "MODEL", common.download(model))
     common.need(data / "train.jsonl", "VERSION", build)
     if not (adapter / "settings").is_file():
-        fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
+        fail(f"there is no {adapter}/settings", common.rerun("./fine_tune.sh"))
     if not (args.base / "config.json").is_file():
         fail(f"there is no {args.base}/config.json", common.download(args.base.name))
 

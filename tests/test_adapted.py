@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.nn as nn
 import pytest
 import tiny_families
 
@@ -31,6 +32,19 @@ def test_a_base_whose_layers_are_none_that_mlx_lm_adapts_is_refused(tmp_path):
     tiny_families.build("bitnet", tmp_path / "base")
     with pytest.raises(ValueError, match="adapts 0 of 14 matrices, and no BitLinear"):
         look_at(*read_model(tmp_path / "base"))
+
+
+def test_of_several_embeddings_those_of_the_tokens_are_adapted():
+    keys = look("gemma4").keys
+    assert [key for key in keys if "embed" in key] == ["language_model.model.embed_tokens"]
+
+
+def test_a_quantized_base_has_the_same_sizes():
+    config = tiny_families.config_of("qwen3_moe")
+    model = make_model(config)
+    full = look_at(model, config)
+    nn.quantize(model, group_size=32, bits=4)
+    assert vars(look_at(model, config).blocks[0]) == vars(full.blocks[0])
 
 
 def look(family, **changes):

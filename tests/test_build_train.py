@@ -153,6 +153,13 @@ def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, log, name,
     assert fix == f"FIX: VERSION=v1 python build_train.py{flag}"
 
 
+def test_an_author_who_is_a_telephone_number_may_be_named_by_it(chat):
+    number = "+39 333 123 4567"
+    printed = chat.build(by(["bob", number], talk(400)), "--only-author", number)
+    assert "to reply as Person 1\n" in printed
+    assert not [name for name, text in chat.content().items() if number.encode() in text]
+
+
 # ---- talks ---------------------------------------------------------------------------------------
 @table(("gap", "hours", "talks"), [(6, 5.9, 1), (6, 6.1, 2), (0, 99, 1), (2, 3, 2)])
 def test_a_silence_longer_than_the_gap_ends_a_talk(gap, hours, talks):
@@ -176,8 +183,9 @@ def test_a_clock_without_am_and_pm_does_not_change_the_order():
     log = timed(talk(200))
     for entry in log[100:]:
         entry["time"] -= 12 * 3600
-    contexts = [row["prompt"] for row in made(log, "--gap", 0, "--names", 0)[0].values()]
-    assert [marks(context) for context in contexts][99] == {f"no{i}x" for i in range(90, 100)}
+    data, _ = made(log, "--gap", 0)
+    assert marks(data[100]["prompt"]) == {f"no{i}x" for i in range(90, 100)}
+    assert made(log)[1] == {0: "no context", 100: "no context"}  # twelve hours are a silence
 
 
 BURST = at((0, "ann", "hi"), (1, "ann", "are you there?"), (4, "ann", "or not"), (5, "bob", "yes"))
@@ -214,6 +222,11 @@ def test_turns_are_a_talk_of_the_author_with_the_others():
     assert data[6]["messages"][-1]["role"] == "assistant"
 
 
+def test_in_a_talk_of_two_the_other_needs_no_name():
+    data, _ = made([entry for entry in TALK if entry["author"] != "cy"], "--only-author", "ann")
+    assert data[5]["messages"][0]["content"] == "hi"
+
+
 # ---- windows that are cut already ----------------------------------------------------------------
 def test_windows_that_are_cut_already_keep_exactly_their_messages():
     log = talk(99)
@@ -236,6 +249,8 @@ def test_windows_are_laid_end_to_end_by_what_they_share():
         (0, 2, 3, 4),
         (1, 15, 16),
     ]
+    rows = build_train.rows_of_ready(messages, 0, 0, True, s)
+    assert {row.talk for row in rows} == {0}  # all of one conversation
 
 
 # ---- rules ---------------------------------------------------------------------------------------
@@ -283,6 +298,7 @@ ALIKE = [
 ]
 DROPPED = {  # case: (entries, flags, {entry: rule})
     "nothing before it": (LOG, [], {0: "no context"}),
+    "nothing in it": (["\u200b", *LOG], [], {0: "empty", 1: "no context"}),
     "by a bot": (by(["ann", "NightBot"], LOG), [], {0: "no context", 1: "bot", 3: "bot"}),
     "by others": (by("ab", LOG[1:]), ["--only-author", "b"], {0: "no context", 2: "other author"}),
     "after numbers": ([after("1|2,5|-3|4|ok", "vince")], [], {0: "numbers"}),
@@ -477,6 +493,14 @@ def test_order_gives_batches_of_equal_length_in_mlx_lm(batch):
     assert cost(ordered) <= 1.03 * ideal < 1.2 * ideal < cost(rows)
 
 
+def test_the_longest_rows_are_first_in_the_file(chat):
+    draw = random.Random(0)
+    log = [" ".join([text, *talk(draw.randrange(9), i)]) for i, text in enumerate(talk(400))]
+    chat.build(log, "--window", 2)
+    sizes = [len(str(row)) for row in chat.sides()[0]]
+    assert sizes[0] > sizes[40] > sizes[80] > sizes[120]
+
+
 def test_the_longest_rows_are_first():
     rows = build_train.order(rows_of(range(1, 1000)), 0)
     assert [row.tokens for row in rows][:3] > [990] * 3
@@ -537,10 +561,14 @@ def test_what_is_replaced_is_told_and_kept(chat):
     adapter.mkdir(parents=True)
     trained_on = common.checksum(chat.out / "train.jsonl")
     (adapter / "settings").write_text(f"TRAIN_SHA256={trained_on}\n")
+    other = chat.root / "models/adapters/adapter-v1_other"
+    other.mkdir()
+    (other / "settings").write_text("TRAIN_SHA256=0\n")
     (chat.out / "notes.txt").write_text("mine")
     printed = chat.build(log, "--only-author", "bob")
     assert re.search(r"replaced   the data of ann \(\d+ rows to train\), on which", printed)
     assert "models/adapters/adapter-v1_tiny was trained; they are in data/for_train/v1.b" in printed
+    assert "adapter-v1_other" not in printed
     kept = chat.root / "data/for_train/v1.before"
     assert before == {name: (kept / name).read_bytes() for name in before}
     assert (chat.out / "notes.txt").read_text() == "mine"

@@ -4,6 +4,7 @@ What becomes of a message is in test_readers.py. Kills and full disks are in tes
 """
 
 from data.raw import from_export
+from data.raw.readers import find
 from data.raw.readers.files import open_file
 
 import io
@@ -100,6 +101,7 @@ def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
 def test_what_the_script_wrote_is_no_export(home, main):
     raw = home / "my project/data/raw"
     (raw / "chat.txt").write_text(CHAT)
+    (raw / "from_export.py").touch()
     for _ in range(2):
         assert "3 entries" in main(str(raw), "--version", "two")
 
@@ -114,10 +116,19 @@ def test_nothing_of_a_zip_is_unpacked(home, main):
 
 def test_a_zip_that_would_not_fit_into_memory_is_refused(home, main, monkeypatch):
     (home / "bomb.zip").write_bytes(packed({"a.txt": CHAT, "b.txt": CHAT}))
-    monkeypatch.setattr(from_export, "MOST_BYTES", 2 * len(CHAT))
+    monkeypatch.setattr(find, "MOST_BYTES", 2 * len(CHAT))
     assert "bomb.zip/a.txt and so on" in main("bomb.zip")
-    monkeypatch.setattr(from_export, "MOST_BYTES", 2 * len(CHAT) - 1)
+    monkeypatch.setattr(find, "MOST_BYTES", 2 * len(CHAT) - 1)
     assert "bomb.zip holds over 0 GB\nFIX: unzip bomb.zip -d bomb" in main("bomb.zip")
+
+
+def test_a_link_that_leads_out_of_a_folder_is_left_out_and_told(home, main):
+    (home / "export").mkdir()
+    (home / "export/chat.txt").write_text(CHAT)
+    (home / "secret.txt").write_text(CHAT.replace("Bob", "Cy"))
+    (home / "export/link.txt").symlink_to(home / "secret.txt")
+    assert "not read              1  export/link.txt: a link that leads out" in main("export")
+    assert len(written(home)) == 3
 
 
 # ---- refuse --------------------------------------------------------------------------------------
@@ -152,7 +163,9 @@ def test_what_cannot_be_read_gets_an_error_that_says_what_it_is(home, main, case
     if content is not None:
         (home / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = main(name)
-    assert what in error and "\nFIX: " in error and (main.code, written(home)) == (1, [])
+    assert what in error and (main.code, written(home)) == (1, [])
+    fixes = [line.removeprefix("FIX: ") for line in error.splitlines() if line.startswith("FIX: ")]
+    assert fixes and not any(subprocess.run(["bash", "-nc", fix]).returncode for fix in fixes)
 
 
 def test_chats_and_training_sets_do_not_mix(home, main):
@@ -174,6 +187,39 @@ def test_another_export_replaces_only_if_told_and_what_was_there_is_kept(home, m
     assert "4 entries" in main("chat.txt", "--replace") and len(written(home)) == 4
     before = home / "my project/data/raw/messages_sample.json.before"
     assert len(json.loads(before.read_text())) == 3
+
+
+def test_what_an_editor_saves_at_the_last_moment_is_kept(home, main, monkeypatch):
+    main("chat.txt")
+    (home / "chat.txt").write_text(CHAT.replace("soup", "cake"))
+    target, link = home / "my project/data/raw/messages_sample.json", from_export.link
+
+    def link_and_save(old, new):
+        link(old, new)
+        with open(old, "r+") as file:
+            file.write("[ // mine")
+
+    monkeypatch.setattr(from_export, "link", link_and_save)
+    assert "replaced" in main("chat.txt", "--replace")
+    assert "cake" in target.read_text()
+    assert target.with_name("messages_sample.json.before").read_text().startswith("[ // mine")
+
+
+def test_a_jsonl_of_the_same_name_is_not_shadowed(home, main):
+    edited = home / "my project/data/raw/messages_sample.jsonl"
+    edited.write_text('{"message": "mine"}\n')
+    assert "messages_sample.jsonl has other content" in main("chat.txt") and main.code == 1
+    assert "replaced" in main("chat.txt", "--replace") and not edited.exists()
+    assert "mine" in edited.with_name("messages_sample.jsonl.before").read_text()
+
+
+def test_on_a_disk_that_knows_no_capitals_ann_does_not_replace_Ann(home, main, monkeypatch):  # noqa: N802
+    main("chat.txt", "--version", "ann")
+    (home / "chat.txt").write_text(CHAT.replace("soup", "cake"))
+    monkeypatch.setattr(from_export.os, "listdir", lambda folder: ["messages_Ann.json"])  # a Mac's
+    error = main("chat.txt", "--version", "ann", "--replace")
+    assert "under a name with other capitals\nFIX: " in error and main.code == 1
+    assert "soup?" in [entry["message"] for entry in written(home, "ann")]
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -224,6 +270,16 @@ def test_hostile_text_reaches_neither_the_terminal_nor_the_shell(home, main):
     )
     command = next(line for line in printed.splitlines() if "--only-author" in line)
     assert shlex.split(command)[-1] == "A[2J'; rm -rf ~; '"
+
+
+@table("name", ["Ann 👩‍👧", "Bob 🩷", "Cy 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "Zoë d'A \u202e$HOME", "\ud83dDan"])
+def test_the_command_that_it_prints_names_the_author_as_the_data_do(home, main, name):
+    log = [{"author": author, "text": "hi", "time": 0} for author in (name, name, "B")]
+    (home / "a.json").write_text(json.dumps(log))
+    command = next(line for line in main("a.json").splitlines() if "--only-author" in line)
+    shell = subprocess.run(["bash", "-c", f"printf %s {command.split('--only-author ')[1]}"],
+                           capture_output=True, check=True)  # fmt: skip
+    assert shell.stdout.decode() == written(home)[0]["author"]
 
 
 @table("head", ["24/11/26, 10:44 - Ann: ", "[10:44:25] <ann> ", "from,text\na,"])

@@ -3,6 +3,7 @@
 from data.messages import find_raw, mended, read, seconds
 
 import json
+from time import tzset
 
 import pytest
 
@@ -56,7 +57,9 @@ TIMES = ["2024-05-31T18:04:00Z", "2024-05-31 18:04", "2024-05-31T20:04+02:00", "
 
 
 @table("time", [*TIMES, 1717178640, 1717178640000])
-def test_a_time_may_be_written_in_many_ways(time):
+def test_a_time_may_be_written_in_many_ways_and_is_of_utc(time, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    tzset()
     assert seconds(time) == 1717178640
 
 

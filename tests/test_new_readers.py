@@ -104,6 +104,7 @@ KAKAOTALK = {
         ("(이모티콘_Ann) 네", None),
         ("사진 3장", "media"),
         ("(emoticon)", "media"),
+        ("", "media"),
         ("<사진 읽지 않음>", "media"),
         ("보이스톡 해요", "call"),
         ("삭제된 메시지입니다.", "deleted"),
@@ -178,7 +179,7 @@ SMS = """\
 <sms address="+15550102" date="1795513444000" type="2" body="me" contact_name="(Unknown)" />
 <mms address="+15550100~+15550102" date="1795513445000" msg_box="1" contact_name="(Unknown)">
  <parts><part ct="application/smil" text="no" /><part ct="image/jpeg" data="AAAA" text="null" />
- <part ct="text/plain" text="look" /></parts>
+ <part ct="text/plain" text="lóok" /></parts>
  <addrs><addr address="+15550199" type="151" /><addr address="+15550100" type="137" /></addrs></mms>
 <mms address="+15550100~+15550102" date="1795513446000" msg_box="2" contact_name="(Unknown)">
  <parts><part ct="text/plain" text="nice" /></parts></mms>
@@ -187,8 +188,10 @@ SMS = """\
 
 
 def test_sms_backup_and_restore(check):
-    talk = "Ann: hi & you|Me: 😀 ok|Person 1: who?|Me: me|Ann: look|Me: nice"
-    entries = check({"sms.xml": XML + SMS}, talk)
+    talk = "Ann: hi & you|Me: 😀 ok|Person 1: who?|Me: me|Ann: lóok|Me: nice"
+    for encoding in "UTF-8", "ISO-8859-1":
+        export = (XML.replace("UTF-8", encoding) + SMS).encode(encoding)
+        entries = check({"sms.xml": export}, talk)
     assert each("conversation", entries) == ["Ann", "Person 1", "Group 1"]
     assert entries[0]["time"] == "2026-11-24T09:44:00"
 

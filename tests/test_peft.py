@@ -168,7 +168,8 @@ def test_the_recipe_follows_the_size_of_the_model_and_the_number_of_cards():
     two = trl.fill_in(SETTINGS, 1, 2)
     assert (two["rows"], two["steps"], two["rate"]) == (1, 600, 2e-4)
     eight = trl.fill_in(SETTINGS, 8.4, 8)  # hidden size 640 → 5376
-    assert (eight["rows"], eight["steps"]) == (1, 150)
+    assert (eight["rows"], eight["steps"], eight["warmup"]) == (1, 150, 10)
+    assert trl.fill_in(SETTINGS | {"ITERS": "8"}, 1, 1)["warmup"] == 4
     assert math.isclose(eight["rate"], 2 * 3.8e-5, rel_tol=0.01)
 
 

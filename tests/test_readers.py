@@ -76,6 +76,9 @@ APPS = {
         ({"text": "news", "forwarded_from": "A channel"}, "forwarded"),
         ({"text": "found", "via_bot": "@gif"}, "bot"),
         ({"text": "a post", "from_id": "channel7"}, "channel"),
+        ({"text": "I am", "from_id": "user7"}, "Ann: I am"),
+        ({"text": "I am another", "from_id": "user8"}, "Ann 8: I am another"),
+        ({"text": "gone", "from": None, "from_id": "user9"}, "Deleted Account 9: gone"),
         ({"poll": {"question": "When?"}}, "poll"),
     ],
     "Discord": [
@@ -124,6 +127,8 @@ APPS = {
         {"type": "message", "user_profile": {"real_name": "Ann"}, "ts": "1795513440.0001"},
         ({"text": "you &amp; all, <https://a.b|look>"}, "Ann: you & all, look"),
         ({"text": "me", "user_profile": {"real_name": "Cy"}}, "Cy: me"),
+        ({"text": "<!here> lunch?"}, "Ann: @here lunch?"),
+        ({"text": "Reminder: lunch", "user": "USLACKBOT"}, "bot"),
         ({"text": "has joined", "subtype": "channel_join"}, "app"),
         ({"text": "beep", "bot_id": "B1"}, "bot"),
     ],
@@ -134,7 +139,7 @@ APPS = {
         ({"text": "hi"}, "Ann: hi"),
         ({"text": "ok", "creator": {"name": "Bob"}}, "Bob: ok"),
         ({"text": "beep", "creator": {"name": "B", "user_type": "Bot"}}, "bot"),
-        ({"message_state": "DELETED"}, "deleted"),
+        ({"message_state": "DELETED", "creator": None, "created_date": None}, "deleted"),
     ],
     "Matrix": [
         ({"room_name": "Home", "messages": ...}, "Home", "2026-11-24T09:44:00"),
@@ -144,12 +149,29 @@ APPS = {
          | {"content": {"msgtype": "m.text", "body": "> <@ann:a.org> hi\n> all\n\nyes\n> no",
                         "m.relates_to": {"m.in_reply_to": {"event_id": "$1"}}}},
          "bob: yes\n> no"),  # without the quotation
-        ({"content": {"msgtype": "m.text", "body": "* hi!",
-                      "m.relates_to": {"rel_type": "m.replace"}}}, "app"),
+        ({"content": {"msgtype": "m.text", "body": "hu"}, "event_id": "$2"}, "ann: ho"),  # edited
+        ({"content": {"msgtype": "m.text", "body": "* ho", "m.new_content": {"body": "ho"},
+                      "m.relates_to": {"rel_type": "m.replace", "event_id": "$2"}}}, "app"),
         ({"content": {"msgtype": "m.notice", "body": "beep"}}, "bot"),
-        ({"content": {"msgtype": "m.image", "body": "a.png"}}, "media"),
+        ({"content": {"msgtype": "m.image", "body": "a.png", "filename": "a.png"}}, "media"),
+        ({"content": {"msgtype": "m.image", "body": "cake", "filename": "a.png"}}, "ann: cake"),
         ({"content": {"membership": "join"}, "type": "m.room.member"}, "app"),
         ({"content": {}}, "deleted"),
+    ],
+    "Reddit": [
+        (..., "t3_x", "2026-11-24T09:44:00"),
+        {"author": "ann", "created_utc": 1795513440, "link_id": "t3_x"},
+        ({"body": "1 &gt; 0"}, "ann: 1 > 0"),
+        ({"body": "so?", "author": "bob"}, "bob: so?"),
+        ({"body": "I am a bot", "author": "AutoModerator"}, "bot"),
+        ({"body": "[removed]", "author": "[deleted]"}, "deleted"),
+    ],
+    "Rocket.Chat": [
+        ({"messages": ...}, "GENERAL", "2026-11-24T09:44:00"),
+        {"rid": "GENERAL", "ts": "2026-11-24T09:44:00.123Z", "u": {"username": "a", "name": "Ann"}},
+        ({"msg": "hi"}, "Ann: hi"),
+        ({"msg": "ok", "u": {"username": "bob"}}, "bob: ok"),
+        ({"msg": "carl", "t": "uj"}, "app"),
     ],
 }  # fmt: skip
 
@@ -218,19 +240,49 @@ def test_instagrams_files_are_newest_first_and_make_one_conversation(check):
     assert each("conversation", entries) == ["Zoe"]
 
 
+META = {  # who, and the app's sentences as messages of theirs
+    "Ann Lee": [
+        *[
+            "Ann sent an attachment.",
+            "Ann Lee hat einen Anhang gesendet.",
+            "annlee liked a message",
+        ],
+        *["Le ha gustado un mensaje", "Nick sent an attachment.", "anni.3 started an audio call"],
+        *["Ann csatolt fájlt küldött"] * 3,  # in no table, but it comes back
+    ],
+    "Bob": [
+        *["You named the group Cakes.", "Enviaste um anexo.", "Hai inviato un allegato."],
+        *["Reagált 😂 az üzenetre ", "Reagált ❤️ az üzenetre "],  # nor this, but the emoji differ
+    ],
+}
+
+
+def test_what_meta_wrote_is_left_out_in_any_language_and_what_people_wrote_is_not(check):
+    people = [("Bob", "Ann sent me cake."), ("Ann Lee", "Ann is late"), ("Ann Lee", "so 😂 funny")]
+    notices = [(name, text) for name, texts in META.items() for text in texts]
+    messages = [
+        {"sender_name": name, "timestamp_ms": 1795513440000 + place, "content": meta(text)}
+        for place, (name, text) in enumerate(people + notices)
+    ]
+    file = {"participants": [], "title": "x", "messages": messages}
+    talk = "|".join(f"{name}: {text}" for name, text in people)
+    check({"message_1.json": file}, talk, app=len(notices))
+
+
 def test_slack_has_names_in_a_file_of_their_own_and_threads_are_conversations(check):
     users = [
         {"id": "U1", "name": "ann.l", "profile": {"display_name": "", "real_name": "Ann Lee"}},
         {"id": "U2", "name": "bob", "profile": {"display_name": "Bob"}},
     ]
+    channels = [{"id": "C1", "name": "cakes", "members": ["U1"]}]
     day = [
-        {"type": "message", "ts": "1795513441.0001", "user": "U1", "text": "hi <@U2>"},
+        {"type": "message", "ts": "1795513441.0001", "user": "U1", "text": "hi <@U2> <#C1|>"},
         {"type": "message", "ts": "1795513442.0001", "user": "U2", "text": "so", "thread_ts": "7"},
         {"type": "message", "ts": "1795513443.0001", "user": "U2", "text": "ok"},
     ]
-    files = {"general/2026-11-24.json": day, "users.json": users}
-    entries = check(files, "Ann Lee: hi @Bob|Bob: ok|Bob: so", keep=["alone"])
-    assert each("conversation", entries) == ["general", "general / 7"]
+    files = {"a/2026-11-24.json": day, "channels.json": channels, "users.json": users}
+    entries = check(files, "Ann Lee: hi @Bob #cakes|Bob: ok|Bob: so", keep=["alone"])
+    assert each("conversation", entries) == ["a", "a / 7"]
 
 
 # ---- lists, CSV, training sets ------------------------------------------------------------------
@@ -307,7 +359,7 @@ def test_a_training_set_becomes_pairs(convert, row, pairs):
         ("10:44:00", "24/11/26, 10:44 - |24. 11. 2026, 10:44 - |24.11.2026 klo 10.44 - "),
         ("10:44:00", "24.11.2026 г., 10:44 ч. - |24/11/26 10:44 a.\xa0m. - |2026-11-24 10:44 - "),
         ("10:44:00", "2026/11/24 上午10:44 - |24/11/2569 10:44 - |२४/११/२६, १०:४४ - "),
-        ("10:44:00", "10:44, 24/11/2026 - "),
+        ("10:44:00", "10:44, 24/11/2026 - |10:44, 24 Nov 2026 - |[24/11/R8, 10:44:00] "),
         ("10:44:25", "[24/11/26, 10:44:25] |[24.11.26 10.44.25] |\u200e[24/11/2026, 10:44:25] "),
         ("13:44:00", "2026年11月24日 下午1:44 - |2026년 11월 24일 오후 1:44 - "),
         ("21:15:00", "24/11/26, 9:15 in the evening - |24/11/26, 9:15 at night - "),
@@ -347,6 +399,8 @@ OF_PEOPLE += ["the image omitted a lot", "oh. (it is)"]
         ("look \u200e<attached: 00000012-PHOTO-2026-11-24-10-44-25.jpg>", "look"),
         ("look <pièce jointe : 00000012-PHOTO-2026-11-24-10-44-25.jpg>", "look"),
         ("look at this\u200eimage omitted", "look at this"),
+        ("Cake:\nmilk\neggs (6 large)", "Cake:\nmilk\neggs (6 large)"),  # no poll
+        ("soon:\n14/11/2026 18:00 - dinner: soup", "soon:\n14/11/2026 18:00 - dinner: soup"),
         ("@\u2068Bob\u2069 hi", "@Bob hi"),
     ],
 )
@@ -359,11 +413,13 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
     [
         (ANDROID, "media", ["<Media omitted>", "<Без медиафайлов>", "<המדיה לא נכללה>", "null"]),
         (ANDROID, "media", ["AUD-1-WA0001. (file attached)", "Medya dahil edilmedi"]),
+        (ANDROID, "media", ["2013-08-06-PHOTO-00000006.jpg <attached>"]),
         (ANDROID, "media", ["<Pominięto multimedia>\nplan.pdf", "S.webp (archivo adjunto)"]),
         (ANDROID, "deleted", ["This message was deleted", "Diese Nachricht wurde gelöscht."]),
         (ANDROID, "deleted", ["تم حذف هذه الرسالة.", "这条消息已被删除。"]),
         (ANDROID, "call", ["Missed voice call", "Videollamada perdida", "मिस्ड वीडियो कॉल"]),
         (ANDROID, "location", ["Ort: https://maps.google.com/?q=48,16", "live location shared"]),
+        (ANDROID, "location", ["Home (Vienna, Austria): https://foursquare.com/v/4e89af"]),
         (ANDROID, "poll", ["UMFRAGE:\nWann?\nOPTION: Heute (1 Stimme)\nOPTION: Nie (0 Stimmen)"]),
         (ANDROID, "app", ["Waiting for this message. This may take a while."]),
         (IPHONE, "media", ["\u200eimage omitted", "\u200f\u200eلم يتم إدراج الصورة"]),
@@ -386,6 +442,29 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
 def test_what_whatsapp_wrote_is_left_out_in_many_languages(check, form, kind, texts):
     chat = chat_of(*(f"Ann: {text}" for text in texts), "A: a", "B: b", form=form)
     check({"a.txt": "\ufeff" + chat.replace("\n", "\r\n")}, "A: a|B: b", **{kind: len(texts)})
+
+
+@table(
+    ("kind", "texts"),
+    [
+        ("call", ["Missed voice call, Tap to call back", "Video call, 6 min"]),
+        (
+            "app",
+            ["Ann changed the group name to “Cakes”", "Your security code with Ann changed. Why?"],
+        ),
+    ],
+)
+def test_on_an_iphone_marks_that_an_editor_stripped_are_not_needed(check, kind, texts):
+    chat = chat_of(*(f"Ann: {text}" for text in texts), "A: a", "B: b", form=IPHONE)
+    check({"a.txt": chat}, "A: a|B: b", **{kind: len(texts)})
+    said = "|".join(f"Ann: {text}" for text in texts)
+    check({"a.txt": f"{chat}\n{IPHONE}B: \u200eimage omitted"}, f"{said}|A: a|B: b", media=1)
+
+
+def test_old_exports_leave_out_the_year_that_it_is(check):
+    chat = "30 Dec 2015 23:00 - A: a\n2 Jan 10:44 - B: b\n3 Jan 10:44 - A: c"
+    days = [when[:10] for when in each("time", check({"a.txt": chat}, "A: a|B: b|A: c"))]
+    assert days == ["2015-12-30", "2016-01-02", "2016-01-03"]
 
 
 def test_a_line_without_an_author_is_a_notice_of_the_app(check):
@@ -412,16 +491,21 @@ def test_a_tag_that_no_table_knows_is_the_apps_if_it_comes_back(check, text):
     check({"a.txt": chat_of(f"A: {text}", f"B: {text}")}, f"A: {shown}|B: {shown}")
 
 
-# ---- Signal, logs, iMessage ---------------------------------------------------------------------
+# ---- Signal, logs, iMessage, plain text ----------------------------------------------------------
 def test_signal_export(check):
     chat = """\
-[2026-11-24 10:44:25] Me: hello  \n(- Ann: 👍 -)
-[2026-11-24 10:44:30] Ann: \n\n> hello\n\nhi, 1 > 0  \n![a](media/a.jpg)
+[2026-11-24 10:44:25] Ann: see you  \n(- Me: 👍, Cy: ❤️ -)![a.jpg](./media/a.jpg)
+[2026-11-24 10:44:30] Me: \n\n> see you\n> there\n\nyes, 1 > 0  \n> not quoted
+[2026-11-24 10:44:33] Ann:   \n(( 🎉 ))
 [2026-11-24 10:44:35] Ann: (media not exported)
+[2026-11-24 10:44:37] Ann: Incoming voice call (accepted, 2m 3s)
 [2026-11-24 10:44:40] Ann: (This message was deleted)
 """
-    files = {"Ann/chat.md": chat, "Note to Self/chat.md": "[2026-11-24 10:44:25] Me: soup\n"}
-    entries = check(files, "Me: hello|Ann: hi, 1 > 0", media=1, deleted=1, notes=1)
+    twin = {"date": "2026-11-24T10:44:25.100", "sender": "Ann", "body": "see you  "}
+    files = {"Ann/chat.md": chat, "Ann/data.json": [twin]}
+    files |= {"Note to Self/chat.md": "[2026-11-24 10:44:25] Me: soup\n"}
+    talk = "Ann: see you|Me: yes, 1 > 0  \n> not quoted"
+    entries = check(files, talk, media=2, call=1, deleted=1, notes=1)
     assert each("conversation", entries) == ["Ann"]
 
 
@@ -430,17 +514,31 @@ LOGS = {  # program: (log, notices in it)
     "days": ("[2026-11-24 10:44:25] <Ann> hi\n[2026-11-24 10:45:00] <bob> ok", 0),
     "irssi": ("--- Day changed Tue Nov 24 2026\n10:44:25 < Ann> hi\n"
               "10:45 -!- cy joined\n10:45 <@bob> ok", 2),
+    "no clock": ("# 2026-11-24\n[10:44:25] <Ann> hi\n=== cy joined\n[10:45] <bob> ok", 2),
+    "eggdrop": ("[00:00] --- Tue Nov 24 2026\n[10:44:25] <Ann> hi\n"
+                "[10:44] Action: Ann waves\n[10:45] <bob> ok", 2),
     "WeeChat": ("2026-11-24 10:44:25\t@Ann\thi\n2026-11-24 10:45:00\t-->\tcy joined\n"
                 "2026-11-24 10:45:00\tbob\tok", 1),
     "HexChat": ("**** BEGIN LOGGING AT Tue Nov 24 09:00:00 2026\n"
                 "Nov 24 10:44:25 <Ann>\thi\nNov 24 10:45:00 <bob>\tok", 1),
+    "dircproxy": ("# 2026-11-24\n[24 Nov 10:44:25] <Ann!n=a@b> +hi\n"
+                  "[24 Nov 10:45] <bob!n=b@b> -ok\n[24 Nov 10:45] --> cy (n=c@b) joined", 2),
+    "Konversation": ("[Tuesday 24 November 2026] [10:44:25 CET] <Ann>\thi\n"
+                     "[Tuesday 24 November 2026] [10:45:00 CET] <bob>\tok", 0),
+    "Textual": ("[2026-11-24T11:44:25+0100] <Ann> hi\n[2026-11-24T11:45:00+0100] * bob nods\n"
+                "[2026-11-24T11:45:00+0100] <bob> ok", 1),
+    "The Lounge": ("[2026-11-24T10:44:25.123Z] <Ann> hi\n[2026-11-24T10:45:00.123Z] <bob> ok", 0),
     "Chatty": ("# Log started: 2026-11-24 10:00:00\n[10:44:25] Ann: hi\n[10:45:00] bob: ok", 1),
     "Twitch": ("[2026-11-24 10:44:25 UTC] Ann: hi\n[2026-11-24 10:45:00 UTC] bob: ok", 0),
+    "Pidgin": ("Conversation with bob@x.y at Tue 24 Nov 2026 10:44:25 AM CET on a@x.y (jabber)\n"
+               "(10:44:25 AM) Ann: hi\n(10:45:00 AM) bob/Home: ok\n(10:46:00 AM) bob is away", 1),
+    "WhatsApp Viewer": ("24.11.2026 - 10:44:25; Ann: hi\n24.11.2026 - 10:45:00; bob: ok", 0),
+    "a day, a name": ("2026-11-24 10:44:25 Ann: hi\n2026-11-24 10:45:00 bob: ok", 0),
 }  # fmt: skip
 
 
 @table("program", LOGS)
-def test_logs_of_irc_and_twitch(check, program):
+def test_logs_of_many_programs(check, program):
     log, notices = LOGS[program]
     entries = check({"a.log": log}, "Ann: hi|bob: ok", app=notices)
     assert each("time", entries) == ["2026-11-24T10:44:25", "2026-11-24T10:45:00"]
@@ -463,17 +561,74 @@ def test_a_log_may_have_its_day_in_its_name(check):
 def test_imessage_exporter(check):
     chat = """\
 Nov 24, 2026 10:44:25 AM (Read by you)\nMe\none\n\ntwo\nTapbacks:\nLoved by Ann\n
-Nov 24, 2026  1:44:30 PM\nAnn\nbetter\nEdited 15 seconds later: best
+Nov 24, 2026  1:44:30 PM\nAnn\nNov 24, 2026  1:44:30 PM beter\nEdited 15 seconds later: best
 This message responded to an earlier message.
     Nov 24, 2026  1:45:00 PM\n    Me\n    an answer\n
-Nov 24, 2026  1:45:00 PM\nMe\nan answer\n
+Nov 24, 2026  1:45:00 PM\nMe\nan answer\nReactions:\n❤️ by Ann\nand more\n
 Nov 24, 2026  1:46:00 PM You named the conversation Home\n
+Nov 24, 2026  1:46:30 PM\nAnn\nThey unsent this message part 5 seconds after sending!\n
 Nov 24, 2026  1:47:00 PM\nAnn\n/Users/me/Library/Messages/Attachments/a/b.heic
 """
-    talk = "Me: one\n\ntwo|Ann: best|Me: an answer"
-    entries = check({"+15550100.txt": chat}, talk, app=1, media=1)
+    talk = "Me: one\n\ntwo|Ann: best|Me: an answer\nand more"
+    entries = check({"+15550100.txt": chat}, talk, app=2, media=1)
     assert [when[11:] for when in each("time", entries)] == ["10:44:25", "13:44:30", "13:45:00"]
     assert each("conversation", entries) == ["Person 1"]
+
+
+def test_discords_csv_and_text(check):
+    table = """AuthorID,Author,Date,Content,Attachments,Reactions
+"1","ann","2026-11-24T10:44:25+01:00","hi","",""
+"2","bob","2026-11-24T10:45:25+01:00","ok","",""
+"2","bob","2026-11-24T10:46:25+01:00","Joined the server.","",""
+"1","ann","2026-11-24T10:47:25+01:00","Started a call that lasted 12 minutes.","",""
+"""
+    check({"a.csv": table}, "ann: hi|bob: ok", app=1, call=1)
+
+
+def test_discords_text(check):
+    chat = f"""{"=" * 62}\nGuild: G\nChannel: c\n{"=" * 62}
+[24/11/2026 10:44] ann (pinned)\nhi\n\n{{Attachments}}\nhttps://a.b\n\n{{Reactions}}\n👍 (1)\n
+[24/11/2026 10:45] bob\nnote: yes\n\n{"=" * 62}\nExported 2 message(s)\n"""
+    assert each("conversation", check({"a.txt": chat}, "ann: hi|bob: note: yes")) == ["G / c"]
+
+
+def test_whatsapp_chat_exporter(check):
+    chat = """[2026-11-24 10:44] You: yes\n                         at eight
+[2026-11-24 10:45] Ann: <media file in WhatsApp/IMG-1.jpg>
+[2026-11-24 10:45] Ann: <media file in WhatsApp/IMG-2.jpg>\n                         look
+[2026-11-24 10:46] You: <The media is missing>"""
+    check({"a.txt": chat}, "You: yes\nat eight|Ann: look", media=2)
+
+
+# ---- what is half understood ---------------------------------------------------------------------
+def test_one_wrong_byte_or_old_lines_do_not_spoil_the_letters_of_the_others(check):
+    lines = ["[10:44] <a> perché".encode(), "[10:44] <b> già".encode()] * 10
+    cut = b"\n".join([*lines, b"[10:44] <a> perch\xc3"])
+    entries = check({"a.log": cut}, "|".join(["a: perché", "b: già"] * 10 + ["a: perch\ufffd"]))
+    assert len(entries) == 21
+    old = ["[10:44] <a> perché".encode("cp1252"), "[10:45] <b> già".encode()]
+    check({"a.log": b"\n".join(old)}, "a: perché|b: già")
+
+
+def test_mojibake_is_repaired_where_most_of_a_file_has_it(check):
+    spoilt = [{"user": name, "text": meta("perché")} for name in "AB"]
+    check({"a.json": spoilt}, "A: perché|B: perché")
+    check({"a.json": [*spoilt, *[{"user": "C", "text": "perché"}] * 3]}, "A: perchÃ©|B: perchÃ©"
+          "|C: perché|C: perché|C: perché")  # fmt: skip
+
+
+def test_a_program_that_is_half_like_an_app_is_not_taken_for_it(convert, capsys):
+    half = chat_of("Ann: hi", "Bob: ok") + "\n24/11/26 10:44 -- Ann wrote\n24/11/26 10:45 > hi"
+    with pytest.raises(SystemExit):
+        convert({"a.txt": half})
+    assert "a text that begins with '24/11/26, 10:44 - Ann: hi'" in capsys.readouterr().err
+
+
+@table(("key", "column"), [("writtenBy user", "author"), ("Date of it", "time")])
+def test_authors_and_times_under_an_unknown_name_are_told(convert, capsys, key, column):
+    with pytest.raises(SystemExit):
+        convert({"a.json": [{"text": "hi", key: "24.11.2026"}, {"text": "ok", key: "24.11.2026"}]})
+    assert f"a list with its {column}s under {key!r}" in capsys.readouterr().err
 
 
 # ---- times --------------------------------------------------------------------------------------
@@ -490,6 +645,25 @@ def test_a_time_may_be_written_in_many_ways(check, values, time):
     for value in values:
         log = [{"timestamp": value, "user": name, "text": "hi"} for name in "AB"]
         assert each("time", check({"a.json": log}, "A: hi|B: hi")) == [time], value
+
+
+@table(
+    "time",
+    [
+        "Dienstag, 24. November 2026 um 22:44:25 UTC",
+        "mardi 24 novembre 2026 à 22:44:25 UTC",
+        "martes, 24 de noviembre de 2026, 22:44:25 UTC",
+        "martedì 24 novembre 2026 alle ore 22:44:25 UTC",
+        "2026. november 24., kedd 22:44:25 UTC",
+        "2026년 11월 24일 화요일 오후 10시 44분 25초 UTC",
+        "2026年11月24日星期二 UTC 下午10:44:25",
+        "вторник, 24 ноября 2026 г., 22:44:25 UTC",
+        "Tue Nov 24 22:44:25 2026",
+    ],
+)
+def test_a_month_and_a_part_of_the_day_have_names_in_many_languages(check, time):
+    log = [{"created": time, "user": name, "text": "hi"} for name in "AB"]
+    assert each("time", check({"a.json": log}, "A: hi|B: hi")) == ["2026-11-24T22:44:25"]
 
 
 @table("time", ["no time", float("inf"), float("nan"), "99.99.2026, 10:44", "24.11.2026, 10:99"])
@@ -519,6 +693,22 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
     lines = [f"{day}, 9:44 - {'AB'[i % 2]}: hi\n" for i, day in enumerate(dates.split())]
     entries, _, notes = convert({"chat.txt": "".join(lines)})
     assert (entries[0]["time"][:10], notes) == (first, [])
+
+
+@table(
+    ("line", "day"),
+    [
+        ("03/04/26, 9:44 AM - A: hi\n05/04/26, 9:44 AM - B: hi\n06/04/26, 9:44 AM", "2026-04-03"),
+        ("3/4/26, 9:44 AM - A: IMG-20260403-WA0001.jpg (file attached)\n3/4/26, 9:44 AM",
+         "2026-04-03"),
+        ("[3/4/26, 9:44:25 AM] A: <attached: 00000012-PHOTO-2026-03-04-09-44-25.jpg>\n"
+         "[3/4/26, 9:44:25 AM]", "2026-03-04"),
+    ],
+)  # fmt: skip
+def test_days_in_a_row_and_the_names_of_pictures_decide_before_capitals_do(convert, line, day):
+    separator = " " if line.endswith("]") else " - "
+    entries, _, notes = convert({"a.txt": f"{line}{separator}B: hi\n{line}{separator}A: ok"})
+    assert ({entry["time"][:10] for entry in entries[:1]}, notes) == ({day}, [])
 
 
 @table(

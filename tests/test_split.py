@@ -92,6 +92,12 @@ def test_a_row_that_shares_three_messages_on_end_with_training_does_not_validate
     assert dropped == [("z", "split: is in train as well")]
 
 
+def test_of_short_rows_two_messages_on_end_are_a_copy():
+    train = [of_texts(*LONG[i : i + 3]) for i in range(10)]
+    copy, other = of_texts("x", *LONG[:2]), of_texts("x", "y", LONG[1])
+    assert drop_copies(train, [copy, other], []) == [other]
+
+
 def test_what_everybody_says_is_no_copy():
     short = of_texts("gg", "lol", "gg", "wp", "so it is")
     assert drop_copies([*TRAIN, short], [*VALID, short], []) == [*VALID, short]

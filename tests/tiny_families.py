@@ -149,7 +149,7 @@ PER_LAYER = {
     **SLIDING,
     "num_kv_shared_layers": 0,
     "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
+    "hidden_size_per_layer_input": 64,
     "final_logit_softcapping": 30.0,
 }
 GEMMA_3N = {

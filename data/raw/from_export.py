@@ -3,10 +3,11 @@
     python data/raw/from_export.py ~/Downloads/result.json
     python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip" --version ann
 
-Reads   files, folders or .zip of WhatsApp, Telegram, Discord, Instagram, Messenger, Twitch, IRC,
-        Slack, Signal, iMessage, Google Chat, Matrix; CSV with a header, JSON lists of messages,
-        ready training sets. Their content tells them apart; nothing is unpacked or sent anywhere.
-        Each app has its file in data/raw/readers/.
+Reads   files, folders or .zip of WhatsApp, Telegram, Discord, Instagram, Messenger, Signal,
+        iMessage, SMS, LINE, KakaoTalk, WeChat, Snapchat, Slack, Teams, Skype, Google Chat, Matrix,
+        Rocket.Chat, Twitch, IRC, Pidgin, Reddit; CSV with a header, JSON lists of messages, ready
+        training sets. Their content tells them apart; nothing is unpacked or sent anywhere.
+        Each app has a file in data/raw/readers/.
 Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be read and edited:
         {"conversation": "Ann", "time": "2026-11-24T10:44:25", "author": "Ann Lee", "message": "hi"}
         one conversation after the other, each in the order of time;
@@ -21,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.raw.readers import READERS
-from data.raw.readers.files import READABLE, open_file
+from data.raw.readers.files import open_file
+from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS, read_times
@@ -33,7 +35,6 @@ import json
 import os
 import re
 import shlex
-import zipfile
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
@@ -57,7 +58,6 @@ KINDS = {
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
 NAMES = "users.json", "channels.json"  # of Slack
 UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
-MOST_BYTES = 2 << 30  # of the chats in a .zip
 RAW = ROOT / "data/raw"
 EXAMPLE = 'python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip"'
 
@@ -75,58 +75,6 @@ def arguments():
     s = parser.parse_args()
     check_names(s.version, DEFAULTS["MODEL"])
     return s
-
-
-# ---- find ----------------------------------------------------------------------------------------
-def files_in(path):
-    """Yield (name, content) of a file, or of all files in a folder or .zip.
-
-    The content of a link that leads out of the folder is None: somebody may have laid it there.
-    """
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            is_ours = file.parent.resolve() == RAW and file.name.startswith("messages_")
-            if is_ours or is_hidden(file.relative_to(path)):
-                continue
-            if file.is_symlink() and not is_inside(file, path):
-                yield str(file), None
-            elif file.is_file() and file.suffix.lower() in READABLE:
-                yield from files_in(file)
-    elif not path.is_file():
-        there = next(folder for folder in path.absolute().parents if folder.is_dir())
-        fail(f"{path} is not there, or no file", f"ls {shlex.quote(str(there))}")
-    elif zipfile.is_zipfile(path):
-        yield from files_in_zip(path)
-    elif path.stat().st_size > MOST_BYTES:
-        fail(f"{path} holds over {MOST_BYTES >> 30} GB", "# export single chats")
-    else:
-        yield str(path), path.read_bytes()
-
-
-def files_in_zip(path):
-    unzip = f"unzip {shlex.quote(str(path))} -d {shlex.quote(str(path.with_suffix('')))}"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = [file for file in archive.infolist() if not is_hidden(Path(file.filename))]
-            files = [file for file in files if Path(file.filename).suffix.lower() in READABLE]
-            if sum(file.file_size for file in files) > MOST_BYTES:
-                fail(
-                    f"{path} holds over {MOST_BYTES >> 30} GB", f"{unzip}  # and name a chat in it"
-                )
-            for file in files:
-                yield f"{path}/{file.filename}", archive.read(file)
-    except Exception as e:  # an archive may be damaged in any way
-        if "password" in str(e):
-            fail(f"{path} is locked with a password", unzip)
-        fail(f"{path} cannot be unpacked: {e!r:.80}", "# copy it or export the chat again")
-
-
-def is_hidden(path):
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
-
-
-def is_inside(path, folder):
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 # ---- read ----------------------------------------------------------------------------------------
@@ -147,7 +95,9 @@ def read_files(paths, dates):
     for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
             if found[name] is None:
-                raise NotReadError("a link that leads out of the folder", f"ls -l {name}")
+                raise NotReadError(
+                    "a link that leads out of the folder", f"ls -l {shlex.quote(name)}"
+                )
             chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
             not_read[name] = e.args
@@ -364,7 +314,10 @@ def keep_most(left_out):
 def main():
     s = arguments()
     target = RAW / f"messages_{s.version}.json"
-    chats, not_read = read_files(s.paths, s.dates)
+    try:
+        chats, not_read = read_files(s.paths, s.dates)
+    except MemoryError:
+        fail("this is more than fits into memory", "# export single chats")
     pairs = [m for chat in chats for m in chat.messages if isinstance(m, dict)]
     if pairs and len(pairs) < sum(len(chat.messages) for chat in chats):
         names = {isinstance(chat.messages[0], dict): chat.name for chat in chats if chat.messages}

@@ -11,6 +11,7 @@ LANGUAGES = (  # the first of those that know as many words is taken
     "en de es fr it pt nl ru uk pl cs sk ro hu el tr he ar fa ur hi mr bn gu ta te id ms vi th "
     "zh zh_Hant ja ko sv da nb fi hr sr bg ca sw af et lv lt sl gl fil sq az kk ka hy"
 )
+NO_HOURS = frozenset()
 
 
 class Words(NamedTuple):
@@ -40,7 +41,7 @@ def words_of(language):
         for number, name in locale.months[form][width].items():
             months[letters(name)] = number
         for part, name in day_parts.items():  # 오후 is "pm" and "afternoon1"
-            parts[letters(name)] = {*parts.get(letters(name), ()), *hours.get(part, ())}
+            parts[letters(name)] = parts.get(letters(name), NO_HOURS) | hours.get(part, NO_HOURS)
         names += locale.months[form][width].values()
         names += locale.days[form][width].values()
         names += day_parts.values()
@@ -48,13 +49,13 @@ def words_of(language):
 
 
 def hours_of_parts(locale):
-    """Return {"am": [0, …, 11], "night1": [21, …]} as CLDR has it; a night lasts until 6."""
-    hours = {"am": range(12), "pm": range(12, 24)}
+    """Return {"am": {0, …, 11}, "night1": {21, …}} as CLDR has it; a night lasts until 6."""
+    hours = {"am": frozenset(range(12)), "pm": frozenset(range(12, 24))}
     for part, (rule, *_) in locale.day_period_rules.get(None, {}).items():
         start, end = (rule.get(key, rule.get("at", 0)) // 3600 for key in ("from", "before"))
         end += 24 if end < start else 0
         night = range(6) if "night" in part else ()
-        hours[part] = [*range(start, max(end, start + 1)), *night]
+        hours[part] = frozenset([*range(start, max(end, start + 1)), *night])
     return hours
 
 
@@ -83,6 +84,5 @@ def part_of_day(before, after, language):
             if name in parts:
                 return parts[name]
     last = before[-1] if before else ""  # no spaces between words: 星期二上午
-    return next(
-        (parts[name] for name in parts if not name.isascii() and last.endswith(name)), set()
-    )
+    ends = (parts[name] for name in parts if not name.isascii() and last.endswith(name))
+    return next(ends, NO_HOURS)

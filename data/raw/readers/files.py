@@ -12,7 +12,8 @@ from typing import NamedTuple
 from .not_read import refuse_bytes
 from .shared import share
 
-READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".html", ".xml", ".zip"}
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip"}
+READABLE |= {".html", ".xml", ".js"}  # to say what they are, and SMS
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
 TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
 

@@ -36,9 +36,7 @@ KINDS = {  # of messages that are these words alone
         re.IGNORECASE,
     ),
     "call": re.compile(r"(?:보이스톡|페이스톡|그룹콜) (?:해요|취소|부재중|종료)[ \d:]*"),
-    "deleted": re.compile(
-        r"삭제된 메시지입니다\.?|(?:This )?message was deleted\.?", re.IGNORECASE
-    ),
+    "deleted": re.compile(r"삭제된 메시지입니다\.?|This message was deleted\.?"),
 }
 
 
@@ -57,9 +55,10 @@ def read(file):
     for start, words in blocks(file.lines, HEADER.match):
         day = start["day"] or day
         author = start["author"] or start["pc_author"]
-        when = start["when"] or f"{day} {start['clock'] or ''}"
-        if author or words or start["notice"]:
-            yield message(when.replace(" at ", " "), author, words or start["notice"])
+        words = words or start["notice"] or ""
+        if author or words:
+            when = start["when"] or f"{day} {start['clock'] or ''}"
+            yield message(when, author, words)
 
 
 def message(when, author, words):

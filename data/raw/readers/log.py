@@ -29,12 +29,12 @@ FORMS = (
     # Chatty's; with a day it would be WhatsApp's
     re.compile(rf"\[?{CLOCK}\]?\s+(?P<nick>[^\s:<>]{{1,60}}):\s(?P<words>.*)"),
 )
-NOTICE = re.compile(STAMP)
+NOTICE = re.compile(rf"{STAMP}|[-=*<>!]{{2,}}|\* ")  # "=== cy joined", "* bob waves"
 DAY_LINE = re.compile(rf"(?:#|---|\*\*\*\*|Session |\[?{CLOCK}\]? ---).*\b(?:19|20)\d\d\b.*")
 
 
 def understands(file):
-    """Return the share of lines that begin with a clock or name a day; somebody must speak."""
+    """Return the share of messages, notices and lines with a day; somebody must speak."""
     form = form_of(file.lines)
     is_known = lambda line: form.match(line) or NOTICE.match(line) or DAY_LINE.match(line)  # noqa: E731
     return share(file.lines, is_known) if share(file.lines, form.match) else 0

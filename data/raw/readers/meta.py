@@ -14,8 +14,9 @@ by their form: see is_notice().
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
+from .files import repaired
 from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
@@ -35,9 +36,10 @@ def understands(file):
 def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
-    said = [(author_of(m), text_of(m.get("content") or m.get("text"))) for m in file.entries]
+    said = [(author_of(m), words_of(m)) for m in file.entries]
     forms = forms_of(said)
     people = {first_name(author) for author, _ in said}
+    attached = Counter(words_of(m) for m in file.entries if "share" in m)
     for m, (author, text) in zip(file.entries, said, strict=True):
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
@@ -46,14 +48,20 @@ def read(file):
             kind=first(
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
-                app=m.get("type") in NOTICES or is_notice(author, text, forms, people),
+                app=m.get("type") in NOTICES
+                or is_notice(author, text, forms, people)
+                or (attached[text] > 1 and " " in text and "://" not in text),
             ),
-            conversation=title,
+            conversation=repaired(title),
         )
 
 
 def author_of(m):
-    return text_of(m.get("sender_name") or m.get("senderName"))
+    return repaired(text_of(m.get("sender_name") or m.get("senderName")))
+
+
+def words_of(m):
+    return repaired(text_of(m.get("content") or m.get("text")))
 
 
 def forms_of(said):
@@ -97,7 +105,7 @@ def is_notice(author, text, forms, people):
     of_another = not begins_with_author and first_name(text) in people  # somebody writes of them
     return (
         (not of_another and kind_of_sentence(form, "Meta"))
-        or (begins_with_author and text.endswith("."))  # Ann sent an attachment.
+        or (begins_with_author and text.endswith(".") and len(text) < 100)  # Ann sent a link.
         or (begins_with_author and is_account(text.split(" ")[0], author))
         or (begins_with_author and len(same) >= 3 and " " in form)
         or (len(same) > 1 and is_reaction(same))

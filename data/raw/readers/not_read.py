@@ -38,7 +38,7 @@ KEYS = (  # of the file or of its entries
     ({"Direct Messages"}, "a TikTok export", AS_LIST),
     ({"Direct Message"}, "a TikTok export", AS_LIST),
     ({"zerver_message"}, "an export of Zulip", AS_LIST),
-    ({"type", "post"}, "an export of Mattermost", AS_LIST),
+    ({"type", "version", "post"}, "an export of Mattermost", AS_LIST),
     ({"previous_messages"}, "what build_train.py reads as it is", "# copy it into data/raw"),
 )
 

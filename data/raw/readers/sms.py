@@ -50,9 +50,9 @@ def parse(text):
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise NotReadError("XML with a DOCTYPE, as no backup has it", "# make the backup again")
     text = HALVES.sub(lambda half: chr(int(half[1])), text)
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins the halves
     try:
-        return ElementTree.fromstring(NO_CHARACTER.sub("", text).encode())  # noqa: S314 (see above)
+        return ElementTree.fromstring(NO_CHARACTER.sub("", text))  # noqa: S314 (see above)
     except ElementTree.ParseError as e:
         raise NotReadError(f"XML that is not whole: {e}", "# make the backup again") from None
 
@@ -80,6 +80,6 @@ def known(name):
 
 
 def text_in(mms):
-    return "\n".join(
-        part.get("text") for part in mms.iter("part") if part.get("ct") == "text/plain"
-    )
+    """Return the words of an MMS, whose other parts are pictures and how to show them."""
+    texts = [part.get("text", "") for part in mms.iter("part") if part.get("ct") == "text/plain"]
+    return "\n".join(texts)

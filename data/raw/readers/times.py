@@ -3,6 +3,7 @@
 The day may stand in numbers in any order, or with the name of a month in any language (cldr.py).
 """
 
+import functools
 import itertools
 import re
 from datetime import UTC, datetime, timedelta
@@ -34,7 +35,7 @@ def read_times(texts, order=None, lines=()):
     dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
     note = ""
     if dates and not order:
-        order, note = order_of(dates, texts[0], lines)
+        order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)), lines)
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
     return with_years([times[text] for text in texts]), note
 
@@ -45,10 +46,11 @@ def order_of(dates, first_text, lines):
     order = min(faults, key=faults.get)
     if order == "ymd" or faults["dmy"] != faults["mdy"]:
         return order, ""
-    for test in named_in_files(dates, lines), is_daily(dates):
+    for test in named_in_files(lines), is_daily(dates):
         if test:
             return test, ""
-    is_american = re.search("[AP]M", first_text) and not re.match(r"\W*0\d", first_text)
+    has_zero_or_long_year = re.search(r"\b0\d\D+\d|\d{4}", DAY_OR_NOT.search(first_text)[0])
+    is_american = re.search("[AP]M", first_text) and not has_zero_or_long_year
     order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
     return order, f"dates are read as {order}, for nothing decides: else --dates {other}"
 
@@ -64,7 +66,7 @@ def faults_of(dates, order):
     return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
 
 
-def named_in_files(dates, lines):
+def named_in_files(lines):
     """Return the order in which the name of a picture is the day of its line, or None.
 
     "11/10/26, 10:44 - Ann: IMG-20261110-WA0001.jpg (file attached)" → "mdy"
@@ -75,7 +77,7 @@ def named_in_files(dates, lines):
         if written:
             day = datetime(*map(int, named.groups()))
             for order in "dmy", "mdy":
-                if time_of(numbers_of(written), order) == day:
+                if time_of(tuple(numbers_of(written)), order) == day:
                     return order if named[2] != named[3] else None
     return None
 
@@ -88,7 +90,7 @@ def is_daily(dates):
         steps = [abs(b - a) for a, b in itertools.pairwise(days) if a and b]
         spans[order] = sum(steps, timedelta())
     near, far = sorted(spans, key=spans.get)
-    return near if 2 * spans[near] < spans[far] else None
+    return near if len(dates) > 2 and 2 * spans[near] < spans[far] else None
 
 
 def with_years(times):
@@ -174,6 +176,7 @@ def clock_in(text, language):
     return which_hour(hour, hours), minute, second
 
 
+@functools.cache
 def which_hour(hour, hours):
     """Return which hour of 24 is meant: 9 in the evening → 21, 12 AM → 0, 3 at night → 3."""
     if hour > 12 or not hours:

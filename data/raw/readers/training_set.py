@@ -49,8 +49,10 @@ def read(file):
     left_out = 0
     for number, row in enumerate(rows):
         label = str(row.get("kto_tag", row.get("label")))
-        talk = {"conversation": number} if any(key in row for key in TALKS) else {}
-        for pair in pairs_of(turns_of(row)):
+        pairs = pairs_of(turns_of(row))
+        has_turns = len(pairs) > 1 or any(key in row for key in TALKS)
+        talk = {"conversation": number} if has_turns else {}
+        for pair in pairs:
             if pair["completion"] and label.casefold() != "false":
                 yield talk | pair
             else:
@@ -82,10 +84,12 @@ def turns_of(row):
 
 
 def is_talk(value):
-    keys = {"role", "content"}, {"from", "value"}
-    return isinstance(value, list) and share(
-        value, lambda turn: isinstance(turn, dict) and any(pair <= turn.keys() for pair in keys)
-    )
+    return isinstance(value, list) and share(value, is_turn) > 1 / 2
+
+
+def is_turn(value):
+    keys = set(value) if isinstance(value, dict) else set()
+    return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
 def asked_in(row):
@@ -109,7 +113,7 @@ def before_of(row):
     """Return the system's words, the turns before and the context, none of which is an answer."""
     texts = [row.get("system"), row.get("system_prompt"), row.get("context")]
     for pair in row.get("history") or []:
-        texts += pair
+        texts += pair if isinstance(pair, list) else [pair]
     return [{"role": "before", "content": text} for text in texts if text]
 
 

@@ -24,10 +24,10 @@ ENTRY = re.compile(
     rf"(?P<when>{DATE}\D{{1,20}}?{CLOCK}(?P<part>[^]\d:;,]{{0,24}}?)|{CLOCK}\D{{1,3}}{DATE})"
     r"(?(iphone)\]|(?:\s[-\u2013]|(?P<colon>:)))(?:\s|$)"
 )
-LONG_YEAR = re.compile(r"\d{4}")
+LONG_YEAR = re.compile(r"[-/.]\s?\d{4}|\d{4}\s?[-/.年년]")
 QUOTE = re.compile('["“”„«»]')
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
-LOCATION = re.compile(r"[^\n:]{1,60}: https://maps\.google\.com/\?q=\S+")
+LOCATION = re.compile(r"[^:]{1,90}: https://(?:maps\.google\.com/\?q=|foursquare\.com/v/)\S+")
 POLL = re.compile(  # POLL:\nWhen?\nOPTION: Today (2 votes)\nOPTION: Later (1 vote)
     r"\W?[^\W\d_]{2,20} ?:\n(?s:.+?)\n\W?([^\W\d_]{2,20} ?:).*\(\W?\d+ [^()\n]+\)"
     r"(?:\n\W?\1.*\(\W?\d+ [^()\n]+\))+"

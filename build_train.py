@@ -485,7 +485,7 @@ def tell_private(rows):
     texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
     found = [part for part in map(looks_private, texts) if part]
     if found:
-        say("private?", f"{len(found):,} messages may hold a password, a code or an address:")
+        say("private?", f"{len(found):,} of the messages may hold a password, a code, an address:")
         for part in list(dict.fromkeys(found))[:8]:
             say("", part[:80])
         say("", "write what to hide to a file, one a line, and add --block FILE")

@@ -43,7 +43,7 @@ def find_raw(version):
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
         if (folder / name).exists() and (folder / name).stat().st_size:
             return folder / name
-    files = sorted(path.name for path in folder.glob("[!.]*") if path.is_file())
+    files = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in ("", ".py"))
     exports = [shlex.quote(f"data/raw/{name}") for name in files if name.endswith((".txt", ".zip"))]
     others = [name[9:].partition(".json")[0] for name in files if name.startswith("messages_")]
     make = "python data/raw/from_export.py"
@@ -57,7 +57,7 @@ def find_raw(version):
 def fail_to_read(path, where, what):
     """End the run for raw data that cannot be read; perhaps an app's export is in its place."""
     fixes = [f"# correct {path} in an editor; README.md says what an entry is"]
-    if not path.read_bytes().strip(b"\xef\xbb\xbf \r\n").startswith((b"[", b'{"message"')):
+    if not re.match(rb'[^!-~]*(\[\s*["\[{]|\{"message")', path.read_bytes()):
         version = path.stem.removeprefix("messages_")
         fixes.insert(0, f"python data/raw/from_export.py {path} --version {version}_chat")
     fail(f"{path}, {where}: {what}", *fixes)

@@ -143,16 +143,16 @@ def hide_personal(text):
 
 
 # ---- what may be left ----------------------------------------------------------------------------
-STREET = "via|viale|piazza|corso|vicolo|rue|boulevard|calle|avenida|plaza|rua|indirizzo|address"
+STREET = "via|viale|piazza|vicolo|rue|boulevard|calle|avenida|plaza|rua|indirizzo|address"
 PRIVATE = re.compile(
     rf"(?i)\b(?:(?:{PASSWORD}|{KEY}|{CODE}){OF}{IS}\w*\d\S*|(?:{PASSWORD}|{CODE}) \w*\d\S*"
-    rf"|(?:{PASSWORD})(?: ?[:=] ?|,? (?:is|è) )[^\s…]{{4,}}"
-    rf"|(?:{STREET})(?: [^\W\d]+){{1,2}},? \d{{1,4}}(?![\w.])|[^\W\d]+(?:straße|strasse|str\.) \d+"
-    r"|\d+ (?:[^\W\d]+ ){1,2}(?:street|road|avenue)\b)"
+    rf"|(?:{STREET})(?: [^\W\d]+){{1,2}},? \d{{1,4}}(?![\w.])"
+    r"|\d+ (?:[^\W\d]+ ){1,2}(?:street|road|avenue)\b)|(?i:straße|strasse|str\.) \d+"
 )
+TOLD = re.compile(rf"(?i)\b(?:{PASSWORD})(?: ?[:=] ?|,? (?:is|è) )[^\s…]{{4,}}")
 
 
 def looks_private(text):
     """Return what looks private and is still there, None if nothing does: "via Roma 12"."""
-    found = PRIVATE.search(text)
+    found = TOLD.search(text) or (DIGIT.search(text) and PRIVATE.search(text))
     return found and found[0]

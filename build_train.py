@@ -15,7 +15,7 @@ from data.clean import cleaners, control_tokens
 from data.messages import Message, bar, find_raw, read
 from data.personal import looks_private
 from data.prompt import make_chat
-from data.split import COPY, drop_copies, keep, split
+from data.split import COPY, drop_copies, split
 from models import common
 from models.common import fail, visible
 
@@ -107,6 +107,7 @@ class Row:
     start: int  # place of the oldest message of the context, counted through all talks
     end: int  # place of the reply
     tokens: int = 0
+    rule: str = ""  # the name of the rule that dropped it
     reply = property(lambda row: row.message.text)
     author = property(lambda row: row.message.author)
     texts = property(lambda row: [message.text for message in (*row.context, row.message)])
@@ -116,6 +117,11 @@ class Row:
 def say(title, text):
     """Print a line of the report."""
     print(visible(f"{title:10} {text}"))
+
+
+def kept(rows):
+    """Return the rows that no rule has dropped so far."""
+    return [row for row in rows if not row.rule]
 
 
 def shuffled(items, seed):
@@ -217,17 +223,17 @@ def rows_of_ready(messages, talk, place, is_one_talk, s):
     return rows
 
 
-def lay_out(conversations, s, dropped):
+def lay_out(conversations, s):
     """Return the rows, one for each message or turn."""
-    rows = []
+    rows, empty = [], []
     for conversation, messages in conversations.items():
         log = [message for message in messages if message.context is None]
-        dropped.extend((message, "empty") for message in log if not message.text)
+        empty += [Row([], m, 0, 0, 0, rule="empty") for m in log if not m.text]
         for talk in talks_of([message for message in log if message.text], s):
             rows += rows_of_talk(talk, *next_free(rows), s)
         ready = [message for message in messages if message.context is not None]
         rows += rows_of_ready(ready, *next_free(rows), bool(conversation), s)
-    return rows
+    return rows + empty
 
 
 def next_free(rows):
@@ -279,47 +285,40 @@ def folded(text):
     return text.casefold().translate(PUNCTUATION) or text
 
 
-def choose(rows, s, dropped):
-    """Return the rows that pass all rules; add (message, rule) to `dropped` for the others."""
+def choose(rows, s):
+    """Drop the rows that break a rule."""
     rules = [(name, rule) for name, rule in RULES.items() if name not in s.off]
-    exchanges, replies = set(), Counter()  # of the rows that are kept
-    kept = []
-    for row in rows:
-        broken = next((name for name, rule in rules if rule(row, s)), None)
-        if not broken:
-            reply = folded(row.reply)
-            exchange = tuple(map(folded, row.texts))
-            repeats = {
-                "duplicate": exchange in exchanges,
-                "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
-                "stock reply": replies[reply] >= max(5, STOCK_SHARE * (len(kept) + 1) - 1),
-            }
-            broken = next((name for name in repeats if repeats[name] and name not in s.off), None)
-        if broken:
-            dropped.append((row.message, broken))
+    exchanges, replies, count = set(), Counter(), 0  # of the rows that are kept
+    for row in kept(rows):
+        row.rule = next((name for name, rule in rules if rule(row, s)), "")
+        if row.rule:
             continue
-        kept.append(row)
-        exchanges.add(exchange)
-        replies[reply] += 1
-    return kept
+        reply = folded(row.reply)
+        exchange = tuple(map(folded, row.texts))
+        repeats = {
+            "duplicate": exchange in exchanges,
+            "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
+            "stock reply": replies[reply] >= max(5, STOCK_SHARE * (count + 1) - 1),
+        }
+        row.rule = next((name for name in repeats if repeats[name] and name not in s.off), "")
+        if not row.rule:
+            exchanges.add(exchange)
+            replies[reply] += 1
+            count += 1
 
 
-BETWEEN = "between rows (--stride)"
+def thin_out(rows, s):
+    """Drop training rows so that replies are --stride messages apart, from the end of each talk.
 
-
-def thin_out(rows, s, dropped):
-    """Return training rows whose replies are --stride messages apart, from the end of each talk.
-
-    Of replies at 1, 2, … 20 with windows of ten: 10 (its window is 0 to 10) and 20 (10 to 20).
+    Of replies at 1, 2, … 20 with windows of ten stay 10 (its window is 0 to 10) and 20 (10 to 20).
     """
-    kept = []
+    after = None
     for row in reversed(rows):
-        is_near = kept and kept[-1].talk == row.talk and kept[-1].end - row.end < s.stride
+        is_near = after and after.talk == row.talk and after.end - row.end < s.stride
         if is_near and not row.message.prompt:
-            dropped.append((row.message, BETWEEN))
+            row.rule = "between rows (--stride)"
         else:
-            kept.append(row)
-    return kept[::-1]
+            after = row
 
 
 # ---- rows as the trainer reads them --------------------------------------------------------------
@@ -379,9 +378,8 @@ def count_tokens(rows, tokenizer):
     return [len(tokens) for tokens in encode(texts, add_special_tokens=False)]
 
 
-def fit(rows, s, tokenizer, dropped):
-    """Return the rows that fit --max-seq-length, if need be without their oldest messages."""
-    kept = []
+def fit(rows, s, tokenizer):
+    """Make the rows fit --max-seq-length, if need be without their oldest messages; drop others."""
     for i in bar(range(0, len(rows), 1000), "counting tokens"):
         part = rows[i : i + 1000]
         counts = count_tokens([training_row(row, s) for row in part], tokenizer)
@@ -390,10 +388,7 @@ def fit(rows, s, tokenizer, dropped):
             if row.tokens > s.max_seq_length:
                 shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
-                dropped.append((row.message, "over --max-seq-length"))
-            else:
-                kept.append(row)
-    return kept
+                row.rule = "over --max-seq-length"
 
 
 def shorten(row, s, tokenizer):
@@ -408,10 +403,12 @@ def shorten(row, s, tokenizer):
         row.context, row.tokens = shorter.context, tokens
 
 
-def drop_repeated(train, valid, s, dropped):
-    """Return valid without the rows that are, word for word, in train too."""
+def drop_repeated(train, valid, s):
+    """Drop the rows of valid that are, word for word, in train too."""
     trained = {str(training_row(row, s)) for row in train}
-    return keep(valid, lambda row: str(training_row(row, s)) not in trained, COPY, dropped)
+    for row in valid:
+        if str(training_row(row, s)) in trained:
+            row.rule = COPY
 
 
 def order(rows, seed):
@@ -426,14 +423,14 @@ def order(rows, seed):
 
 
 # ---- tell what came out --------------------------------------------------------------------------
-def print_table(s, dropped):
+def print_table(dropped):
     """Print how many rows each rule dropped, and the first of them."""
-    counts = Counter(rule for _, rule in dropped)
-    first = {rule: " ".join(message.text.split()) for message, rule in reversed(dropped)}
+    counts = Counter(row.rule for row in dropped)
+    first = {row.rule: " ".join(row.reply.split()) for row in reversed(dropped)}
     print(f"\n{'rule':30}{'dropped':>9}  for example")
     for rule in dict.fromkeys([*ALL_RULES, *counts]):
         if rule in counts:
-            print(visible(f"{rule:30}{counts[rule]:>9,}  {first[rule][:39]}".rstrip()))
+            print(visible(f"{rule:30}{counts[rule]:>9,}  {first[rule]:.39}".rstrip()))
     print()
 
 
@@ -513,26 +510,33 @@ def tell_replaced(before, version):
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def make_rows(raw, s, tokenizer, dropped):
-    """Return (training rows, validation rows); add (message, rule) to `dropped` for the others."""
+def make_rows(raw, s, tokenizer):
+    """Return the rows to train with, those to validate with, and those that are dropped."""
     tokens = control_tokens(tokenizer) if tokenizer else []
     tidy, name = cleaners("personal data" not in s.off, s.block, tokens)
     conversations = read(raw, tidy, name)
     s.only_author = name(s.only_author)
     check_author(conversations, s, raw)
 
-    rows = choose(lay_out(conversations, s, dropped), s, dropped)
-    settle_names(rows, s)
-    talks, seen = len({row.talk for row in rows}), "names" if s.names else "no names"
-    say("rows", f"{len(rows):,} of {talks:,} talks; the model sees {seen}")
+    rows = lay_out(conversations, s)
+    choose(rows, s)
+    good = kept(rows)
+    settle_names(good, s)
+    talks, seen = len({row.talk for row in good}), "sees" if s.names else "does not see"
+    say("rows", f"{len(good):,} in {talks:,} talks; the model {seen} who says what")
 
-    train, drawn = split(rows, s.valid_size, s.valid_rows, s.seed, dropped) if rows else ([], [])
-    valid = shuffled(drop_copies(train, drawn, dropped), s.seed)
-    dropped.extend((row.message, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
-    train = fit(thin_out(train, s, dropped), s, tokenizer, dropped)
-    valid = fit(valid[: s.valid_rows], s, tokenizer, dropped)
-    valid = drop_repeated(train, valid, s, dropped)
-    return order(train, s.seed), order(valid, s.seed)
+    train, valid = split(good, s.valid_size, s.valid_rows, s.seed) if good else ([], [])
+    drop_copies(train, valid)
+    valid = shuffled(kept(valid), s.seed)
+    for row in valid[s.valid_rows :]:
+        row.rule = "split: beyond --valid-rows"
+    thin_out(train, s)
+    train, valid = kept(train), kept(valid)
+    fit(train + valid, s, tokenizer)
+    drop_repeated(kept(train), kept(valid), s)
+
+    dropped = sorted((row for row in rows if row.rule), key=lambda row: row.message.entry)
+    return order(kept(train), s.seed), order(kept(valid), s.seed), dropped
 
 
 def main():
@@ -542,26 +546,24 @@ def main():
     raw, folder = find_raw(s.version), Path("data/for_train", s.version)
     say("reading", " ".join([str(raw), *sys.argv[1:]]))
 
-    dropped = []
-    train, valid = make_rows(raw, s, find_tokenizer(s), dropped)
-    dropped.sort(key=lambda item: item[0].entry)
-    print_table(s, dropped)
+    train, valid, dropped = make_rows(raw, s, find_tokenizer(s))
+    print_table(dropped)
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
         fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
     check_apart(train, valid)
-    authors = Counter(row.author for row in train if row.author)
-    s.authors = [author for author, _ in authors.most_common(100)]
-
     tell_size(train, valid)
     tell_private(train + valid)
+    authors = Counter(row.author for row in train if row.author)
+    s.authors = [author for author, _ in authors.most_common(100)]
     tell_who(train, s)
+
     files = {
-        "train.jsonl": (training_row(row, s) for row in train),
-        "valid.jsonl": (training_row(row, s) for row in valid),
-        "dropped.jsonl": (
-            {"entry": m.entry, "rule": rule, "message": m.text} for m, rule in dropped
-        ),
+        "train.jsonl": [training_row(row, s) for row in train],
+        "valid.jsonl": [training_row(row, s) for row in valid],
+        "dropped.jsonl": [
+            {"entry": row.message.entry, "rule": row.rule, "message": row.reply} for row in dropped
+        ],
         "settings.json": [vars(s)],
     }
     before = write(folder, files)

@@ -1,7 +1,7 @@
 """Rows → rows to train with and rows to validate with: no message stands in both.
 
-A row has .context, .message and .texts (its own last), .talk (a number) and .places: the places of
-its messages in all talks laid end to end.
+A row has .texts (its own last), .talk (a number), .places (of its messages, in all talks laid end
+to end) and .rule, the name of the rule that dropped it.
 """
 
 from bisect import bisect_left
@@ -54,8 +54,8 @@ def draw(sizes, wanted, seed):
     return drawn(1 + bisect_left(range(1, most), wanted, key=rows_in)) if most else []
 
 
-def split(rows, valid_size, valid_rows, seed, dropped):
-    """Return (rows to train with, rows to validate with); add (message, rule) to `dropped`."""
+def split(rows, valid_size, valid_rows, seed):
+    """Return (rows to train with, rows to validate with); drop those between them."""
     stretch_of = stretches(rows)
     reaches = [(stretch_of[row.places[0]], stretch_of[row.places[-1]]) for row in rows]
     sizes = {last: 0 for _, last in reaches}
@@ -67,16 +67,10 @@ def split(rows, valid_size, valid_rows, seed, dropped):
     for row, (first, last) in zip(rows, reaches, strict=True):
         is_drawn = {stretch in drawn for stretch in range(first, last + 1)}
         if len(is_drawn) > 1:
-            dropped.append((row.message, "split: between train and valid"))
+            row.rule = "split: between train and valid"
         else:
             (valid if True in is_drawn else train).append(row)
     return train, valid
-
-
-def keep(rows, passes, rule, dropped):
-    """Return the rows that pass; add (message, rule) to `dropped` for the others."""
-    dropped.extend((row.message, rule) for row in rows if not passes(row))
-    return [row for row in rows if passes(row)]
 
 
 def runs(row, size):
@@ -85,12 +79,14 @@ def runs(row, size):
     return set(zip(*(texts[i:] for i in range(size)), strict=False))
 
 
-def drop_copies(train, valid, dropped):
-    """Return valid without the rows that share text with train: the chat repeats itself."""
+def drop_copies(train, valid):
+    """Drop the rows of valid that share text with train: the chat repeats itself."""
     longest = max((len(row.texts) for row in train + valid), default=0)
     size = max(2, min(3, (longest - 1) // 2))  # three, or two of short rows
     held = {run for row in valid for run in runs(row, size)}
     telling = {run for run in held if len(set("".join(run))) >= 12}  # not "gg", "lol", "gg"
     counts = Counter(run for row in train for run in telling & runs(row, size))
     copies = {run for run, count in counts.items() if count <= 2 * longest}  # more: an instruction
-    return keep(valid, lambda row: copies.isdisjoint(runs(row, size)), COPY, dropped)
+    for row in valid:
+        if not copies.isdisjoint(runs(row, size)):
+            row.rule = COPY

@@ -87,8 +87,6 @@ def read_settings(words):
         parser.error("--prompt and --question-prompt need {context}")
     if s.shape == "turns" and not s.only_author:
         parser.error("--shape turns needs --only-author")
-    if min(s.window, s.stride, s.valid_rows) < 1:
-        parser.error("--window, --stride and --valid-rows have to be 1 or more")
     if not 0 < s.valid_size < 1:
         parser.error("--valid-size has to be between 0 and 1")
     if unknown := set(s.off) - set(ALL_RULES):
@@ -104,14 +102,12 @@ class Row:
     context: list[Message]  # oldest first
     message: Message
     talk: int  # the number of its talk
-    start: int  # place of the oldest message of the context, counted through all talks
-    end: int  # place of the reply
+    places: range  # of its messages, in all talks laid end to end
     tokens: int = 0
     rule: str = ""  # the name of the rule that dropped it
     reply = property(lambda row: row.message.text)
     author = property(lambda row: row.message.author)
     texts = property(lambda row: [message.text for message in (*row.context, row.message)])
-    places = property(lambda row: range(row.start, row.end + 1))
 
 
 def say(title, text):
@@ -131,17 +127,16 @@ def shuffled(items, seed):
 
 # ---- read: see data/messages.py ------------------------------------------------------------------
 def check_author(conversations, s, raw):
-    """End the run if nobody is called as --only-author says; propose who was meant."""
+    """End the run if nobody has the name of --only-author; propose one who is there."""
     authors = Counter(message.author for log in conversations.values() for message in log)
     names = [name for name, _ in authors.most_common() if name]
     if s.only_author in ["", *names]:
         return
-    build = f"VERSION={s.version} python build_train.py"
-    if not names:
-        fail(f'no entry of {raw} says its "author"', build)
-    near = difflib.get_close_matches(s.only_author, names[:5000], 1) or names
-    what = f"no message of {raw} is by {s.only_author!a}; most are by {', '.join(names[:5])}"
-    fail(what, f"{build} --only-author {shlex.quote(near[0])}")
+    near = difflib.get_close_matches(s.only_author, names[:5000], 1) or names[:1]
+    flags = "".join(f" --only-author {shlex.quote(name)}" for name in near)
+    there = ", ".join(names[:5]) or "people without a name"
+    what = f"no message of {raw} is by {s.only_author!a}; most are by {there}"
+    fail(what, f"VERSION={s.version} python build_train.py{flags}")
 
 
 # ---- lay out: messages → talks → rows, and the places of their messages --------------------------
@@ -189,7 +184,8 @@ def rows_of_talk(messages, talk, place, s):
     rows = []
     for end, message in enumerate(messages):
         start = max(0, end - s.window)
-        rows.append(Row(messages[start:end], message, talk, place + start, place + end))
+        places = range(place + start, place + end + 1)
+        rows.append(Row(messages[start:end], message, talk, places))
     return rows
 
 
@@ -216,9 +212,9 @@ def rows_of_ready(messages, talk, place, is_one_talk, s):
         if rows and not shared:
             place += s.stride  # so far that --stride leaves both
             talk += not is_one_talk
-        start = place - shared
-        place = start + len(texts)
-        rows.append(Row(message.context, message, talk, start, place - 1))
+        places = range(place - shared, place - shared + len(texts))
+        place = places.stop
+        rows.append(Row(message.context, message, talk, places))
         before = texts
     return rows
 
@@ -228,7 +224,7 @@ def lay_out(conversations, s):
     rows, empty = [], []
     for conversation, messages in conversations.items():
         log = [message for message in messages if message.context is None]
-        empty += [Row([], m, 0, 0, 0, rule="empty") for m in log if not m.text]
+        empty += [Row([], m, 0, range(1), rule="empty") for m in log if not m.text]
         for talk in talks_of([message for message in log if message.text], s):
             rows += rows_of_talk(talk, *next_free(rows), s)
         ready = [message for message in messages if message.context is not None]
@@ -238,22 +234,20 @@ def lay_out(conversations, s):
 
 def next_free(rows):
     """Return the number of the next talk, and its first place."""
-    return (rows[-1].talk + 1, rows[-1].end + 1) if rows else (0, 0)
+    return (rows[-1].talk + 1, rows[-1].places.stop) if rows else (0, 0)
 
 
 # ---- choose: a row is dropped by the first rule that is true; remove a line, change it, add one --
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot"}
-COMMAND = re.compile(r"[!/][^\W\d_]\w*(\s|$)")  # not "/etc/fstab"
 is_number = cache(re.compile(r"[\s.,:+%-]*\d[\d\s.,:+%-]*").fullmatch)
-LINK = re.compile(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/")
 # fmt: off
 RULES = {
     "empty":          lambda row, s: not row.reply,
     "no context":     lambda row, s: not row.context,
     "other author":   lambda row, s: s.only_author and row.author != s.only_author,
     "bot":            lambda row, s: row.author.casefold() in BOTS,
-    "bot command":    lambda row, s: COMMAND.match(row.reply),
-    "link":           lambda row, s: LINK.search(row.reply),
+    "bot command":    lambda row, s: re.match(r"[!/][^\W\d_]\w*(\s|$)", row.reply),  # no path
+    "link":           lambda row, s: re.search(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/", row.reply),
     "too short":      lambda row, s: len(row.reply) < 2,
     "too long":       lambda row, s: len(row.reply) > 1000,
     "personal data":  lambda row, s: "[…]" in row.reply,
@@ -314,8 +308,8 @@ def thin_out(rows, s):
     """
     after = None
     for row in reversed(rows):
-        is_near = after and after.talk == row.talk and after.end - row.end < s.stride
-        if is_near and not row.message.prompt:
+        is_same = after and after.talk == row.talk and not row.message.prompt
+        if is_same and after.places.stop - row.places.stop < s.stride:
             row.rule = "between rows (--stride)"
         else:
             after = row
@@ -357,13 +351,12 @@ def find_tokenizer(s):
         what = f"there is no base model in {folder}, so tokens are ESTIMATED"
         common.warn(what, common.download(s.model), *sorted(fixes))
         return None
-    say("counting", f"tokens with the tokenizer and chat template of {folder}")
     from models.chat_template import load_tokenizer  # here, because it takes a second
 
     try:
         tokenizer = load_tokenizer(folder)
         count_tokens([{"prompt": "Hi!", "completion": "Hello"}], tokenizer)
-    except Exception as error:  # whatever a broken common.download leads to
+    except Exception as error:  # whatever a broken download leads to
         fail(f"the tokenizer of {folder} does not work: {error!r}", common.download(s.model))
     return tokenizer
 
@@ -425,12 +418,10 @@ def order(rows, seed):
 # ---- tell what came out --------------------------------------------------------------------------
 def print_table(dropped):
     """Print how many rows each rule dropped, and the first of them."""
-    counts = Counter(row.rule for row in dropped)
     first = {row.rule: " ".join(row.reply.split()) for row in reversed(dropped)}
     print(f"\n{'rule':30}{'dropped':>9}  for example")
-    for rule in dict.fromkeys([*ALL_RULES, *counts]):
-        if rule in counts:
-            print(visible(f"{rule:30}{counts[rule]:>9,}  {first[rule]:.39}".rstrip()))
+    for rule, count in Counter(row.rule for row in dropped).most_common():
+        print(visible(f"{rule:30}{count:>9,}  {first[rule]:.39}".rstrip()))
     print()
 
 
@@ -485,7 +476,6 @@ def tell_who(train, s):
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
     """Write {name: lines} to the folder, whole or not at all; return where the old one is now."""
-    to_json = json.JSONEncoder(ensure_ascii=False).encode
     parent = common.beside(folder, "work").parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as work:
@@ -493,20 +483,21 @@ def write(folder, files):
         new.mkdir()
         for name, lines in files.items():
             with (new / name).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(to_json(line) + "\n" for line in lines)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return common.into_place(new, folder, ours=list(files))
 
 
 def tell_replaced(before, version):
     """Say what the data of before were, and which adapters were trained on them."""
-    rows = len((before / "train.jsonl").read_bytes().splitlines())
-    author = json.loads((before / "settings.json").read_bytes())["only_author"]
-    what = f"the data of {author or 'everybody'} ({rows:,} rows to train)"
-    trained_on = common.checksum(before / "train.jsonl")
+    train, settings = before / "train.jsonl", before / "settings.json"
+    if not (train.is_file() and settings.is_file()):
+        return
+    author = json.loads(settings.read_bytes())["only_author"] or "everybody"
+    rows = len(train.read_bytes().splitlines())
+    say("replaced", f"the data of {author} ({rows:,} rows to train); they are in {before}")
     for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
-        if common.settings_of(adapter).get("TRAIN_SHA256") == trained_on:
-            what += f", on which {adapter} was trained"
-    say("replaced", f"{what}; they are in {before}")
+        if common.settings_of(adapter).get("TRAIN_SHA256") == common.checksum(train):
+            say("", f"{adapter} was trained on them")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -567,7 +558,7 @@ def main():
         "settings.json": [vars(s)],
     }
     before = write(folder, files)
-    if before and all((before / name).is_file() for name in files):
+    if before:
         tell_replaced(before, s.version)
     say("written", f"{folder}/: {', '.join(files)}")
     say("next", f"VERSION={s.version} MODEL={s.model} ./fine_tune.sh")

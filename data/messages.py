@@ -48,11 +48,10 @@ def find_raw(version):
     fail(f"there is no data/raw/messages_{version}.json", make, *fixes)
 
 
-def fail_to_read(path, where, what):
+def fail_to_read(where, what):
     """End the run for raw data that cannot be read."""
-    edit = f"# correct {path} in an editor; README.md says what an entry is"
-    export = f"# if an app exported it: python data/raw/from_export.py {path} --version NEW_NAME"
-    fail(f"{path}, {where}: {what}", edit, export)
+    edit = "# correct it in an editor; README.md says what an entry is"
+    fail(f"{where}: {what}", edit, "# what an app exported goes through data/raw/from_export.py")
 
 
 def mended(text):
@@ -76,13 +75,11 @@ def read_list(path):
             entries = json.loads(mended(text))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        fail_to_read(path, f"line {line}", f"not UTF-8: {error}")
-    except json.JSONDecodeError as error:
-        fail_to_read(path, f"line {error.lineno}", f"not JSON: {error}")
-    except (ValueError, RecursionError) as error:  # a number of a thousand digits, a nest of lists
-        fail_to_read(path, "line 1", f"not JSON: {error}")
+        fail_to_read(f"{path}, line {line}", f"not UTF-8: {error}")
+    except (ValueError, RecursionError) as error:
+        fail_to_read(path, f"not JSON: {error}")
     if not isinstance(entries, list):
-        fail_to_read(path, "line 1", f"{json.dumps(entries):.60} is not a list of entries")
+        fail_to_read(path, f"{json.dumps(entries):.60} is not a list of entries")
     return entries
 
 
@@ -94,7 +91,7 @@ def read_lines(path):
                 if line.strip():
                     yield number, json.loads(line.rstrip(b", \r\n"))
             except (ValueError, RecursionError) as error:
-                fail_to_read(path, f"line {number}", f"not JSON in UTF-8: {error}")
+                fail_to_read(f"{path}, line {number}", f"not JSON: {error}")
 
 
 # ---- its entries ---------------------------------------------------------------------------------
@@ -163,8 +160,8 @@ def read(path, tidy, name):
             conversation = get(entry, "conversation")
             message = parse(number, entry, tidy, name)
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            where = f"{'entry' if is_list else 'line'} {number}"
-            fail_to_read(path, where, f"{error} in {json.dumps(entry):.100}")
+            where = f"{path}, {'entry' if is_list else 'line'} {number}"
+            fail_to_read(where, f"{error} in {json.dumps(entry):.100}")
         conversations["" if conversation is None else str(conversation)].append(message)
     if unknown:
         warn(f"these keys of entries are not used: {', '.join(sorted(unknown)[:9])}")

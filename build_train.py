@@ -72,7 +72,7 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 
 
 def read_settings(words):
-    """Return the settings of this run; end it if one of them cannot be."""
+    """Return the settings of this run; end it if one of them is wrong."""
     s = parser.parse_args(words)
     common.check_names(s.version, s.model)
     if len(s.only_author) > 1:
@@ -87,6 +87,8 @@ def read_settings(words):
         parser.error("--prompt and --question-prompt need {context}")
     if s.shape == "turns" and not s.only_author:
         parser.error("--shape turns needs --only-author")
+    if min(s.window, s.stride, s.valid_rows) < 1:
+        parser.error("--window, --stride and --valid-rows have to be 1 or more")
     if not 0 < s.valid_size < 1:
         parser.error("--valid-size has to be between 0 and 1")
     if unknown := set(s.off) - set(ALL_RULES):
@@ -125,7 +127,7 @@ def shuffled(items, seed):
     return random.Random(seed).sample(items, len(items))  # noqa: S311 (it is no secret)
 
 
-# ---- read: see data/messages.py ------------------------------------------------------------------
+# ---- who is learned ------------------------------------------------------------------------------
 def check_author(conversations, s, raw):
     """End the run if nobody has the name of --only-author; propose one who is there."""
     authors = Counter(message.author for log in conversations.values() for message in log)
@@ -275,8 +277,8 @@ def share(test, items):
 
 @cache
 def folded(text):
-    """Return it without case, punctuation and space: "Ciao,  MAMMA!!" → "ciaomamma"; "?!" stays."""
-    return text.casefold().translate(PUNCTUATION) or text
+    """Return text without case, punctuation and space: "Ciao,  MAMMA!!" → "ciaomamma"."""
+    return text.casefold().translate(PUNCTUATION) or text  # "?!" stays
 
 
 def choose(rows, s):
@@ -347,9 +349,9 @@ def find_tokenizer(s):
     """Return the tokenizer of the base model, None if there is no base model."""
     folder = Path("models/base", s.model)
     if not folder.is_dir():
-        fixes = [f"export MODEL={path.parent.name}" for path in folder.parent.glob("*/config.json")]
+        others = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
         what = f"there is no base model in {folder}, so tokens are ESTIMATED"
-        common.warn(what, common.download(s.model), *sorted(fixes))
+        common.warn(what, common.download(s.model), *(f"export MODEL={name}" for name in others))
         return None
     from models.chat_template import load_tokenizer  # here, because it takes a second
 
@@ -407,8 +409,7 @@ def drop_repeated(train, valid, s):
 def order(rows, seed):
     """Return the rows the longest first: mlx-lm makes batches of them in this order.
 
-    subtle: it never uses the last rows, if they fill no batch; drawn at random they are no
-    biased sample of what is to be learned.
+    subtle: it never uses the last rows if they do not fill a batch, so these are drawn at random.
     """
     rest = max((len(rows) % batch for batch in range(1, min(16, len(rows)) + 1)), default=0)
     rows = shuffled(rows, seed)
@@ -425,18 +426,14 @@ def print_table(dropped):
     print()
 
 
-def check_apart(train, valid):
-    """End the run if a training row holds a message of a validation row: a bug of this script."""
-    held_out = set().union(*(row.places for row in valid))
-    if any(not held_out.isdisjoint(row.places) for row in train):
-        fail("a training row holds a message of a validation row", "# report this bug")
-
-
-def tell_size(train, valid):
-    """Print how many rows and tokens there are."""
+def tell_sizes(train, valid):
+    """Print how many rows and tokens there are; prove that no message is in both sets."""
     for name, rows in ("train", train), ("valid", valid):
         tokens = [row.tokens for row in rows]
         say(name, f"{len(rows):,} rows, {sum(tokens):,} tokens, longest row {max(tokens):,}")
+    held_out = set().union(*(row.places for row in valid))
+    if any(not held_out.isdisjoint(row.places) for row in train):
+        fail("a training row holds a message of a validation row", "# report this bug")
     say("", "no message of a validation row stands in a training row")
     say("one epoch", f"{len(train) // 2:,} iterations at BATCH_SIZE=2")
 
@@ -453,10 +450,10 @@ def tell_private(rows):
 
 
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
-    (0, "few; little more than the tone comes through, more chat helps most"),
-    (100, "the tone comes through; four times as many lower the loss by 4 to 5 %"),
-    (500, "enough to sound like somebody; four times as many lower the loss by 4 to 5 %"),
-    (2000, "plenty"),
+    (0, "hardly: it learns little more than the tone; more chat helps most"),
+    (100, "for the tone, yes; 4 times as many rows: loss 4 to 5 % lower"),
+    (500, "yes, to sound like somebody; 4 times as many rows: loss 4 to 5 % lower"),
+    (2000, "yes, plenty"),
 ]
 
 
@@ -470,7 +467,7 @@ def tell_who(train, s):
         who = "everybody (the chat does not say who wrote what)"
     [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
     say("it learns", f"to reply as {who}")
-    say("enough?", f"{len(train):,} rows: {enough}")
+    say("enough?", enough)
 
 
 # ---- write ---------------------------------------------------------------------------------------
@@ -514,7 +511,7 @@ def make_rows(raw, s, tokenizer):
     good = kept(rows)
     settle_names(good, s)
     talks, seen = len({row.talk for row in good}), "sees" if s.names else "does not see"
-    say("rows", f"{len(good):,} in {talks:,} talks; the model {seen} who says what")
+    say("rows", f"{len(good):,} (talks: {talks:,}); the model {seen} who says what")
 
     train, valid = split(good, s.valid_size, s.valid_rows, s.seed) if good else ([], [])
     drop_copies(train, valid)
@@ -542,8 +539,7 @@ def main():
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
         fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
-    check_apart(train, valid)
-    tell_size(train, valid)
+    tell_sizes(train, valid)
     tell_private(train + valid)
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]

@@ -30,8 +30,8 @@ class Message:
     text: str
     author: str = ""
     time: float | None = None  # seconds
-    entry: int = 0  # its number: in the list from 0, or the line of a .jsonl file, from 1
-    context: list | None = None  # the messages before it, if its entry brings them along
+    entry: int = 0  # its place in the list, from 0, or its line in a .jsonl file, from 1
+    context: list | None = None  # the messages before it, if they stand in its entry
     prompt: str = ""  # of a ready pair; its lines are the context
 
 
@@ -42,7 +42,8 @@ def find_raw(version):
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
         if (folder / name).is_file():
             return folder / name
-    others = sorted(path.stem.removeprefix("messages_") for path in folder.glob("messages_*.json*"))
+    there = (path for path in folder.glob("messages_*") if path.suffix in (".json", ".jsonl"))
+    others = sorted({path.stem.removeprefix("messages_") for path in there} - {"sample"})
     fixes = [f"export VERSION={other}" for other in others]
     make = f"# python data/raw/from_export.py YOUR_EXPORT --version {version}"
     fail(f"there is no data/raw/messages_{version}.json", make, *fixes)
@@ -127,7 +128,7 @@ def seconds(value):
     return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
 
 
-bare = cache(Message)  # of a context: equal ones are one object in memory
+bare = cache(Message)  # a context repeats most of the one before it: this saves memory
 
 
 def parse(number, entry, tidy, name):

@@ -5,7 +5,7 @@ hide_personal("ring 98765 43210, the pin is 4821") → "ring […], the pin is [
 It knows them by their form alone, so it proves nothing; looks_private() finds more, to be read.
 """
 
-# ruff: noqa: S105 (words before a password, in many scripts)
+# ruff: noqa: S105
 import re
 
 # ---- telephones, cards, accounts: digits, in groups ----------------------------------------------

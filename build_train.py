@@ -104,7 +104,7 @@ class Row:
     context: list[Message]  # oldest first
     message: Message
     talk: int  # the number of its talk
-    places: range  # of its messages, in all talks laid end to end
+    places: range  # of its messages, counted through all talks
     tokens: int = 0
     rule: str = ""  # the name of the rule that dropped it
     reply = property(lambda row: row.message.text)
@@ -143,7 +143,7 @@ def check_author(conversations, s, raw):
 
 # ---- lay out: messages → talks → rows, and the places of their messages --------------------------
 def in_order(log):
-    """Return the log in the order of time, in the order of the file if a time is not known."""
+    """Return the log in the order of time, or as it is if a time is not known."""
     if any(message.time is None for message in log):
         return log
     back = sum(a.time > b.time for a, b in pairwise(log))
@@ -153,7 +153,7 @@ def in_order(log):
 
 
 def talks_of(log, s):
-    r"""Return the log as talks, which silence ends; in a talk, what is one turn is one message.
+    r"""Return the log as talks, which end in silence; messages of one turn become one.
 
     ann "hi", ann "are you there?", bob "yes" → [[ann "hi\nare you there?", bob "yes"]]
     """
@@ -179,7 +179,7 @@ def joined(turn):
 
 
 def rows_of_talk(messages, talk, place, s):
-    """Return a row for each message, whose context are the --window messages before it.
+    """Return a row for each message; its context is the --window messages before it.
 
     a b c, --window 1 → (nothing) a, at the first place; a b; b c
     """
@@ -194,7 +194,7 @@ def rows_of_talk(messages, talk, place, s):
 def overlap(before, texts):
     """Return how many texts at the end of `before` begin `texts`: (a b c, b c d) → 2.
 
-    The last of `before` may be another: (a b c R, b c d) → 3; some contexts lack one's own replies.
+    The last of `before` may be another: (a b c R, b c d) → 3; some contexts lack the replies.
     """
     for size in range(min(len(before), len(texts)), 1, -1):
         if before[-size] == texts[0] and before[-size:-1] == texts[: size - 1]:
@@ -203,7 +203,7 @@ def overlap(before, texts):
 
 
 def rows_of_ready(messages, talk, place, is_one_talk, s):
-    """Return the rows of messages that brought their contexts, laid end to end where these overlap.
+    """Return the rows of messages that have their contexts, laid end to end where these overlap.
 
     a b → c,  b c → d,  x → y        a at place 0, b 1, c 2, d 3; x far away, in a talk of its own
     """
@@ -212,7 +212,7 @@ def rows_of_ready(messages, talk, place, is_one_talk, s):
         texts = [each.text for each in (*message.context, message)]
         shared = overlap(before, texts)
         if rows and not shared:
-            place += s.stride  # so far that --stride leaves both
+            place += s.stride  # far enough for --stride to keep both
             talk += not is_one_talk
         places = range(place - shared, place - shared + len(texts))
         place = places.stop
@@ -434,7 +434,7 @@ def tell_sizes(train, valid):
     held_out = set().union(*(row.places for row in valid))
     if any(not held_out.isdisjoint(row.places) for row in train):
         fail("a training row holds a message of a validation row", "# report this bug")
-    say("", "no message of a validation row stands in a training row")
+    say("held out", "no message of a validation row stands in a training row")
     say("one epoch", f"{len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 

@@ -524,7 +524,7 @@ bot command +1  !discord
 
 train      \d\d rows, [\d,]+ tokens, longest row \d+
 valid      \d\d rows, [\d,]+ tokens, longest row \d+
-           no message of a validation row stands in a training row
+held out   no message of a validation row stands in a training row
 one epoch  \d+ iterations at BATCH_SIZE=2
 private\?   1 found that may be a password, a code or an address:
              password is gattonero

@@ -99,7 +99,7 @@ def test_more_than_two_epochs_are_warned_of(check):  # 8 rows, 2 in a batch: 4 b
         ({"NUM_LAYERS": 9}, "NUM_LAYERS=9 is not one of the 6 layers"),
         ({"NUM_LAYERS": 0}, "NUM_LAYERS=0 is not one of the 6 layers"),
         ({"MAX_SEQ_LENGTH": 20}, "a row has 28 tokens: MAX_SEQ_LENGTH=20 cuts off its reply"),
-        ({"BATCH_SIZE": 9}, "BATCH_SIZE=9: of these rows a batch can have 8 at most"),
+        ({"BATCH_SIZE": 9}, "BATCH_SIZE=9: a batch can have at most 8 of these rows"),
     ],
 )
 def test_what_cannot_be_trained_rightly_is_refused(check, settings, error):
@@ -175,11 +175,12 @@ REFUSED = {  # what was done to the project, the error, the first FIX
     "weights cut off": (lambda p: cut_off(p / BASE / "model.safetensors"), "incomplete", TINY),
     "no sizes": (write(f"{BASE}/config.json", b"{}"), f"{BASE} cannot be used", TINY),
     "code": (lambda p: change_config(p, model_file="harm.py"), "custom module", TINY),
-    "tokenizer empty": (write(f"{BASE}/tokenizer.json", b"{}"), "the tokenizer of", TINY),
+    "tokenizer empty": (write(f"{BASE}/tokenizer.json", b"{}"), f"{BASE} cannot be used", TINY),
     "template ambiguous": (write(f"{BASE}/chat_template.jinja", AMBIGUOUS), "reply", TINY),
     "no reply": (row(b'{"prompt": "3"}'), f"{DATA}/valid.jsonl, line 2: KeyError", BUILD),
     "not UTF-8": (row(b"\xff"), f"{DATA}/valid.jsonl, line 2: UnicodeDecodeError", BUILD),
     "half a character": (row(rb'{"prompt": "\ud800", "completion": ""}'), "line 2", BUILD),
+    "control token": (row(b'{"prompt": "a", "completion": "<eos>"}'), "row holds <eos>", BUILD),
     "deep": (row(b"[" * 100_000), f"{DATA}/valid.jsonl, line 2: RecursionError", BUILD),
 }  # fmt: skip
 

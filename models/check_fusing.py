@@ -86,14 +86,10 @@ def choose_bits(bits, here, whole):
     return bits
 
 
-def bytes_to_write(bits, here, whole):
-    """Return the most bytes on the disk at a time: the way to 8 bits leads over 16."""
-    return {"base": here, "16": whole, "8": whole + whole * 8.5 / 16}[bits]
-
-
 def check_disk(fused, bits, here, whole):
     """Refuse what the disk has no room for; an older fused model, NAME.before, makes room."""
-    old, needed = common.before(fused), bytes_to_write(bits, here, whole)
+    eight = whole + whole * 8.5 / 16  # the way to 8 bits leads over 16
+    old, needed = common.before(fused), {"base": here, "16": whole, "8": eight}[bits]
     if shutil.disk_usage(old.parent).free < needed and old.exists():
         print(f"deleting    {old}: the disk has no room for it", file=sys.stderr)
         shutil.rmtree(old)

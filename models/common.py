@@ -222,7 +222,10 @@ def into_place(new, folder, ours):
     was_there = folder.exists()
     new.rename(beside(folder, "new"))
     finish_move(folder)
-    return Path(os.path.relpath(before(folder))) if was_there else None
+    if not was_there:
+        return None
+    kept, here = before(folder), Path.cwd()
+    return kept.relative_to(here) if kept.is_relative_to(here) else kept
 
 
 def finish_move(folder):

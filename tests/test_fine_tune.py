@@ -170,7 +170,7 @@ def test_several_macs_train_one_adapter_and_stay_awake(project, train, tmp_path)
     result = train(
         LAUNCH=f"mlx.launch --hostfile hosts.json --starting-port {port} --",
         MODEL="tiny-gemma-3-4bit",
-        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        PATH=os.pathsep.join([str(tmp_path), os.path.dirname(sys.executable), os.environ["PATH"]]),
         ITERS="2",
         EVAL_EVERY="1",
     )

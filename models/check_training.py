@@ -10,7 +10,7 @@ Exit    0 it can be trained, 1 it cannot
 from data.clean import control_token_in
 from models import common
 from models.chat_template import check_template, load_tokenizer
-from models.common import fail, rerun, warn
+from models.common import fail, learning_rate, rerun, warn
 from models.completion_loss import encode
 from models.memory import changes_to_fit, memory_for_mlx, memory_to_train, sizes_of
 
@@ -94,17 +94,15 @@ def read_setting(name, least, most, default):
 
 
 def fill_in(s, size, rows):
-    """Make numbers of ITERS=auto and LEARNING_RATE=auto.
+    """Fill in ITERS=auto and LEARNING_RATE=auto.
 
-    One epoch and, for a hidden size of 640, 2e-4 were best in tests/benchmarks/README.md. At most
-    1,200 rows, for the time that a large model takes. The exponent is the one that Schulman et al.
-    (LoRA Without Regret, 2025) found for Llama.
+    One epoch was best in tests/benchmarks/README.md. At most 1,200 rows, as large models are slow.
     """
     epoch = rows // s.BATCH_SIZE
     if s.ITERS == "auto":
         s.ITERS = min(epoch, max(1, 1200 // s.BATCH_SIZE))
     if s.LEARNING_RATE == "auto":
-        s.LEARNING_RATE = float(f"{2e-4 * (640 / size.hidden) ** 0.78:.1e}")
+        s.LEARNING_RATE = float(f"{learning_rate(size.hidden):.1e}")
         say("rate", f"{s.LEARNING_RATE} = 2e-4 x (640 / {size.hidden})^0.78, by the hidden size")
     say("run", f"{s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
     if epoch > s.ITERS:

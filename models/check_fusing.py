@@ -35,8 +35,7 @@ def check():
         fail(f"FUSED_BITS={bits} is not auto, base, 16 or 8", rerun("./fuse.sh", FUSED_BITS="auto"))
     base = Path("models/base", model)
     common.need(base / "config.json", "MODEL", common.download(model))
-    need_adapter(version, model)
-    check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), model)
+    check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), version, model)
     try:
         here, whole = size_at_16_bits(base)
         if not load_tokenizer(base).has_chat_template:
@@ -48,19 +47,14 @@ def check():
     print(bits)
 
 
-def need_adapter(version, model):
-    """Refuse to go on without an adapter, and name the versions that have one."""
-    adapter = Path(f"models/adapters/adapter-{version}_{model}")
+def check_adapter(adapter, version, model):
+    """Refuse an adapter that is missing, of another base, damaged, or has learned NaN."""
     common.finish_move(adapter)
     if not (adapter / "adapters.safetensors").is_file():
         names = sorted(path.name for path in adapter.parent.glob(f"adapter-*_{model}"))
         others = [name.removeprefix("adapter-").removesuffix(f"_{model}") for name in names]
         exports = [f"export VERSION={other}" for other in others if other != version]
         fail(f"there is no adapter in {adapter}", rerun("./fine_tune.sh"), *exports)
-
-
-def check_adapter(adapter, model):
-    """Refuse an adapter that is of another base, damaged, or has learned NaN."""
     try:
         trained_on = json.loads((adapter / "adapter_config.json").read_bytes())["model"]
         weights = mx.load(str(adapter / "adapters.safetensors"))

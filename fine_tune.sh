@@ -51,14 +51,14 @@ esac
 set -eu
 cd "$(dirname "$0")"
 umask 077                                                # chats are private
+export HF_HUB_OFFLINE=1                                  # nothing leaves this machine
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # MLX 0.32 fails where it sees several
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 if [ -L "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # it may be on another disk
 hidden=$(dirname "$adapter")/.$(basename "$adapter")
 work=$hidden.partial # everything is made here; the adapter itself changes at the very end
-train=data/for_train/$VERSION/train.jsonl
-valid=data/for_train/$VERSION/valid.jsonl
+train=data/for_train/$VERSION/train.jsonl valid=data/for_train/$VERSION/valid.jsonl
 again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
 for newest in "$work"/0*.safetensors; do :; done # the last checkpoint of an interrupted run
@@ -70,11 +70,10 @@ if [ "$RESUME" = 1 ]; then
   [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"
   # shellcheck source=/dev/null
   . "$work/settings" # a resumed run keeps the settings it was started with, and its data
-  train=$work/data/train.jsonl
-  valid=$work/valid.jsonl
+  train=$work/data/train.jsonl valid=$work/valid.jsonl
 fi
-plan=$(python -m models.check_training "$train" "$valid") # ITERS=600 and so on: auto no more
-eval "$plan"                                              # numbers and quoted words, no more
+plan=$(python -m models.check_training "$train" "$valid") # ITERS=600 and so on, in place of auto
+eval "$plan"                                              # only numbers and quoted words
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
 exec 9>"$hidden.lock"
@@ -142,8 +141,7 @@ if [ "$left" -gt 0 ]; then
     --config "$work/lora_config.yaml" \
     --num-layers "$NUM_LAYERS" --max-seq-length "$MAX_SEQ_LENGTH" \
     --batch-size "$BATCH_SIZE" --iters "$left" --seed "$((SEED + batches_done))" \
-    --learning-rate "$LEARNING_RATE" \
-    --save-every "$save_every" --steps-per-report 1 \
+    --learning-rate "$LEARNING_RATE" --save-every "$save_every" --steps-per-report 1 \
     ${newest:+--resume-adapter-file "$newest"}
 fi
 

@@ -41,7 +41,7 @@ base=$work/base/$MODEL
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
 command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
-FUSED_BITS=$(python -m models.check_fusing check) # auto no more
+FUSED_BITS=$(python -m models.check_fusing check) # in place of auto
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
 exec 9>"$hidden.lock"

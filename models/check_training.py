@@ -133,7 +133,7 @@ def check_rows(train, valid, tokenizer, build):
         of_valid = max(len(encode(tokenizer, chat)[0]) for chat in valid)
         return max(of_valid, longest_of_many(tokenizer, train))
     except Exception as error:  # a chat template is a program, and may fail in any way
-        fail(f"the chat template cannot write the rows: {error}", build)
+        fail(f"the chat template cannot write the rows: {error}", build, OTHER_BASE)
 
 
 def longest_of_many(tokenizer, chats):

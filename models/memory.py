@@ -45,7 +45,7 @@ def memory_to_train(s, size, longest):
     Each adapted matrix has RANK x (inputs + outputs) numbers to train, of 26 bytes each. A token of
     a batch takes 8 bytes for each word of the vocabulary, and what the blocks keep for the backward
     pass: with GRAD_CHECKPOINT only that of one block, which matters if the block has a state.
-    Qwen2.5 1.5B with the defaults took 7.9 GB, and 9.6 GB were expected: rather too much.
+    Qwen2.5 at 2 x 512 tokens took less: 4.8 GB instead of 5.6 at 0.5B, 7.9 instead of 9.6 at 1.5B.
     """
     blocks, trained = size.blocks, size.blocks[-s.NUM_LAYERS if s.NUM_LAYERS > 0 else 0 :]
     used = sum(block.used for block in trained)

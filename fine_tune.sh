@@ -61,8 +61,7 @@ work=$hidden.partial # everything is made here; the adapter itself changes at th
 train=data/for_train/$VERSION/train.jsonl valid=data/for_train/$VERSION/valid.jsonl
 again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
-for newest in "$work"/0*.safetensors; do :; done # the last checkpoint of an interrupted run
-[ -f "$newest" ] || newest=
+newest=$(find "$work" -maxdepth 1 -name '0*' 2>/dev/null | sort | tail -n 1) # checkpoint, if any
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
 command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"

@@ -61,10 +61,9 @@ work=$hidden.partial # everything is made here; the adapter itself changes at th
 train=data/for_train/$VERSION/train.jsonl valid=data/for_train/$VERSION/valid.jsonl
 again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
-newest=$(find "$work" -maxdepth 1 -name '0*' 2>/dev/null | sort | tail -n 1) # checkpoint, if any
-
 # ---- checks, before a model is loaded ------------------------------------------------------------
 command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
+newest=$(find "$work" -maxdepth 1 -name '0*' 2>/dev/null | sort | tail -n 1) # checkpoint, if any
 if [ "$RESUME" = 1 ]; then
   [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"
   # shellcheck source=/dev/null

@@ -15,7 +15,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a Mac's own Python is 3.9, and it
         "error: Python 3.11 or newer is needed, this is %d.%d\n" % sys.version_info[:2]  # noqa: UP031
         + "FIX: python3.13 -m venv --clear venv && source venv/bin/activate"
     )
-for package in "jinja2", "mlx", "mlx_lm", "numpy", "pandas", "sklearn", "tqdm":
+for package in "babel", "jinja2", "mlx", "mlx_lm", "numpy", "pandas", "sklearn", "tqdm":
     if importlib.util.find_spec(package) is None:
         in_venv = sys.prefix != sys.base_prefix
         install = "pip install -r requirements.txt"

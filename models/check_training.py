@@ -14,6 +14,7 @@ from models.common import (
     download,
     fail,
     from_environment,
+    learning_rate,
     need,
     read_rows,
     rerun,
@@ -105,15 +106,14 @@ def read_setting(name, least, most, default):
 def fill_in(s, size, rows):
     """Make numbers of ITERS=auto and LEARNING_RATE=auto.
 
-    One epoch and, for a hidden size of 640, 2e-4 were best in tests/benchmarks/README.md. At most
-    1,200 rows, for the time that a large model takes. The exponent is the one that Schulman et al.
-    (LoRA Without Regret, 2025) found for Llama.
+    One epoch was best in tests/benchmarks/README.md; at most 1,200 rows, for the time that a large
+    model takes.
     """
     epoch = rows // s.BATCH_SIZE
     if s.ITERS == "auto":
         s.ITERS = min(epoch, max(1, 1200 // s.BATCH_SIZE))
     if s.LEARNING_RATE == "auto":
-        s.LEARNING_RATE = float(f"{2e-4 * (640 / size.hidden) ** 0.78:.1e}")
+        s.LEARNING_RATE = float(f"{learning_rate(size.hidden):.1e}")
         say("rate", f"{s.LEARNING_RATE} = 2e-4 x (640 / {size.hidden})^0.78, by the hidden size")
     say("run", f"{s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
     if epoch > s.ITERS:

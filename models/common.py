@@ -119,6 +119,16 @@ def read_rows(path, command):
     return chats
 
 
+# ---- how fast to learn ---------------------------------------------------------------------------
+def learning_rate(hidden):
+    """Return the learning rate for a hidden size: 2e-4 for 640, 3.8e-5 for 5376.
+
+    2e-4 was best in tests/benchmarks/README.md. The exponent is the one that Schulman et al. (LoRA
+    Without Regret, 2025) found for Llama.
+    """
+    return 2e-4 * (640 / hidden) ** 0.78
+
+
 # ---- what was made from what ---------------------------------------------------------------------
 def checksum(path):
     """Return the SHA-256 of a file, '' if there is none."""

@@ -1,48 +1,84 @@
-"""Carry an adapter to PEFT, which most other programs read, and back.
+"""Carry an adapter to PEFT and back, or train it there, on an NVIDIA card, on what no Mac can hold.
 
-    python -m models.peft export           # ours as a PEFT one
-    python -m models.peft import FOLDER    # a PEFT one as ours: for fuse.sh, chat.py, …
+    python -m models.peft export                   # ours as a PEFT one, which most programs read
+    python -m models.peft import FOLDER            # a PEFT one as ours: for fuse.sh, chat.py, …
+    python -m models.peft trl models/base/LARGE    # a folder that TRL trains from
 
-Where embeddings are the output matrix too, as in Gemma, two things fail: llama.cpp's converter
-takes an adapter that was trained with EMBEDDINGS=0 only, and PEFT's merge_and_unload() adds to that
-matrix twice. The fused model is right in both cases.
+export  Where embeddings are the output matrix too, as in Gemma, and EMBEDDINGS=1, llama.cpp's
+        converter refuses it, and merge_and_unload() adds twice: take the fused model for these.
+trl     TRL trains LARGE on the data as EMBEDDINGS=0 ./fine_tune.sh has trained MODEL, at the rate
+        for the size of LARGE. Copy the folder to the machine with the card.
 
-Reads   VERSION and MODEL, models/base/${MODEL}/
-Writes  export: models/adapters/peft-${VERSION}_${MODEL}/, from adapter-${VERSION}_${MODEL}/
-        import: models/adapters/adapter-${VERSION}_${MODEL}/; the one of before is kept beside it
-Exit    0 done, 1 the adapter is missing or does not fit, 2 wrong usage
+Reads   VERSION and MODEL, models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/;
+        trl: data/for_train/${VERSION}/train.jsonl, config.json and the tokenizer of LARGE
+Writes  in models/adapters/, export: peft-${VERSION}_${MODEL}/; trl: trl-${VERSION}_LARGE/;
+        import: adapter-${VERSION}_${MODEL}/; the one of before is kept beside it
+Exit    0 done, 1 something is missing or does not fit, 2 wrong usage
 """
 
 from models import common
-from models.adapted import read_model
+from models.adapted import read_model, shape_of, token_embeddings
+from models.chat_template import load_tokenizer
 
 import argparse
 import json
-import re
-import shutil
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm
 
 PEFT = "base_model.model."  # PEFT puts this before each name
-# Where layers and embeddings are, in PEFT and here; models that also see have a language_model.
-TEXT = r"^(model\.language_model\.|language_model\.model\.|model\.)(?=layers\.|embed_tokens)"
 OURS = "adapters.safetensors", "adapter_config.json", "settings", "lora_config.yaml", "losses.csv"
+RECIPE = """\
+# pip install trl==1.16.0 peft==0.21.2, and here, with LARGE as its makers publish it:
+#     trl sft --config trl.yaml --model_name_or_path ORIGINAL
+# On N cards (tried as two processes on a CPU, not yet on cards) divide max_steps by N, multiply
+# learning_rate by the root of N, and add: --accelerate_config fsdp2 --num_processes N
+datasets: [{{path: json, data_files: train.jsonl}}]
+chat_template_path: chat_template.jinja
+train_sampling_strategy: group_by_length  # rows of one length in a batch: less padding
+max_length: {MAX_SEQ_LENGTH}
+completion_only_loss: {mask_prompt}
+
+use_peft: true
+lora_r: {RANK}
+lora_alpha: {alpha:g}  # PEFT divides this by the rank: SCALE={SCALE}
+lora_dropout: {DROPOUT}
+lora_target_modules: all-linear
+
+max_steps: {ITERS}  # batches
+per_device_train_batch_size: {BATCH_SIZE}  # rows
+learning_rate: {rate:.1e}
+lr_scheduler_type: linear
+warmup_steps: 10
+max_grad_norm: 0  # mlx_lm.lora does not clip, either
+seed: {SEED}
+
+# Qwen2.5-Coder 0.5B on an H200: loss 3.323 with these two lines, 3.328 after EMBEDDINGS=0
+# ./fine_tune.sh, 4.192 before; with dtype: bfloat16 TRL ended in loss 0 and grad_norm nan. float32
+# takes twice the memory: where it does not fit, try bfloat16, and watch for nan.
+dtype: float32
+attn_implementation: eager
+
+output_dir: adapter
+save_steps: {EVAL_EVERY}
+save_total_limit: 1
+report_to: none
+"""
 
 
-def embeddings_of(modules):
-    """Return the name of the token embeddings, and whether they are the output matrix too.
+# ---- names and shapes ----------------------------------------------------------------------------
+def names_in_peft(module, embeddings):
+    """Return what PEFT calls lora_a and lora_b of a module, such as model.layers.0.mlp.up_proj."""
+    # Models that also see have a language_model, inside of their model in PEFT and around it here.
+    theirs = PEFT + module.replace("language_model.model.", "model.language_model.")
+    if module == embeddings:
+        return f"{theirs}.lora_embedding_A", f"{theirs}.lora_embedding_B"
+    return f"{theirs}.lora_A.weight", f"{theirs}.lora_B.weight"
 
-    {"model.embed_tokens": …, "model.layers.0": …} without an lm_head → "model.embed_tokens", True
-    """
-    name = next(name for name in modules if name.endswith("embed_tokens"))
-    return name, not any(name.endswith("lm_head") for name in modules)
 
-
-# ---- ours → PEFT ---------------------------------------------------------------------------------
-def to_peft(weights, modules):
-    """Return the tensors of an adapter by the names of PEFT, where each is transposed.
+def to_peft(weights, model):
+    """Return the tensors of an adapter as PEFT has them: transposed.
 
     model.layers.0.mlp.up_proj.lora_a (640, 32)
         → base_model.model.model.layers.0.mlp.up_proj.lora_A.weight (32, 640)
@@ -50,153 +86,134 @@ def to_peft(weights, modules):
         → base_model.model.model.embed_tokens.lora_embedding_A (32, 262144) and, if the embeddings
           are the output matrix too, base_model.model.lm_head.lora_B.weight (262144, 32)
     """
-    embeddings, tied = embeddings_of(modules)
+    embeddings, _ = token_embeddings(model)
+    tied = not any(name.endswith("lm_head") for name, _ in model.named_modules())
     tensors = {}
-    for name, values in weights.items():
-        module, letter = re.fullmatch(r"(.+)\.lora_([ab])", name).groups()
-        if values.ndim != 2:
-            fused = common.rerun("./fuse.sh") + "  # a fused model needs no adapter"
-            common.fail(f"PEFT cannot hold {module}, the experts of a block", fused)
-        prefix = "model.language_model." if module.startswith("language_model.") else "model."
-        theirs = PEFT + re.sub(TEXT, prefix, module)
-        if module != embeddings:
-            tensors[f"{theirs}.lora_{letter.upper()}.weight"] = values.T
-            continue
-        tensors[f"{theirs}.lora_embedding_{letter.upper()}"] = values.T
-        if tied:  # the output goes through the two matrices the other way round
-            other = {"a": "B", "b": "A"}[letter]
-            tensors[f"{PEFT}lm_head.lora_{other}.weight"] = values
+    for module in {name.rpartition(".")[0] for name in weights}:
+        a, b = weights[f"{module}.lora_a"], weights[f"{module}.lora_b"]
+        name_a, name_b = names_in_peft(module, embeddings)
+        tensors |= {name_a: a.T, name_b: b.T}
+        if module == embeddings and tied:  # the output goes through them the other way round
+            tensors |= {f"{PEFT}lm_head.lora_B.weight": a, f"{PEFT}lm_head.lora_A.weight": b}
     return tensors
 
 
-def peft_config(lora, tensors):
-    """Return adapter_config.json as PEFT has it; `lora` are the lora_parameters of mlx-lm."""
-    names = {re.sub(r"\.lora_.*", "", name).rpartition(".")[2] for name in tensors}
-    tied = {"embed_tokens", "lm_head"} <= names
-    return {
+def from_peft(tensors, model):
+    """Return the tensors of a PEFT adapter by our names: to_peft() backwards, or ValueError."""
+    embeddings, _ = token_embeddings(model)
+    learned = {
+        name: values
+        for name, values in tensors.items()
+        if not name.endswith(".base_layer.weight")  # a copy of the base's embeddings
+        # all-linear also adapts the part of a model that sees, where B stays 0.
+        and tensors.get(name.replace("lora_A", "lora_B"), values).any()
+    }
+    weights = {}
+    for name, module in model.named_modules():
+        name_a, name_b = names_in_peft(name, embeddings)
+        if name_b not in learned:
+            continue
+        a, b = learned[name_a].T, learned[name_b].T
+        if {a.shape[0], b.shape[1]} == set(shape_of(module)[1:]):
+            weights |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    again, none = to_peft(weights, model), mx.zeros(0)
+    for name in sorted(learned.keys() | again.keys()):
+        if not mx.array_equal(learned.get(name, none), again.get(name, none)):
+            raise ValueError(f"{name} is not plain LoRA on this base")
+    return weights
+
+
+# ---- the files of the three folders --------------------------------------------------------------
+def for_peft(adapter, base):
+    weights = mx.load(str(adapter / "adapters.safetensors"))
+    if any(values.ndim > 2 for values in weights.values()):
+        common.fail("PEFT cannot hold an adapter of experts", common.rerun("./fuse.sh"))
+    tensors = to_peft(weights, read_model(base)[0])
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors}
+    lora = json.loads((adapter / "adapter_config.json").read_bytes())["lora_parameters"]
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": lora["rank"],
         "lora_alpha": lora["scale"] * lora["rank"],
-        "lora_dropout": lora["dropout"],
-        "target_modules": sorted(names - {"lm_head"} if tied else names),
-        "ensure_weight_tying": tied,  # so lm_head, too
-        "bias": "none",
+        "target_modules": sorted(names - {"lm_head"}),
+        "ensure_weight_tying": "lm_head" in names,  # adapts lm_head, too
     }
+    return {"adapter_config.json": json.dumps(config), "adapter_model.safetensors": tensors}
 
 
-def export_adapter(adapter, base, folder):
-    lora = json.loads((adapter / "adapter_config.json").read_bytes())["lora_parameters"]
-    modules = dict(read_model(base)[0].named_modules())
-    tensors = to_peft(mx.load(str(adapter / "adapters.safetensors")), modules)
-    new = empty_folder(folder)
-    mx.save_safetensors(str(new / "adapter_model.safetensors"), tensors, {"format": "pt"})
-    (new / "adapter_config.json").write_text(json.dumps(peft_config(lora, tensors), indent=2))
-    common.into_place(new, folder, ["adapter_model.safetensors", "adapter_config.json"])
+def for_trl(adapter, chats, large):
+    config = json.loads((large / "config.json").read_bytes())
+    settings = common.settings_of(adapter)
+    recipe = RECIPE.format(
+        **settings,
+        alpha=float(settings["SCALE"]) * int(settings["RANK"]),
+        mask_prompt=settings["MASK_PROMPT"] == "1",
+        rate=common.learning_rate(config.get("text_config", config)["hidden_size"]),
+    )
+    # Both are lists of turns: TRL puts no chat template around a prompt that is plain text.
+    rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    template = load_tokenizer(large).chat_template
+    return {"trl.yaml": recipe, "train.jsonl": lines, "chat_template.jinja": template}
+
+
+def for_mlx(folder, base):
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        if config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise ValueError("it is not of one rank and one alpha")
+        tensors = mx.load(str(folder / "adapter_model.safetensors"))
+        weights = from_peft(tensors, read_model(base)[0])
+        lora = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"], "dropout": 0.0}
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        what = f"{folder} cannot be used with {base}: {error}"
+        common.fail(what, "# plain LoRA can, trained on the original of this base")
+    lora["keys"] = sorted({name.rpartition(".")[0] for name in weights})
+    config = {"model": str(base), "num_layers": -1, "lora_parameters": lora}
+    return {"adapter_config.json": json.dumps(config), "adapters.safetensors": weights}
+
+
+def write(folder, files):
+    """Write {name: text or tensors} to the folder, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=common.beside(folder, "work").parent) as work:
+        new = Path(work, "new")
+        new.mkdir()
+        for name, content in files.items():
+            if name.endswith(".safetensors"):
+                mx.save_safetensors(str(new / name), content, {"format": "pt"})
+            else:
+                (new / name).write_text(content, "utf-8")
+        common.into_place(new, folder, OURS)
     print(f"wrote       {folder}")
 
 
-# ---- PEFT → ours ---------------------------------------------------------------------------------
-def from_peft(tensors, modules):
-    """Return the tensors of a PEFT adapter by our names: to_peft() backwards."""
-    embeddings, tied = embeddings_of(modules)
-    prefix = embeddings.removesuffix("embed_tokens")
-    weights = {}
-    for name, values in tensors.items():
-        if name.endswith(".base_layer.weight"):  # PEFT adds the base's own embeddings
-            continue
-        found = re.fullmatch(rf"{PEFT}(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
-        if not found:
-            raise ValueError(f"it holds {name}, which plain LoRA has not")
-        weights[f"{re.sub(TEXT, prefix, found[1])}.lora_{found[3].lower()}"] = values.T
-    if tied:
-        join_head(weights, embeddings)
-    return {name: weights[name] for name in sorted(weights) if is_of_use(name, weights, modules)}
-
-
-def join_head(weights, embeddings):
-    """Drop the adapter of the output, which has to be that of the embeddings."""
-    none = mx.zeros((0, 0))
-    for letter, other in "ab", "ba":
-        head = weights.pop(f"lm_head.lora_{letter}", none)
-        if not mx.array_equal(head.T, weights.get(f"{embeddings}.lora_{other}", none)):
-            raise ValueError("it adapts embeddings and output apart, which are one matrix here")
-
-
-def is_of_use(name, weights, modules):
-    """Say whether the base has what a tensor adapts; if not, the tensor must change nothing.
-
-    PEFT's all-linear adapts the part of a model that sees, too, which learns nothing from text.
-    """
-    module = name.rpartition(".")[0]
-    if module not in modules and weights[f"{module}.lora_b"].any():
-        raise ValueError(f"it adapts {module}, which the base has not")
-    return module in modules
-
-
-def mlx_config(config, weights, base):
-    """Return adapter_config.json as mlx-lm has it; `config` is the one of PEFT."""
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError("its matrices differ in rank or alpha")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    keys = sorted({name.rpartition(".")[0] for name in weights})
-    lora = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
-    return {"model": str(base), "fine_tune_type": "lora", "num_layers": -1, "lora_parameters": lora}
-
-
-def import_adapter(folder, base, adapter):
-    new = empty_folder(adapter)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_bytes())
-        modules = dict(read_model(base)[0].named_modules())
-        weights = from_peft(mx.load(str(folder / "adapter_model.safetensors")), modules)
-        (new / "adapter_config.json").write_text(json.dumps(mlx_config(config, weights, base)))
-        mx.save_safetensors(str(new / "adapters.safetensors"), weights)
-        mlx_lm.load(str(base), adapter_path=str(new), lazy=True)  # refuses what has another shape
-    except (ValueError, LookupError, OSError, RuntimeError) as error:
-        shutil.rmtree(new)
-        what = f"{folder} cannot be used with {base}: {error}"
-        common.fail(what, "# plain LoRA can, trained on the original of this base")
-    if (folder.parent / "settings").is_file():  # from models/trl.py
-        shutil.copy(folder.parent / "settings", new)
-    before = common.into_place(new, adapter, OURS)
-    if before:
-        print(f"replaced    an adapter; it is in {before}")
-    print(f"wrote       {adapter}")
-    print(f"next        {common.rerun('./fuse.sh')}")
-
-
-def empty_folder(folder):
-    """Return an empty folder to work in, beside the one that is to be made."""
-    new = common.beside(folder, "peft")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    return new
-
-
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m models.peft",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser("python -m models.peft", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("export")
     commands.add_parser("import").add_argument("folder", type=Path, help="of the PEFT adapter")
+    commands.add_parser("trl").add_argument("folder", type=Path, help="of the large model")
     args = parser.parse_args()
 
     version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
     common.check_names(version, model)
-    base, adapters = Path("models/base", model), Path("models/adapters")
-    adapter = adapters / f"adapter-{version}_{model}"
+    base, adapter = Path("models/base", model), Path(f"models/adapters/adapter-{version}_{model}")
     common.need(base / "config.json", "MODEL", common.download(model))
     if args.command == "import":
-        import_adapter(args.folder, base, adapter)
-    else:
-        if not (adapter / "adapters.safetensors").is_file():
-            common.fail(f"there is no adapter in {adapter}", common.rerun("./fine_tune.sh"))
-        export_adapter(adapter, base, adapters / f"peft-{version}_{model}")
+        return write(adapter, for_mlx(args.folder, base))
+    if not (adapter / "settings").is_file():
+        common.fail(f"there is no {adapter}/settings", common.rerun("./fine_tune.sh"))
+    if args.command == "export":
+        return write(adapter.with_name(f"peft-{version}_{model}"), for_peft(adapter, base))
+    large, train = args.folder, Path("data/for_train", version, "train.jsonl")
+    if not (large / "config.json").is_file():
+        common.fail(f"there is no {large}/config.json", common.download(large.name))
+    build = common.rerun("python build_train.py")
+    common.need(train, "VERSION", build)
+    files = for_trl(adapter, common.read_rows(train, build), large)
+    write(adapter.with_name(f"trl-{version}_{large.name}"), files)
 
 
 if __name__ == "__main__":

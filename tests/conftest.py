@@ -1,6 +1,7 @@
 """A project folder of its own for each test, with the real scripts and real, tiny base models."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,12 @@ def project(template, tmp_path):
     return Path(shutil.copytree(template, tmp_path / template.name))
 
 
+def check_fixes(said):
+    """Whatever a script proposes is a command that a shell can read, with no placeholder."""
+    for fix in re.findall("^FIX: (.*)$", said or "", re.MULTILINE):
+        subprocess.run(["bash", "-n", "-c", fix], check=True)
+
+
 @pytest.fixture
 def run():
     """Return the function that runs a script of the project as a person would.
@@ -83,6 +90,9 @@ def run():
         if start is subprocess.run:
             kwargs = {"capture_output": True, "timeout": timeout, "encoding": "utf-8"} | kwargs
         environment = {k: v for k, v in variables.items() if v is not None}
-        return start(command, env=environment, cwd=cwd or project, **kwargs)
+        done = start(command, env=environment, cwd=cwd or project, **kwargs)
+        if start is subprocess.run:
+            check_fixes(done.stderr)
+        return done
 
     return run

@@ -206,8 +206,10 @@ def test_a_message_that_is_typed_is_cleaned_as_those_that_were_learned(tidy):
 
 def test_a_long_talk_loses_its_oldest_messages():
     tokenizer = SimpleNamespace(apply_chat_template=lambda turns, **_: turns[0]["content"])
-    found = SimpleNamespace(**TURNS | {"max_seq_length": 20, "window": 4})
+    found = SimpleNamespace(**TURNS | {"window": 3})
     log = [("me", f"message {number}") for number in range(9)]
+    assert chat.make_prompt(log, "ann", found, tokenizer) == "message 6\nmessage 7\nmessage 8"
+    found.max_seq_length = 20
     assert chat.make_prompt(log, "ann", found, tokenizer) == "message 7\nmessage 8"
     log = [("me", "a message that is too long alone")]
     assert chat.make_prompt(log, "ann", found, tokenizer) == log[0][1]

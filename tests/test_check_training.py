@@ -139,8 +139,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         check_training.check_memory(settings, size, longest=512)
     assert "GRAD_CHECKPOINT=1 ./fine_tune.sh" in capsys.readouterr().err
-    settings.GRAD_CHECKPOINT = 1
-    check_training.check_memory(settings, size, longest=512)
+    for what_fits in {"GRAD_CHECKPOINT": 1}, {"CHECK_MEMORY": 0}:
+        check_training.check_memory(SimpleNamespace(**USUAL | what_fits), size, longest=512)
 
 
 # ---- base model and data -------------------------------------------------------------------------

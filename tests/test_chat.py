@@ -93,8 +93,7 @@ TRAIN = "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"
 WRONG = {
     "no data": (remove(DATA), "", BUILD),
     "no settings": ((DATA / "settings.json").unlink, "", BUILD),
-    "settings a list": (settings([1]), "", BUILD),
-    "settings cut": (settings({"shape": "turns"}), "", BUILD),
+    "settings damaged": (settings([1]), "", BUILD),
     "no name": (None, "--version ../x", "export VERSION=v1"),
     "not trained": (remove(FUSED), "", TRAIN),
     "no base": (remove(FUSED, BASE), "", "python tests/tiny_base.py"),
@@ -154,6 +153,7 @@ def test_what_does_not_belong_together_is_told(project, capsys):
 def test_sampling_is_as_the_base_says(tmp_path, said, sampled):
     write_json(tmp_path / "generation_config.json", said)
     assert tuple(sampling.sampling_of(tmp_path).values()) == sampled
+    assert tuple(sampling.sampling_of(tmp_path, 0.5).values()) == (0.5, *sampled[1:])
     assert tuple(sampling.sampling_of(tmp_path / "none").values()) == (0.8, 0.95, 0)
 
 
@@ -280,7 +280,7 @@ class Terminal:
 def test_a_talk_at_a_terminal(project, run, tiny):
     """Names stand before what is said, a paste is one message, Ctrl-C takes back a line."""
     terminal = Terminal(run, project, "--me", "eve", *GREEDY)
-    terminal.read_to(f"loading {FUSED}\n(Ctrl-D ends the talk)\neve: ")
+    terminal.read_to(f"loading {FUSED}\n(exit ends the talk)\neve: ")
 
     log = [("eve", "one\ntwo")]
     first = likeliest(tiny, log)
@@ -291,7 +291,7 @@ def test_a_talk_at_a_terminal(project, run, tiny):
     terminal.type("not this")
     time.sleep(0.3)  # Python loses a Ctrl-C that comes in the moment before it waits for a key
     terminal.type(CTRL_C)
-    assert "(Ctrl-D ends the talk)" in terminal.read_to("eve: ")
+    assert "(exit ends the talk)" in terminal.read_to("eve: ")
 
     terminal.type("three" + ENTER)
     terminal.read_to(" …\neve: ")

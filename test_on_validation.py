@@ -87,7 +87,7 @@ def places(args):
 
 # ---- what is there ------------------------------------------------------------------------------
 def find_models(args, at):
-    """Return {"base": (folder, adapter or None, the command that makes it), …}: what to test."""
+    """Return the models to test, {"base": (folder, adapter or None, how to make it), …}."""
     common.need(at.data / "valid.jsonl", "VERSION", at.build)
     common.need(at.base / "config.json", "MODEL", common.download(args.model))
     models = {
@@ -103,8 +103,7 @@ def find_models(args, at):
     for who in asked:
         folder, adapter, command = models[who]
         if not (adapter or folder).is_dir():
-            alone = f"{at.run} {ME} --models base  # the base model alone"
-            fail(f"there is no {adapter or folder}", command, alone)
+            fail(f"there is no {adapter or folder}", command)
     return {who: models[who] for who in models if who in asked}
 
 
@@ -205,9 +204,8 @@ def measure(models, rows, asked, args):
             nats[who] = measure_losses(model, rows, args, f"{who} loss")
             replies[who] = write_replies(model, tokenizer, asked, args, f"{who} replies")
         except (MemoryError, RuntimeError, ValueError) as error:
-            names = f"--version {args.version} --model {args.model}"
-            less = f"{ME} {names} --batch-tokens 512 --reply-batch 1  # less memory"
-            fail(f"{folder} cannot be computed: {error}", less)
+            less = f"{ME} --version {args.version} --model {args.model} --batch-tokens 512"
+            fail(f"{folder} cannot be computed: {error}", f"{less} --reply-batch 1")
         del model  # one in memory at a time
         mx.clear_cache()
     return nats, replies
@@ -220,9 +218,9 @@ def find_figures(data, asked, nats, replies, args):
     figures.add_losses(table, nats, np.array([row.length() for row in data.rows]))
     said = {"reference": {row.line: row.reply() for row in data.rows}}
     ended = {"reference": {row.line: row.length() <= args.max_tokens + 1 for row in data.rows}}
-    for who, found in replies.items():
-        said[who] = {line: text for line, (text, _) in found.items()}
-        ended[who] = {line: done for line, (_, done) in found.items()}
+    for who in replies:
+        said[who] = {line: text for line, (text, _) in replies[who].items()}
+        ended[who] = {line: done for line, (_, done) in replies[who].items()}
     if not asked:
         return table, said
     learned = "\n".join(text for talk in data.train for _, text in talk)
@@ -234,8 +232,8 @@ def find_figures(data, asked, nats, replies, args):
     if len(asked) >= 20:
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
         real = texts.pop("reference")
-        for who, mine in texts.items():
-            table["missing words"][who] = figures.missing_words(real, mine, names)
+        for who in texts:
+            table["missing words"][who] = figures.missing_words(real, texts[who], names)
         add_told_apart(table, data, real, texts, asked)
     return table, said
 
@@ -298,15 +296,13 @@ def write(final, page, facts, asked, said):
     work = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
     (work / "report.html").write_text(page, encoding="utf-8")
     known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
-    text = json.dumps(known, indent=2, ensure_ascii=False)
-    (work / "metrics.json").write_text(text, encoding="utf-8")
+    (work / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
     columns = {"line": [row.line for row in asked]}
     columns["prompt"] = [defuse(as_text(row.messages[:-1])) for row in asked]
     for who, texts in said.items():
         columns[who] = [defuse(texts[row.line]) for row in asked]
-    marked = "utf-8-sig"  # for Excel
-    file = work / "generations.csv"
-    pd.DataFrame(columns).to_csv(file, index=False, encoding=marked, quoting=csv.QUOTE_ALL)
+    options = {"encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL}  # -sig is a mark for Excel
+    pd.DataFrame(columns).to_csv(work / "generations.csv", index=False, **options)
     return common.into_place(work, final, ["report.html", "metrics.json", "generations.csv"])
 
 
@@ -319,16 +315,15 @@ def main():
     data = read_data(at)
     vars(args).update(sampling_of(at.base, args.temperature))
     warnings = []
-    if models.keys() != {"base"}:
+    if [*models] != ["base"]:
         warnings = common.warn_of_changes(args.version, at.adapter, at.fused, at.run)
     print(f"testing     {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
     order = np.random.default_rng(args.seed).permutation(len(data.rows))
     asked = [data.rows[place] for place in order[: args.replies]]
-    found = longest_talk([row.messages for row in data.rows], TALK) if asked else []
-    talk = [data.rows[place] for place in found]
-    lines = {row.line for row in asked}
-    answered = asked + [row for row in talk if row.line not in lines]
+    places_of_talk = longest_talk([row.messages for row in data.rows], TALK) if asked else []
+    talk = [data.rows[place] for place in places_of_talk]
+    answered = list({row.line: row for row in asked + talk}.values())
     nats, replies = measure(models, data.rows, answered, args)
 
     table, said = find_figures(data, asked, nats, replies, args)

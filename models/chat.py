@@ -84,8 +84,8 @@ def find_model(version, model):
     base = Path("models/base", model)
     adapter = Path("models/adapters", f"adapter-{name}")
     fused = Path("models/fused", f"fused-{name}")
-    for folder in adapter, fused:
-        common.finish_move(folder)
+    common.finish_move(adapter)
+    common.finish_move(fused)
     common.warn_of_changes(version, adapter, fused, run)
     if fused.is_dir():
         return fused, None, f"{run} ./fuse.sh"
@@ -159,11 +159,10 @@ def show(parts, indent):
     with silent_keys(), contextlib.suppress(stops):
         for part in parts:
             text += part.text
-            ready = text.strip()
-            print(visible(ready[shown:]).replace("\n", "\n" + indent), end="", flush=True)
-            shown = len(ready)
-            if part.finish_reason == "length":
-                end = " …\n"
+            new = visible(text.strip()[shown:])
+            print(new.replace("\n", "\n" + indent), end="", flush=True)
+            shown = len(text.strip())
+            end = " …\n" if part.finish_reason == "length" else "\n"
     print(end=end, flush=True)
     return text
 

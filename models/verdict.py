@@ -30,8 +30,8 @@ def learned(table, facts):
     if not table["gain"]:
         return answer | {"means": "To tell, test the base model and a trained one together."}
     who = next(iter(table["gain"]))
-    gain, error = table["gain"][who], table["gain error"][who]
     new, old = table["loss"][who], table["loss"]["base"]
+    is_chance = abs(old - new) < 2 * table["gain error"][who]
     answer["figure"] = chance(new)
     answer["means"] = (
         "The chance that it gives, on average, to each next token (a word or a piece of one) of "
@@ -39,14 +39,13 @@ def learned(table, facts):
         f"As a loss: {new:.2f} instead of {old:.2f}."
     )
     best = min(table["loss"].values())
-    answer["bars"] = [
-        (model, math.exp(best - loss), chance(loss)) for model, loss in table["loss"].items()
-    ]
+    for model, loss in table["loss"].items():
+        answer["bars"].append((model, math.exp(best - loss), chance(loss)))
     if facts["rows"] < FEW:
         answer["more"] = [f"That is too few replies to be sure; {FEW} would do."]
     else:
-        answer["word"] = "yes" if gain > 2 * error else "no"
-        answer["more"] = [] if abs(gain) > 2 * error else ["The difference may be chance."]
+        answer["word"] = "yes" if new < old and not is_chance else "no"
+        answer["more"] = ["The difference may be chance."] if is_chance else []
     for kept in table["kept"].values():
         answer["more"].append(f"The fused model keeps {kept:.0%} of what the adapter learned.")
     return answer
@@ -71,10 +70,8 @@ def sounds(table, facts):
         "How often a classifier, shown a real reply and the model's, takes the model's for the "
         f"real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
     )
-    answer["bars"] = [
-        (other, min(1, 2 * (1 - share)), f"{1 - share:.0%}")
-        for other, share in table["told apart"].items()
-    ]
+    for other, share in table["told apart"].items():
+        answer["bars"].append((other, min(1, 2 * (1 - share)), f"{1 - share:.0%}"))
     far = far_figures(table, who)
     for name in far:
         mine, real = f"{table[name][who]:.0%}", f"{table[name]['reference']:.0%}"
@@ -102,7 +99,6 @@ def far_figures(table, who):
     return [name for name in names if abs(table[name][who] - table[name]["reference"]) > least]
 
 
-# ---- did it learn by heart? ----------------------------------------------------------------------
 def recites(table, who):
     """Say whether it repeats the training data more often than real replies do."""
     mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
@@ -110,10 +106,10 @@ def recites(table, who):
 
 
 def by_heart(table, who):
-    """Return the sentence about replies that stand in the training data word for word."""
+    """Return the sentence about replies that stand in the training data, "" if all are short."""
+    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
     if who not in table["by heart"]:
         return ""
-    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
     return (
         f"{mine:.0%} of its replies of 20 characters or more stand word for word in the training "
         f"data, {real:.0%} of the real replies to the same rows."
@@ -150,8 +146,8 @@ def next_steps(table, facts, learned, sounds):
     best = min(list(curve)[1:], key=curve.get, default=iterations)
     steps = []
     if is_broken(table) or max(table["gain"].values(), default=0) < 0:
-        command = f"{run} LEARNING_RATE={rate / 3:.1g} ./fine_tune.sh"
-        steps.append(("Train with a third of the learning rate.", command))
+        slower = f"{run} LEARNING_RATE={rate / 3:.1g} ./fine_tune.sh"
+        steps.append(("Train with a third of the learning rate.", slower))
     elif not table["gain"]:
         steps.append(("Train an adapter.", f"{run} ./fine_tune.sh"))
     elif best <= iterations / 2 or recites(table, facts["judged"]):
@@ -178,10 +174,7 @@ def next_steps(table, facts, learned, sounds):
 
 
 def verdict(table, facts):
-    """Return {"headline": …, "answers": [two], "by heart": a sentence or "", "next": […]}.
-
-    The facts are those of find_facts() in test_on_validation.py.
-    """
+    """Return {"headline": …, "answers": [two], "by heart": a sentence or "", "next": […]}."""
     answers = learned(table, facts), sounds(table, facts)
     return {
         "headline": headline(table, facts, *answers),
@@ -196,8 +189,8 @@ def as_text(verdict):
     indented = textwrap.TextWrapper(90, initial_indent="  ", subsequent_indent="  ").fill
     yield verdict["headline"]
     for answer in verdict["answers"]:
-        figure = f": {answer['figure']}" if answer["figure"] else ""
-        yield f"\n{answer['question']} {answer['word'].capitalize()}{figure}"
+        word = answer["word"].capitalize()
+        yield f"\n{answer['question']} {word}: {answer['figure']}".rstrip(": ")
         yield indented(answer["means"])
         for who, width, text in answer["bars"]:
             yield f"    {LABELS[who]:18} {text:>6}  {'█' * round(40 * width)}".rstrip()

@@ -11,7 +11,7 @@ Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
 from data import report
-from data.transcript import longest_talk, transcript, what_others_said
+from data.transcript import as_text, longest_talk, transcript, what_others_said
 from models import common, figures, verdict
 from models.chat_template import load_model, load_tokenizer
 from models.common import check_names, fail, from_environment, visible
@@ -47,17 +47,7 @@ add("--version", default=from_environment("VERSION"), help="data/for_train/VERSI
 add("--model", default=from_environment("MODEL"), help="models/base/MODEL")
 add("--models", default="base,adapter,fused", help="which of the three to test")
 add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
-add(
-    "--temperature",
-    type=float,
-    help="0 the likeliest word, 1 as learned, to 2; else as the base says",
-)
-add("--top-p", type=float, help="draw from words with this share in all; else as the base says")
-add(
-    "--top-k",
-    type=int,
-    help="draw from so many of the likeliest words; 0 all; else as the base says",
-)
+add("--temperature", type=float, help="0 the likeliest word, 1 as learned; else the base's own")
 add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
 add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
 add("--reply-batch", type=int, default=8, help="replies written at a time; less saves memory")
@@ -76,7 +66,7 @@ def settings():
         parser.error(f"--models is {args.models!a}, not made of base,adapter,fused")
     for name, value in vars(args).items():
         least = 1 if name in ("max_tokens", "reply_batch", "batch_tokens") else 0
-        if isinstance(value, int | float) and not least <= value < 2**31:
+        if isinstance(value, int | float) and not value >= least:
             parser.error(f"--{name.replace('_', '-')} cannot be {value}")
     return args
 
@@ -96,59 +86,29 @@ def places(args):
 
 
 # ---- what is there ------------------------------------------------------------------------------
-def read_json(path):
-    """Return what a JSON file holds; {} if it is not there, broken or odd."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def find_models(args, at):
-    """Return {"base": (folder, adapter or None, the command that makes it), …}: what to test."""
+    """Return the models to test, {"base": (folder, adapter or None, how to make it), …}."""
     common.need(at.data / "valid.jsonl", "VERSION", at.build)
     common.need(at.base / "config.json", "MODEL", common.download(args.model))
-    for folder in at.adapter, at.fused:
-        common.finish_move(folder)
-    asked = args.models.split(",")
-    if len(asked) == 3 and not at.fused.exists():
-        asked.remove("fused")
-    if "adapter" in asked and not (at.adapter / "adapters.safetensors").is_file():
-        alone = f"{at.run} {ME} --models base  # the base model alone"
-        fail(f"there is no adapter in {at.adapter}", f"{at.run} ./fine_tune.sh", alone)
-    if "fused" in asked and not at.fused.is_dir():
-        fail(f"there is no {at.fused}", f"{at.run} ./fuse.sh")
     models = {
         "base": (at.base, None, common.download(args.model)),
         "adapter": (at.base, at.adapter, f"{at.run} ./fine_tune.sh"),
         "fused": (at.fused, None, f"{at.run} ./fuse.sh"),
     }
+    for folder in at.adapter, at.fused:
+        common.finish_move(folder)
+    asked = args.models.split(",")
+    if args.models == parser.get_default("models") and not at.fused.exists():
+        asked.remove("fused")
+    for who in asked:
+        folder, adapter, command = models[who]
+        if not (adapter or folder).is_dir():
+            fail(f"there is no {adapter or folder}", command)
     return {who: models[who] for who in models if who in asked}
 
 
-def find_warnings(args, at, models):
-    """Return what the figures lack, as [(sentence, command)], and print it."""
-    found = []
-    if "fused" in models and common.is_stale(at.adapter, at.fused):
-        found.append((f"{at.fused} was made from another adapter", f"{at.run} ./fuse.sh"))
-    if models.keys() != {"base"} and common.data_changed(args.version, at.adapter):
-        what = "the data are not those of the training, which may have seen some of valid.jsonl"
-        found.append((what, f"{at.run} ./fine_tune.sh"))
-    for warning in found:
-        common.warn(*warning)
-    return found
-
-
-def set_sampling(args, base):
-    """Set what is not given of the sampling as the base says."""
-    for name, value in sampling_of(base).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
 # ---- the validation rows ------------------------------------------------------------------------
-# Where there is no settings.json, the rows are not of build_train.py:
+# What settings.json would say of rows that build_train.py did not make:
 UNKNOWN = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
 
 
@@ -165,10 +125,6 @@ class Row:
         """Return what was really said."""
         return visible(self.messages[-1][1])
 
-    def context(self):
-        """Return what stood before that, as text."""
-        return "\n".join(f"{name}: {text}" if name else text for name, text in self.messages[:-1])
-
     def length(self):
         """Return the tokens of the reply."""
         return len(self.tokens) - self.start
@@ -176,7 +132,11 @@ class Row:
 
 def read_data(at):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
-    made = SimpleNamespace(**UNKNOWN | read_json(at.data / "settings.json"))
+    try:
+        settings = json.loads((at.data / "settings.json").read_bytes())
+    except (OSError, ValueError):  # valid.jsonl can be tested without
+        settings = {}
+    made = SimpleNamespace(**UNKNOWN | settings)
     train = at.data / "train.jsonl"
     chats = common.read_rows(train, at.build) if train.is_file() else []
     rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)
@@ -197,12 +157,6 @@ def encode_rows(chats, made, base):
             fail(f"the chat template of {base} fails on valid.jsonl, line {line}: {error}", other)
         rows.append(Row(line, transcript(chat, made), tokens, start))
     return rows
-
-
-def draw(rows, args):
-    """Return the rows that every model answers: for one seed the same."""
-    places = np.random.default_rng(args.seed).permutation(len(rows))
-    return [rows[place] for place in places[: args.replies]]
 
 
 # ---- one model at a time ------------------------------------------------------------------------
@@ -250,9 +204,8 @@ def measure(models, rows, asked, args):
             nats[who] = measure_losses(model, rows, args, f"{who} loss")
             replies[who] = write_replies(model, tokenizer, asked, args, f"{who} replies")
         except (MemoryError, RuntimeError, ValueError) as error:
-            names = f"--version {args.version} --model {args.model}"
-            less = f"{ME} {names} --batch-tokens 512 --reply-batch 1  # less memory"
-            fail(f"{folder} cannot be computed: {error}", less)
+            less = f"{ME} --version {args.version} --model {args.model} --batch-tokens 512"
+            fail(f"{folder} cannot be computed: {error}", f"{less} --reply-batch 1")
         del model  # one in memory at a time
         mx.clear_cache()
     return nats, replies
@@ -263,22 +216,24 @@ def find_figures(data, asked, nats, replies, args):
     """Return the table of figures, and the texts {"reference": {line: text}, "base": …}."""
     table = defaultdict(dict)
     figures.add_losses(table, nats, np.array([row.length() for row in data.rows]))
-    real = {row.line: (row.reply(), row.length() <= args.max_tokens + 1) for row in data.rows}
-    done = {"reference": real} | replies
-    said = {who: {line: text for line, (text, _) in done[who].items()} for who in done}
+    said = {"reference": {row.line: row.reply() for row in data.rows}}
+    ended = {"reference": {row.line: row.length() <= args.max_tokens + 1 for row in data.rows}}
+    for who in replies:
+        said[who] = {line: text for line, (text, _) in replies[who].items()}
+        ended[who] = {line: done for line, (_, done) in replies[who].items()}
     if not asked:
         return table, said
-    texts = {who: [said[who][row.line] for row in asked] for who in done}
     learned = "\n".join(text for talk in data.train for _, text in talk)
-    for who in done:
+    texts = {who: [said[who][row.line] for row in asked] for who in said}
+    for who in said:
         figures.add_style(table, who, texts[who])
-        table["unfinished"][who] = sum(not done[who][row.line][1] for row in asked) / len(asked)
         figures.add_by_heart(table, who, texts[who], learned)
+        table["unfinished"][who] = 1 - sum(ended[who][row.line] for row in asked) / len(asked)
     if len(asked) >= 20:
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
         real = texts.pop("reference")
-        for who, mine in texts.items():
-            table["missing words"][who] = figures.missing_words(real, mine, names)
+        for who in texts:
+            table["missing words"][who] = figures.missing_words(real, texts[who], names)
         add_told_apart(table, data, real, texts, asked)
     return table, said
 
@@ -286,8 +241,8 @@ def find_figures(data, asked, nats, replies, args):
 def add_told_apart(table, data, real, made, asked):
     """Add how well replies of models, of the person and of others are told from the real ones.
 
-    Half of the validation rows at most are judged, so that the others show how well the person is
-    told from themselves. Replies of train.jsonl cannot: they are of other talks, with other topics.
+    At most half of the validation rows are judged: the other half shows how well the person is told
+    from themselves. Replies of train.jsonl cannot show it, as they come from other talks.
     """
     count = min(len(asked), len(data.rows) // 2)
     if count < 20:
@@ -300,13 +255,11 @@ def add_told_apart(table, data, real, made, asked):
         texts["somebody else"] = list(filter(None, others))
     for who in texts:
         if len(texts[who]) >= count:
-            told = figures.told_apart(real[:count], texts[who][:count])
-            table["told apart"][who], table["told apart error"][who] = told
-            table["pairs"][who] = count
+            figures.add_told_apart(table, who, real[:count], texts[who][:count])
 
 
-def find_facts(args, at, data, asked, models, warnings):
-    """Return what the verdict and the page have to know besides the figures."""
+def find_facts(args, at, data, models, warnings):
+    """Return what the verdict and the page need besides the figures."""
     [author] = data.made.authors if len(data.made.authors) == 1 else [""]
     return {
         "author": author,
@@ -314,7 +267,6 @@ def find_facts(args, at, data, asked, models, warnings):
         "judged": [*models][-1],
         "rows": len(data.rows),
         "tokens": sum(row.length() for row in data.rows),
-        "asked": len(asked),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
         "trained": report.date_of(at.adapter / "adapters.safetensors"),
         "run": at.run,
@@ -324,7 +276,6 @@ def find_facts(args, at, data, asked, models, warnings):
         "curve": report.learning_curve(at.adapter / "losses.csv"),
         "valid_sha256": common.checksum(at.data / "valid.jsonl"),
         "tested": f"{date.today():%-d %B %Y}",
-        "versions": {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__},
         "warnings": warnings,
     }
 
@@ -345,14 +296,13 @@ def write(final, page, facts, asked, said):
     work = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
     (work / "report.html").write_text(page, encoding="utf-8")
     known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
-    text = json.dumps(known, indent=2, ensure_ascii=False)
-    (work / "metrics.json").write_text(text, encoding="utf-8")
-    table = {"line": [row.line for row in asked], "prompt": [row.context() for row in asked]}
-    table |= {who: [texts[row.line] for row in asked] for who, texts in said.items()}
-    cells = pd.DataFrame(table).map(lambda cell: defuse(cell) if isinstance(cell, str) else cell)
-    cells.to_csv(  # -sig is a mark for Excel
-        work / "generations.csv", index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL
-    )
+    (work / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
+    columns = {"line": [row.line for row in asked]}
+    columns["prompt"] = [defuse(as_text(row.messages[:-1])) for row in asked]
+    for who, texts in said.items():
+        columns[who] = [defuse(texts[row.line]) for row in asked]
+    options = {"encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL}  # -sig is a mark for Excel
+    pd.DataFrame(columns).to_csv(work / "generations.csv", index=False, **options)
     return common.into_place(work, final, ["report.html", "metrics.json", "generations.csv"])
 
 
@@ -363,30 +313,32 @@ def main():
     at = places(args)
     models = find_models(args, at)
     data = read_data(at)
-    set_sampling(args, at.base)
-    warnings = find_warnings(args, at, models)
-    print(f"testing {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
+    vars(args).update(sampling_of(at.base, args.temperature))
+    warnings = []
+    if [*models] != ["base"]:
+        warnings = common.warn_of_changes(args.version, at.adapter, at.fused, at.run)
+    print(f"testing     {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
-    asked = draw(data.rows, args)
-    found = longest_talk([row.messages for row in data.rows], TALK) if asked else []
-    talk = [data.rows[place] for place in found]
-    lines = {row.line for row in asked}
-    answered = asked + [row for row in talk if row.line not in lines]
+    order = np.random.default_rng(args.seed).permutation(len(data.rows))
+    asked = [data.rows[place] for place in order[: args.replies]]
+    places_of_talk = longest_talk([row.messages for row in data.rows], TALK) if asked else []
+    talk = [data.rows[place] for place in places_of_talk]
+    answered = list({row.line: row for row in asked + talk}.values())
     nats, replies = measure(models, data.rows, answered, args)
 
     table, said = find_figures(data, asked, nats, replies, args)
     if common.is_stale(at.adapter, at.fused):
         table["kept"].clear()  # it was made of something else
-    facts = find_facts(args, at, data, asked, models, warnings)
+    facts = find_facts(args, at, data, models, warnings)
     facts["verdict"] = verdict.verdict(table, facts)
     page = report.render(facts, table, asked, talk, said, at.results)
     known = {name: figure for name, figure in table.items() if figure}
     before = write(at.results, page, facts | known, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
-    for name in "report.html", "generations.csv", "metrics.json":
-        print("wrote", at.results / name)
+    print(f"\nwrote       {at.results}/report.html, to open in a browser")
+    print("            also generations.csv, metrics.json")
     if before:
-        print("what was there before is in", before)
+        print(f"replaced    the results of before; they are in {before}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the page of test_on_validation.py shows; data/report.html is its template, for jinja2."""
 
 from models.common import visible
-from models.verdict import chance, far_figures, passing, shown
+from models.figures import LABELS, STYLE
+from models.verdict import far_figures
 
 import json
 import math
@@ -13,7 +14,7 @@ import jinja2
 import pandas as pd
 
 BLIND = 20  # rows of the blind test
-LABELS = {"base": "base model", "adapter": "adapter", "fused": "fused model"}
+FIGURES = "loss", "gain", "kept", "length", "unfinished", *STYLE, "missing words", "by heart"
 
 
 # ---- how it was trained --------------------------------------------------------------------------
@@ -23,7 +24,7 @@ def date_of(path):
 
 
 def learning_curve(path):
-    """Return [(iteration, loss), …] of losses.csv; [] if it is not as it should be: an ornament."""
+    """Return [(iteration, loss), …] of losses.csv; [] if it cannot be read."""
     try:
         curve = pd.read_csv(path)[["iteration", "val_loss"]].dropna()
         return [(int(iteration), float(loss)) for iteration, loss in curve.to_numpy()]
@@ -31,27 +32,8 @@ def learning_curve(path):
         return []
 
 
-# ---- the bars under each question, and the curve -------------------------------------------------
-def bars(table, facts):
-    """Return the bars of both answers, [[(label, model, share of the width, text), …], […]]."""
-    chances = {who: math.exp(-loss) for who, loss in table["loss"].items() if loss >= 0}
-    widest = max(chances.values(), default=1)
-    learned = [
-        (LABELS[who], who, share / widest, chance(table["loss"][who]))
-        for who, share in chances.items()
-    ]
-    labels = {"somebody else": "somebody else"} | LABELS | {"reference": facts["name"]}
-    shares = {who: passing(table, who) for who in table["told apart"]}
-    sounds = [
-        (label, who, min(1, 2 * shares[who]), f"{shares[who]:.0%}")
-        for who, label in labels.items()
-        if who in shares
-    ]
-    return [learned, sounds]
-
-
 def chart(curve):
-    """Return where the template draws a curve; {} if that is no more than a straight line.
+    """Return where the template draws a curve; {} if it has too few points.
 
     [(0, 9.5), (200, 3.1), (400, 3.0)] → {"points": "40,10 225,128 410,130", "x": [(40, 0), …], …}
     """
@@ -74,10 +56,10 @@ def chart(curve):
 
 
 # ---- the chat ------------------------------------------------------------------------------------
-def last_of(messages, most, of_all=300):
-    """Return the last messages before a reply, as many as `most`, each harmless and not long."""
+def last_of(messages, most):
+    """Return the messages before a reply, the last ones, each of 300 characters at most."""
     texts = [(visible(name), visible(text)) for name, text in messages[:-1][-most:]]
-    return [(name, text if len(text) <= of_all else f"{text[:of_all]}…") for name, text in texts]
+    return [(name, text if len(text) <= 300 else f"{text[:300]}…") for name, text in texts]
 
 
 def turns_of(talk, said, facts):
@@ -88,22 +70,19 @@ def turns_of(talk, said, facts):
     turns, earlier = [], None
     for row in talk:
         seen = [i for i in range(len(row.messages)) if row.messages[i - 2 : i] == earlier]
-        turns.append(
-            {
-                "author": visible(row.messages[-1][0]),
-                "before": last_of(row.messages[max(seen, default=0) :], 3),
-                "real": said["reference"][row.line],
-                "reply": said[facts["judged"]][row.line],
-            }
-        )
+        turn = {"before": last_of(row.messages[max(seen, default=0) :], 3)}
+        turn["author"] = visible(row.messages[-1][0])
+        turn["real"] = said["reference"][row.line]
+        turn["reply"] = said[facts["judged"]][row.line]
+        turns.append(turn)
         earlier = row.messages[-2:]
     return turns
 
 
 def blind_cards(asked, said, facts):
-    r"""Return what the page shows of the rows in which the judged model said something else.
+    """Return the blind test: rows in which the judged model did not say what was really said.
 
-    {"before": [("ann", "hi")], "pair": [("yo", True), ("hello", False)]}: the first one is real
+    [{"before": [("ann", "hi")], "pair": [("yo", True), ("hello", False)]}]: the first is real
     """
     coin = random.Random(f"{facts['settings']['seed']} {said}")  # noqa: S311 (it is no secret)
     cards = []
@@ -117,20 +96,23 @@ def blind_cards(asked, said, facts):
 
 
 # ---- tables --------------------------------------------------------------------------------------
+def shown(table, name, who):
+    """Return a figure as text: "3.07", "0.88 ± 0.07", "34%"; "" if there is none."""
+    value = table[name].get(who, "")
+    if not isinstance(value, float):
+        return value
+    if name == "length":
+        return f"{value:.0f}"
+    if name == "gain":
+        return f"{value:.2f} ± {table['gain error'][who]:.2f}"
+    return f"{value:.2f}" if name == "loss" else f"{value:.0%}"
+
+
 def cells(table):
-    """Return {name: {who: text}} of the figures that someone has."""
+    """Return {name: {who: text}} of the figures that there are."""
     everyone = ["reference", *table["loss"]]
-    left_out = {"told apart", "longest by heart", "long replies"}
-    told, errors = table["told apart"], table["told apart error"]
-    table = table | {
-        "taken for real": {who: 1 - share for who, share in told.items()},
-        "taken for real error": errors,
-    }
-    return {
-        name: {who: shown(table, name, who) for who in everyone}
-        for name in list(table)
-        if name not in left_out and not name.endswith("error") and any(table[name].values())
-    }
+    names = [name for name in FIGURES if any(table[name].values())]
+    return {name: {who: shown(table, name, who) for who in everyone} for name in names}
 
 
 def read_runs(final, facts, table):
@@ -142,20 +124,15 @@ def read_runs(final, facts, table):
             is_same = run["valid_sha256"] == facts["valid_sha256"] and run["judged"] in run["loss"]
         except (OSError, ValueError, LookupError, TypeError):
             continue  # of an older form, or broken
-        if is_same and file.parent.name != f"{final.name}.before":  # that one goes now
+        if is_same and file.parent.suffix != ".before":
             runs["the one before" if file.parent == final else file.parent.name] = run
     return runs
-
-
-def pairs_of(run):
-    """Return how many pairs of replies of a run were judged: more teach the classifier more."""
-    return run.get("pairs", {}).get(run["judged"])
 
 
 def compare(runs):
     """Return the runs as a table, [] if there is but one.
 
-    [{"name": "this one", "loss": "3.07", "taken for real": "37% ± 6%", "differs": "RANK=8"}, …]
+    [{"name": "this one", "loss": "3.067", "taken for real": "37% ± 6%", "differs": "RANK=8"}, …]
     """
     settings = {name: run["training"] | run["settings"] for name, run in runs.items()}
     differing = [
@@ -163,16 +140,15 @@ def compare(runs):
         for key in sorted({key for each in settings.values() for key in each} - {"version"})
         if len({str(each.get(key, "")) for each in settings.values()}) > 1
     ]
-    count = pairs_of(runs["this one"])
-    table = []
+    this, table = runs["this one"], []
+    count = this.get("pairs", {}).get(this["judged"])
     for name, run in runs.items():
-        row = {"name": name, "judged": run["judged"], "loss": f"{run['loss'][run['judged']]:.3f}"}
-        told = run.get("told apart", {}).get(run["judged"])
-        if told is not None and pairs_of(run) == count:  # else it tells nothing
-            error = run["told apart error"][run["judged"]]
+        who = run["judged"]
+        row = {"name": name, "judged": who, "loss": f"{run['loss'][who]:.3f}"}
+        row["differs"] = ", ".join(f"{key}={settings[name].get(key, '')}" for key in differing)
+        if count and run.get("pairs", {}).get(who) == count:  # more teach the classifier more
+            told, error = run["told apart"][who], run["told apart error"][who]
             row["taken for real"] = f"{1 - told:.0%} ± {error:.0%}"
-        values = settings[name]
-        row["differs"] = ", ".join(f"{key}={values.get(key, '')}" for key in differing)
         table.append(row)
     return table if len(table) > 1 else []
 
@@ -180,21 +156,18 @@ def compare(runs):
 # ---- the page ------------------------------------------------------------------------------------
 def render(facts, table, asked, talk, said, final):
     """Return the page. The text of the chat is escaped by jinja2."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(
-        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    ).get_template("report.html")
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = pages.get_template("report.html")
     judged = facts["judged"]
-    has_replies = judged and asked
-    blind = blind_cards(asked, said, facts) if has_replies else []
+    blind = blind_cards(asked, said, facts) if asked else []
     return page.render(
         facts,
-        bars=bars(table, facts),
         chart=chart(facts["curve"]),
         cells=cells(table),
         far={who: far_figures(table, who) for who in table["replies"] if who != "reference"},
         longest=visible(table["longest by heart"].get(judged, "")),
-        talk=turns_of(talk, said, facts) if has_replies else [],
+        talk=turns_of(talk, said, facts) if asked else [],
         blind=blind,
         sure=math.ceil(len(blind) / 2 + math.sqrt(len(blind))),  # two standard errors over half
         runs=compare(read_runs(final, facts, table)),

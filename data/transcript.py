@@ -4,6 +4,7 @@ Settings are those of data/prompt.py; only_author and authors say who replies.
 """
 
 import re
+from itertools import takewhile
 
 SPEAKER = re.compile(r"([^:\n]{1,60}): (.*)")
 
@@ -57,6 +58,11 @@ def split_lines(text, names):
     return messages
 
 
+def as_text(messages):
+    r"""Return messages as text: [("ann", "hi"), ("", "yes")] → "ann: hi\nyes"."""
+    return "\n".join(f"{name}: {text}" if name else text for name, text in messages)
+
+
 def what_others_said(messages, joined):
     """Return what another one said right before the reply, "" if that was its author.
 
@@ -65,12 +71,8 @@ def what_others_said(messages, joined):
     author, speaker = messages[-1][0], messages[-2][0] if messages[1:] else messages[-1][0]
     if speaker == author:
         return ""
-    texts = [messages[-2][1]]
-    for name, text in reversed(messages[:-2]):
-        if name != speaker or not joined:
-            break
-        texts.insert(0, text)
-    return "\n".join(texts)
+    last = [text for _, text in takewhile(lambda message: message[0] == speaker, messages[-2::-1])]
+    return "\n".join(reversed(last)) if joined else last[0]
 
 
 def longest_talk(transcripts, most):
@@ -82,11 +84,10 @@ def longest_talk(transcripts, most):
     places = {tuple(messages[-2:]): place for place, messages in enumerate(transcripts)}
     before = {}
     for place, messages in enumerate(transcripts):
-        for i in range(len(messages) - 1, 1, -1):
+        for i in range(2, len(messages)):
             earlier = places.get(tuple(messages[i - 2 : i]))
             if earlier is not None:
-                before[place] = earlier
-                break
+                before[place] = earlier  # the last one that is found is the nearest
     talks = []
     for place in before:
         talk = [place]

@@ -4,8 +4,8 @@
     python models/chat.py --as ann --me bob     # as another one of the chat, under your own name
     echo "are you there?" | python models/chat.py
 
-Enter sends a line; a backslash at its end begins another line of the same message. Arrow up brings
-back what was typed. Ctrl-C stops a reply; Ctrl-D, or exit, ends the talk. Nothing of it is stored.
+Enter sends a line; a backslash at its end begins another line of the same message. Ctrl-C stops a
+reply; exit, or Ctrl-D, ends the talk. Nothing of it is stored.
 
 Reads   data/for_train/${VERSION}/settings.json: the window, the names and the instruction
         models/fused/fused-${VERSION}_${MODEL}/ or, where that is missing, models/base/${MODEL}/
@@ -50,7 +50,7 @@ add("--version", default=from_environment("VERSION"), help="which data: data/for
 add("--model", default=from_environment("MODEL"), help="which base model: models/base/MODEL")
 add("--as", dest="author", default="", help="who replies, instead of who was learned most")
 add("--me", default="me", help="your name in the chat")
-add("--temperature", type=float, help="0 always the likeliest word, 1 as learned, up to 2")
+add("--temperature", type=float, help="0 always the likeliest word, 1 as learned")
 add("--max-tokens", type=int, default=300, help="tokens of the longest reply")
 ENDS = "exit", "quit", "/bye"  # typed alone, each ends the talk
 # --------------------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ def arguments():
     """Return the settings of this run; end it if one of them cannot be."""
     parser.error = lambda what: fail(what, "python models/chat.py --help", code=2)
     args = parser.parse_args()
-    if not (0 <= (args.temperature or 0) <= 2 and args.max_tokens > 0):
-        parser.error("--temperature is 0 to 2, --max-tokens 1 or more")
+    if not (args.temperature or 0) >= 0:
+        parser.error("--temperature is 0 or more")
     common.check_names(args.version, args.model)
     return args
 
@@ -73,28 +73,21 @@ def read_settings(version):
     build = f"VERSION={version} python build_train.py"
     common.need(path, "VERSION", build)
     try:
-        settings = json.loads(path.read_bytes())
-        needed = (
-            "shape names authors prompt question_prompt window max_context_chars max_seq_length"
-        )
-        return SimpleNamespace(**{name: settings[name] for name in needed.split()})
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        fail(f"{path} cannot be used: {error!r}", build)
+        return SimpleNamespace(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        fail(f"{path} cannot be used: {error}", build)
 
 
 def find_model(version, model):
-    """Return the folders (fused, None) or (base, adapter), and the command that makes the last."""
+    """Return (fused, None) or (base, adapter), and the command that makes the last of them."""
     run, name = f"VERSION={version} MODEL={model}", f"{version}_{model}"
     base = Path("models/base", model)
     adapter = Path("models/adapters", f"adapter-{name}")
     fused = Path("models/fused", f"fused-{name}")
-    for folder in adapter, fused:
-        common.finish_move(folder)
-    if common.data_changed(version, adapter):
-        common.warn("the data are not those of the training", f"{run} ./fine_tune.sh")
+    common.finish_move(adapter)
+    common.finish_move(fused)
+    common.warn_of_changes(version, adapter, fused, run)
     if fused.is_dir():
-        if common.is_stale(adapter, fused):
-            common.warn(f"{fused} was made from another adapter", f"{run} ./fuse.sh")
         return fused, None, f"{run} ./fuse.sh"
     common.need(base / "config.json", "MODEL", common.download(model))
     if not adapter.is_dir():
@@ -105,14 +98,12 @@ def find_model(version, model):
 def speakers(args, settings):
     """Return the names of who replies and of who types."""
     learned = settings.authors or ["model"]
-    can_choose = settings.shape == "prompt" and settings.names
-    usual = learned[0] if can_choose or len(learned) == 1 else "model"
-    author, me = args.author or usual, args.me or "me"
-    if not can_choose and author != usual:
-        fail(f"this model was not taught to reply as {author}", "python models/chat.py")
-    if can_choose and author not in learned:
-        common.warn(f"nothing of {author} was learned, but of {', '.join(learned[:5])}")
-    return author, me if me != author else f"{me}_"
+    if len(learned) > 1 and (settings.shape == "turns" or not settings.names):
+        learned = ["model"]  # it was not told who replies
+    author = args.author or learned[0]
+    if author not in learned:
+        fail(f"this model did not learn to reply as {author}", "python models/chat.py")
+    return author, args.me if args.me != author else f"{args.me}_"
 
 
 # ---- the talk ------------------------------------------------------------------------------------
@@ -148,15 +139,14 @@ def read_message(prompt):
 
 @contextlib.contextmanager
 def silent_keys():
-    """Do not show what is typed meanwhile, which would stand amid the reply."""
+    """Hide what is typed while a reply is shown."""
     if not sys.stdin.isatty():
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = termios.tcgetattr(sys.stdin)
-    silent[3] &= ~termios.ECHO
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
@@ -169,11 +159,10 @@ def show(parts, indent):
     with silent_keys(), contextlib.suppress(stops):
         for part in parts:
             text += part.text
-            ready = text.strip()
-            print(visible(ready[shown:]).replace("\n", "\n" + indent), end="", flush=True)
-            shown = len(ready)
-            if part.finish_reason == "length":
-                end = " …\n"
+            new = visible(text.strip()[shown:])
+            print(new.replace("\n", "\n" + indent), end="", flush=True)
+            shown = len(text.strip())
+            end = " …\n" if part.finish_reason == "length" else "\n"
     print(end=end, flush=True)
     return text
 
@@ -192,15 +181,15 @@ def talk(answer, tidy, author, me):
         except KeyboardInterrupt:
             if not typed:
                 raise
-            print("\n(Ctrl-D ends the talk)")
+            print("\n(exit ends the talk)")
             continue
         if typed and message in ENDS:
             return
         if message:
             log.append((me, message))
             print(after, end="", flush=True)
-            log.append((author, tidy(show(answer(log), " " * len(after)))))
-            log = [(name, text) for name, text in log if text]
+            reply = tidy(show(answer(log), " " * len(after)))
+            log += [(author, reply)] if reply else []
 
 
 def main():
@@ -209,16 +198,13 @@ def main():
     settings = read_settings(args.version)
     folder, adapter, command = find_model(args.version, args.model)
     author, me = speakers(args, settings)
-    names = f"{folder} with {adapter}" if adapter else folder
-    print(f"loading {names}", file=sys.stderr, flush=True)
+    print(f"loading {adapter or folder}", file=sys.stderr, flush=True)
     try:
         model, tokenizer = load_model(folder, adapter)
         make_prompt([(me, "hi")], author, settings, tokenizer)
     except Exception as error:  # whatever is wrong with the files of a model
-        fail(f"{names} does not load: {error}", command)
-    temperature, top_p, top_k = sampling_of(folder).values()
-    if args.temperature is not None:
-        temperature = args.temperature
+        fail(f"{adapter or folder} does not load: {error}", command)
+    temperature, top_p, top_k = sampling_of(folder, args.temperature).values()
     sampler = make_sampler(temperature, top_p, top_k=top_k)
 
     def answer(log):
@@ -226,7 +212,7 @@ def main():
         return mlx_lm.stream_generate(model, tokenizer, prompt, args.max_tokens, sampler=sampler)
 
     if sys.stdin.isatty():
-        print("(Ctrl-D ends the talk)", file=sys.stderr, flush=True)
+        print("(exit ends the talk)", file=sys.stderr, flush=True)
     sys.stdin.reconfigure(errors="replace")
     talk(answer, cleaner(tokenizer), author, me)
 

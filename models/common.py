@@ -167,6 +167,18 @@ def is_stale(adapter, fused):
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
+def warn_of_changes(version, adapter, fused, run):
+    """Return what does not belong together any more, [(sentence, command)], and print it."""
+    found = []
+    if data_changed(version, adapter):
+        found.append(("the data are not those of the training", f"{run} ./fine_tune.sh"))
+    if is_stale(adapter, fused):
+        found.append((f"{fused} was made from another adapter", f"{run} ./fuse.sh"))
+    for warning in found:
+        warn(*warning)
+    return found
+
+
 def checkpoints(work):
     """Return {batch: file} of the checkpoints of a training, in the order of time."""
     return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}

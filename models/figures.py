@@ -13,6 +13,15 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
+# Whose replies there are; "base", "adapter" and "fused" are the models.
+LABELS = {
+    "base": "base model",
+    "adapter": "adapter",
+    "fused": "fused model",
+    "somebody else": "somebody else",
+    "reference": "other real replies",
+}
+
 # The figures of style, as shares of the replies. Change one, add one.
 EMOJI = re.compile(r"[\U0001f000-\U0001faff\u2600-\u27bf]|(?<!\w)[:;=]-?[()DPp](?!\w)")
 LOOP = re.compile(r"(?<!\S)(\S.{0,38}?)(?:\s+\1){3}(?!\S)|(.{5,40}?)\2{3}", re.DOTALL)
@@ -61,8 +70,7 @@ def told_apart(real, made):
     is_real = [True] * len(real) + [False] * len(made)
     letters = TfidfVectorizer(
         analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True
-    )
-    letters = letters.fit_transform(texts)
+    ).fit_transform(texts)
     pairs = 2 * list(range(len(real)))  # both replies of a pair are learned, or both are judged
     leads = []
     for seed in range(SPLITS):
@@ -78,6 +86,13 @@ def told_apart(real, made):
     picked = float(np.mean(np.sign(leads)) / 2 + 0.5)
     near = (picked * len(real) + 1) / (len(real) + 2)  # so that 40 of 40 has an error, too
     return picked, SPREAD * math.sqrt(near * (1 - near) / len(real))
+
+
+def add_told_apart(table, who, real, made):
+    """Add how well some replies are told from as many real ones."""
+    told, table["told apart error"][who] = told_apart(real, made)
+    table["told apart"][who] = max(told, 0.5) if who == "reference" else told  # less is chance
+    table["pairs"][who] = len(real)
 
 
 # ---- style ---------------------------------------------------------------------------------------
@@ -113,9 +128,6 @@ def add_by_heart(table, who, replies, learned):
     long = [text for text in replies if len(text) >= 20]
     found = [text for text in long if text in learned]
     if long:
-        share = len(found) / len(long)
-        near = (len(found) + 1) / (len(long) + 2)
-        table["by heart"][who] = share
-        table["by heart error"][who] = math.sqrt(near * (1 - near) / len(long))
+        table["by heart"][who] = len(found) / len(long)
         table["long replies"][who] = len(long)
         table["longest by heart"][who] = max(found, key=len, default="")

@@ -3,11 +3,10 @@
     Did it learn?             yes      10%   The chance that it gives, on average, to each next …
     Does it sound like Ann?   nearly   37%   How often a classifier, shown a real reply and the …
 
-The headline follows the worse of the two. test_on_validation.py prints them, and they head its
-page; models/figures.py has the table of figures that they come from.
+The headline follows the worse of the two. The table of figures comes from models/figures.py.
 """
 
-from models.figures import STYLE
+from models.figures import LABELS, STYLE
 
 import math
 import shlex
@@ -15,72 +14,40 @@ import textwrap
 
 FEW = 30  # fewer rows are too few to be sure of a loss
 CLOSE = 0.1  # told apart so much more often than the person's own replies: as good as they
-PHRASES = {  # what the replies do that a figure of style counts
-    "unfinished": "break off before they end",
-    "question": "ask something",
-    "emoji": "have an emoji",
-    "capital first": "begin with a capital letter",
-    "full stop last": "end with a full stop",
-    "several lines": "have several lines",
-    "looping": "say the same again and again",
-}
 
 
-# ---- figures as text -----------------------------------------------------------------------------
-def shown(table, name, who):
-    """Return a figure as text: "3.07", "0.88 ± 0.07", "84% ± 4%", "34%", of a few "2 of 7".
-
-    It has as many digits as its error leaves: 0.05 two, 0.3 one, 12 none after the point.
-    """
-    value = table[name].get(who, "")
-    error = table.get(f"{name} error", {}).get(who)
-    if not isinstance(value, float):
-        return str(value)
-    if name == "length":
-        return f"{value:,.0f}"
-    if name in ("loss", "gain"):
-        least = min(table["gain error"].values(), default=error)  # they are to be compared
-        places = max(0, -math.floor(math.log10(least))) if least > 0 else 2
-        text = f"{value:.{places}f}"
-        return text if name == "loss" else f"{text} ± {error:.{places}f}"
-    if error is not None:
-        return f"{value:.0%} ± {error:.0%}"
-    count = table["replies"].get(who, FEW)
-    return f"{value:.0%}" if count >= FEW else f"{value * count:.0f} of {count}"
-
-
+# ---- did it learn? -------------------------------------------------------------------------------
 def chance(loss):
     """Return how likely a model finds a token, on average: a loss of 2.3 is "10%", 6 "0.25%"."""
     return f"{float(f'{100 * math.exp(-loss):.2g}'):g}%"
 
 
-# ---- did it learn? -------------------------------------------------------------------------------
 def learned(table, facts):
     """Return the answer of the losses, of the first trained model beside the base."""
-    answer = {"question": "Did it learn?", "word": "unsure", "figure": "", "more": []}
+    answer = {"question": "Did it learn?", "word": "unsure", "figure": "", "bars": [], "more": []}
     if is_broken(table):
         return answer | {"word": "no", "means": "A loss is not a number: the training went wrong."}
     if not table["gain"]:
         return answer | {"means": "To tell, test the base model and a trained one together."}
     who = next(iter(table["gain"]))
-    gain, error = table["gain"][who], table["gain error"][who]
-    new, old = (shown(table, "loss", model) for model in (who, "base"))
-    answer["figure"] = chance(table["loss"][who])
+    new, old = table["loss"][who], table["loss"]["base"]
+    is_chance = abs(old - new) < 2 * table["gain error"][who]
+    answer["figure"] = chance(new)
     answer["means"] = (
         "The chance that it gives, on average, to each next token (a word or a piece of one) of "
-        f"{facts['rows']} real replies that it never saw. The base model gives "
-        f"{chance(table['loss']['base'])}. As a loss: {new} instead of {old}."
+        f"{facts['rows']} real replies that it never saw. "
+        f"As a loss: {new:.2f} instead of {old:.2f}."
     )
+    best = min(table["loss"].values())
+    for model, loss in table["loss"].items():
+        answer["bars"].append((model, math.exp(best - loss), chance(loss)))
     if facts["rows"] < FEW:
         answer["more"] = [f"That is too few replies to be sure; {FEW} would do."]
-    elif gain > 2 * error:
-        answer["word"] = "yes"
     else:
-        answer["word"] = "no"
-        answer["more"] = [] if gain < -2 * error else ["The difference may be chance."]
-    if table["kept"]:
-        kept = f"The fused model keeps {table['kept']['fused']:.0%} of what the adapter learned."
-        answer["more"].append(kept)
+        answer["word"] = "yes" if new < old and not is_chance else "no"
+        answer["more"] = ["The difference may be chance."] if is_chance else []
+    for kept in table["kept"].values():
+        answer["more"].append(f"The fused model keeps {kept:.0%} of what the adapter learned.")
     return answer
 
 
@@ -93,22 +60,26 @@ def is_broken(table):
 def sounds(table, facts):
     """Return the answer of the replies of the judged model."""
     who = facts["judged"]
-    answer = {"question": f"Does it sound like {facts['name']}?", "word": "unsure", "figure": ""}
+    question = f"Does it sound like {facts['name']}?"
+    answer = {"question": question, "word": "unsure", "figure": "", "bars": [], "more": []}
     if who not in table["told apart"]:
-        return answer | {"means": "Only 20 replies or more can tell.", "more": []}
+        return answer | {"means": "Only 20 replies or more can tell."}
     told, error = table["told apart"][who], table["told apart error"][who]
     answer["figure"] = f"{1 - told:.0%}"
     answer["means"] = (
         "How often a classifier, shown a real reply and the model's, takes the model's for the "
         f"real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
     )
-    answer["beside"] = beside(table, who, facts["name"])
+    for other, share in table["told apart"].items():
+        answer["bars"].append((other, min(1, 2 * (1 - share)), f"{1 - share:.0%}"))
     far = far_figures(table, who)
-    answer["more"] = [differs(table, who, name) for name in far]
+    for name in far:
+        mine, real = f"{table[name][who]:.0%}", f"{table[name]['reference']:.0%}"
+        answer["more"].append(f"{name.capitalize()}: {mine} of its replies, {real} of real ones.")
     if table["missing words"][who]:
         answer["more"].append(f"It never says {table['missing words'][who]}.")
 
-    floor = max(table["told apart"].get("reference", 0.5), 0.5)  # less is chance
+    floor = table["told apart"].get("reference", 0.5)
     ceiling = max(table["told apart"].get("somebody else", 1), floor + 2 * CLOSE)
     if told > (floor + ceiling) / 2:
         answer["word"] = "no"
@@ -121,61 +92,27 @@ def sounds(table, facts):
     return answer
 
 
-def passing(table, who):
-    """Return how often replies pass for real; of the person's own, more than half is chance."""
-    share = 1 - table["told apart"][who]
-    return min(share, 0.5) if who == "reference" else share
-
-
-def beside(table, who, name):
-    """Return what else passes for real: "Beside it: base 4%, somebody else 8%, Ann 47%."."""
-    shares = {other: f"{passing(table, other):.0%}" for other in table["told apart"]}
-    del shares[who]
-    if "reference" in shares:
-        shares[name] = shares.pop("reference")
-    found = ", ".join(f"{other} {share}" for other, share in shares.items())
-    return f"Beside it: {found}." if found else ""
-
-
 def far_figures(table, who):
-    """Return the shares that are over 15 points, and more than chance, from the reference's."""
-    far = []
-    for name in "unfinished", *STYLE:
-        share, real = table[name][who], table[name]["reference"]
-        both = (share + real) / 2
-        chance = math.sqrt(2 * both * (1 - both) / table["replies"][who])
-        if abs(share - real) > max(0.15, 3 * chance):
-            far.append(name)
-    return far
+    """Return the shares that are far from the reference's: over 15 points, and more than chance."""
+    least = max(0.15, 2 / math.sqrt(table["replies"][who]))
+    names = "unfinished", *STYLE
+    return [name for name in names if abs(table[name][who] - table[name]["reference"]) > least]
 
 
-def differs(table, who, name):
-    """Return a sentence about a figure of style that is far from that of the real replies."""
-    does = PHRASES.get(name, f"are of the kind “{name}”")
-    mine, real = table[name][who], table[name]["reference"]
-    return f"{mine:.0%} of its replies {does}, of the real ones {real:.0%}."
-
-
-# ---- did it learn by heart? ----------------------------------------------------------------------
 def recites(table, who):
-    """Say whether it repeats the training data by more than real replies do, and than chance."""
-    if who not in table["by heart"] or "reference" not in table["by heart"]:
-        return False
-    error = math.hypot(table["by heart error"][who], table["by heart error"]["reference"])
-    return table["by heart"][who] > table["by heart"]["reference"] + max(CLOSE, 2 * error)
+    """Say whether it repeats the training data more often than real replies do."""
+    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
+    return table["long replies"].get(who, 0) >= FEW and mine > real + CLOSE
 
 
-def by_heart(table, facts):
-    """Return the sentence about replies that stand in the training data word for word."""
-    if facts["judged"] not in table["by heart"]:
+def by_heart(table, who):
+    """Return the sentence about replies that stand in the training data, "" if all are short."""
+    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
+    if who not in table["by heart"]:
         return ""
-    counts = []
-    for who in facts["judged"], "reference":
-        of = table["long replies"].get(who, 0)
-        counts.append(f"{table['by heart'].get(who, 0) * of:.0f} of {of}")
     return (
-        f"Of its replies of 20 characters or more, {counts[0]} stand word for word in the training "
-        f"data; of the real replies to the same rows, {counts[1]}."
+        f"{mine:.0%} of its replies of 20 characters or more stand word for word in the training "
+        f"data, {real:.0%} of the real replies to the same rows."
     )
 
 
@@ -186,7 +123,7 @@ def headline(table, facts, learned, sounds):
     if is_broken(table):
         return "The training went wrong: a loss is not a number."
     if not table["gain"]:
-        return "Nothing to compare: the base model and a trained one have to be tested together."
+        return "There is nothing to compare."
     if learned["word"] == "no":
         worse = max(table["gain"].values()) < 0
         return f"It {'became worse' if worse else 'is no better'} than the base model."
@@ -198,7 +135,7 @@ def headline(table, facts, learned, sounds):
         return "There are too few replies to say whether it learned."
     if sounds["word"] == "unsure":
         return f"It learned; there are too few replies to say whether it sounds like {name}."
-    return f"It learned, and it {'nearly ' * (sounds['word'] == 'nearly')}sounds like {name}."
+    return f"It learned, and it {'' if sounds['word'] == 'yes' else 'nearly '}sounds like {name}."
 
 
 def next_steps(table, facts, learned, sounds):
@@ -209,8 +146,8 @@ def next_steps(table, facts, learned, sounds):
     best = min(list(curve)[1:], key=curve.get, default=iterations)
     steps = []
     if is_broken(table) or max(table["gain"].values(), default=0) < 0:
-        command = f"{run} LEARNING_RATE={rate / 3:.1g} ./fine_tune.sh"
-        steps.append(("Train with a third of the learning rate.", command))
+        slower = f"{run} LEARNING_RATE={rate / 3:.1g} ./fine_tune.sh"
+        steps.append(("Train with a third of the learning rate.", slower))
     elif not table["gain"]:
         steps.append(("Train an adapter.", f"{run} ./fine_tune.sh"))
     elif best <= iterations / 2 or recites(table, facts["judged"]):
@@ -237,32 +174,29 @@ def next_steps(table, facts, learned, sounds):
 
 
 def verdict(table, facts):
-    """Return {"headline": …, "answers": [two], "by heart": a sentence or "", "next": […]}.
-
-    facts: see find_facts() of test_on_validation.py.
-    """
+    """Return {"headline": …, "answers": [two], "by heart": a sentence or "", "next": […]}."""
     answers = learned(table, facts), sounds(table, facts)
     return {
         "headline": headline(table, facts, *answers),
         "answers": answers,
-        "by heart": by_heart(table, facts),
+        "by heart": by_heart(table, facts["judged"]),
         "next": next_steps(table, facts, *answers),
     }
 
 
 def as_text(verdict):
     """Yield the lines of a verdict for the terminal."""
+    indented = textwrap.TextWrapper(90, initial_indent="  ", subsequent_indent="  ").fill
     yield verdict["headline"]
     for answer in verdict["answers"]:
-        figure = f": {answer['figure']}" * bool(answer["figure"])
-        yield f"\n{answer['question']} {answer['word'].capitalize()}{figure}"
-        for sentence in filter(None, [answer["means"], answer.get("beside"), *answer["more"]]):
-            yield indented(sentence)
+        word = answer["word"].capitalize()
+        yield f"\n{answer['question']} {word}: {answer['figure']}".rstrip(": ")
+        yield indented(answer["means"])
+        for who, width, text in answer["bars"]:
+            yield f"    {LABELS[who]:18} {text:>6}  {'█' * round(40 * width)}".rstrip()
+        yield from map(indented, answer["more"])
     if verdict["by heart"]:
         yield f"\nDid it learn by heart?\n{indented(verdict['by heart'])}"
+    yield "\nWhat to do next"
     for sentence, command in verdict["next"]:
-        yield f"\nnext: {sentence}\n  {command}"
-
-
-def indented(sentence):
-    return textwrap.fill(sentence, 90, initial_indent="  ", subsequent_indent="  ")
+        yield f"  {sentence}\n    {command}"

@@ -29,9 +29,6 @@ def test_what_is_kept_of_a_gain_that_may_be_chance_is_not_said():
     assert losses(base=[10, 6], adapter=[9, 6.6], fused=[9, 6])["gain"]["adapter"] > 0
     assert losses(base=[10, 6], adapter=[9, 6.6], fused=[9, 6])["kept"] == {}
     assert losses(base=[10, 6], adapter=[11, 7], fused=[12, 8])["kept"] == {}
-
-
-def test_without_the_base_nothing_is_gained():
     assert losses(adapter=[4, 4])["gain"] == {}
 
 
@@ -101,12 +98,8 @@ def test_favourite_words_that_are_missing_are_quoted_and_whole():
 # ---- learned by heart ----------------------------------------------------------------------------
 def test_long_replies_that_stand_in_what_was_learned_are_counted():
     learned = "ann: see you at the station at nine\nbob: boh"
-    replies = [
-        "boh",
-        "see you at the station",
-        "you at the station at nine",
-        "see you at the airport",
-    ]
+    replies = ["boh", "see you at the station", "you at the station at nine"]
+    replies += ["see you at the airport"]
     table = defaultdict(dict)
     figures.add_by_heart(table, "adapter", replies, learned)
     figures.add_by_heart(table, "base", ["boh"], learned)

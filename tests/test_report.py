@@ -51,21 +51,11 @@ def page_of(folder, texts, talk=(), **forms):
     for who in said:
         figures.add_style(table, who, [*said[who].values()])
         table["unfinished"][who] = 0.0
-    facts = {"name": "bob", "author": "bob", "judged": [*forms][-1], "rows": 60, "asked": len(rows)}
-    facts |= {
-        "tokens": 3,
-        "learned": {"rows": 9, "messages": 90},
-        "run": "VERSION=v1",
-        "data": {"window": 10},
-    }
+    facts = {"name": "bob", "author": "bob", "judged": [*forms][-1], "rows": 60}
+    facts |= {"learned": {"rows": 9, "messages": 90}, "run": "VERSION=v1", "data": {"window": 10}}
     facts |= {"settings": {"version": "v1", "model": "m", "seed": 0, "replies": 100}}
     facts |= {"training": {"RANK": "8"}, "curve": [(0, 9.5), (200, 3.1), (400, 3.2)]}
-    facts |= {
-        "valid_sha256": "abc",
-        "trained": "",
-        "tested": "29 November 2026",
-        "versions": {"mlx": "0", "mlx_lm": "0"},
-    }
+    facts |= {"valid_sha256": "abc", "trained": "", "tested": "29 November 2026"}
     facts |= {"warnings": [("a <b>warning</b>", "a command")]}
     facts["verdict"] = verdict.verdict(table, facts)
     return report.render(facts, table, rows, [rows[place] for place in talk], said, folder / "v1_m")
@@ -117,32 +107,21 @@ def test_equal_replies_are_no_blind_test(tmp_path):
 
 
 def test_other_runs_on_the_same_rows_stand_beside_this_one(tmp_path):
-    run = {
-        "valid_sha256": "abc",
-        "judged": "fused",
-        "loss": {"fused": 2.5},
-        "training": {"RANK": "32"},
-    }
+    run = {"valid_sha256": "abc", "judged": "fused", "loss": {"fused": 2.5}}
+    run |= {"training": {"RANK": "32"}}
     run |= {"settings": {"version": "v1", "model": "n", "replies": 100, "seed": 0}}
     run |= {"told apart": {"fused": 0.6}, "told apart error": {"fused": 0.05}}
     run |= {"pairs": {"fused": 80}}
     fewer = run | {"pairs": {"fused": 40}}
-    others = {
-        "v1_n": run,
-        "v1_few": fewer,
-        "v2_m": run | {"valid_sha256": "other"},
-        "v1_m.before": run,
-    }
+    others = {"v1_n": run, "v1_few": fewer, "v1_m.before": run}
+    others["v2_m"] = run | {"valid_sha256": "other"}
     for name, metrics in others.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
     facts = {"valid_sha256": "abc", "judged": "adapter", "training": {"RANK": "8"}}
     facts |= {"settings": {"version": "v1", "model": "m", "replies": 100, "seed": 0}}
-    table = {
-        "loss": {"adapter": 2.75},
-        "told apart": {"adapter": 0.7},
-        "told apart error": {"adapter": 0.05},
-    }
+    table = {"loss": {"adapter": 2.75}, "pairs": {"adapter": 80}}
+    table |= {"told apart": {"adapter": 0.7}, "told apart error": {"adapter": 0.05}}
     this, few, other = report.compare(report.read_runs(tmp_path / "v1_m", facts, table))
     assert this == {
         "name": "this one", "judged": "adapter", "loss": "2.750", "taken for real": "30% ± 5%",

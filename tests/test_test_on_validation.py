@@ -171,23 +171,6 @@ def test_what_is_asked_for_must_belong_together(trained, run, change, models, te
     assert ("<b>Warning:</b>" in page) == bool(warning)
 
 
-@cases(
-    "said, flags, used",
-    {
-        "nothing said": (None, "", (0.8, 0.95, 0)),
-        "said": ({"top_k": 64, "top_p": 0.9, "temperature": 0}, "", (0, 0.9, 64)),
-        "set": ({"top_k": 64, "temperature": 1.0}, "--temperature 0.5", (0.5, 0.95, 64)),
-        "set to nought": ([{"top_k": 3}], "--top-k 0", (0.8, 0.95, 0)),
-    },
-)
-def test_sampling_is_as_the_base_says_unless_set(tmp_path, monkeypatch, said, flags, used):
-    monkeypatch.setattr(sys, "argv", [ME, *flags.split()])
-    (tmp_path / "generation_config.json").write_text(json.dumps(said))
-    args = script.settings()
-    script.set_sampling(args, tmp_path)
-    assert (args.temperature, args.top_p, args.top_k) == used
-
-
 # ---- losses and replies --------------------------------------------------------------------------
 def true_loss(project, folder, adapter=None):
     """Return the loss by its definition, row by row, and the number of tokens.
@@ -246,19 +229,13 @@ def test_of_messages_the_last_one_is_scored_and_answered(trained, run):
         roles = ["user", "assistant"] * (len(texts) // 2)
         pairs = zip(roles, texts, strict=True)
         write_rows(trained, {"messages": [{"role": role, "content": text} for role, text in pairs]})
-        assert (
-            run(
-                trained, ME, *["--models", "base", "--replies", "1", "--max-tokens", "4"]
-            ).returncode
-            == 0
-        )
+        flags = ["--models", "base", "--replies", "1", "--max-tokens", "4"]
+        assert run(trained, ME, *flags).returncode == 0
         return metrics(trained)
 
     one, two = tested("ciao", "ehi"), tested("ciao", "ehi", "come va?", "ehi")
-    assert (one["tokens"], one["length"]["reference"]) == (
-        two["tokens"],
-        two["length"]["reference"],
-    )
+    assert one["tokens"] == two["tokens"]
+    assert one["length"]["reference"] == two["length"]["reference"]
     assert one["loss"] != two["loss"]
 
 
@@ -270,9 +247,8 @@ def told(rows, asked):
     rows = [script.Row(line, talk, [], 0) for line, talk in enumerate(talks)]
     data = SimpleNamespace(rows=rows, made=SimpleNamespace(authors=["bob"], shape="turns"))
     real, table = [row.reply() for row in rows[:asked]], defaultdict(dict)
-    script.add_told_apart(
-        table, data, real, {"base": [f"{text} no!" for text in real]}, rows[:asked]
-    )
+    made = {"base": [f"{text} no!" for text in real]}
+    script.add_told_apart(table, data, real, made, rows[:asked])
     return table
 
 
@@ -301,10 +277,8 @@ def test_text_is_no_formula_for_any_spreadsheet_and_else_stays_as_it_is(tmp_path
     assert script.defuse(harmless) == harmless
     assert script.defuse("=1+1;@A\n -1\t") == "'=1+1;'@A\n '-1 "
 
-    asked = [
-        script.Row(line, [("ann", text), ("bob", text)], [], 0)
-        for line, text in enumerate(FORMULAS)
-    ]
+    talks = [[("ann", text), ("bob", text)] for text in FORMULAS]
+    asked = [script.Row(line, talk, [], 0) for line, talk in enumerate(talks)]
     said = {"reference": {row.line: row.messages[-1][1] for row in asked}}
     script.write(tmp_path / "results", "page", {"loss": float("nan")}, asked, said)
     text = (tmp_path / "results/generations.csv").read_text("utf-8-sig")

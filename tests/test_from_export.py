@@ -213,6 +213,15 @@ def test_a_jsonl_of_the_same_name_is_not_shadowed(home, main):
     assert "mine" in edited.with_name("messages_sample.jsonl.before").read_text()
 
 
+def test_on_a_disk_that_knows_no_capitals_ann_does_not_replace_Ann(home, main, monkeypatch):  # noqa: N802
+    main("chat.txt", "--version", "ann")
+    (home / "chat.txt").write_text(CHAT.replace("soup", "cake"))
+    monkeypatch.setattr(from_export.os, "listdir", lambda folder: ["messages_Ann.json"])  # a Mac's
+    error = main("chat.txt", "--version", "ann", "--replace")
+    assert "under a name with other capitals" in error and main.code == 1
+    assert "soup?" in [entry["message"] for entry in written(home, "ann")]
+
+
 # ---- report --------------------------------------------------------------------------------------
 def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, main):
     files = {"_chat.txt": CHAT, "__MACOSX/._chat.txt": "x", "a.jpg": "x"}

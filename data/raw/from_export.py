@@ -218,6 +218,9 @@ def write(target, entries, replace):
     others = [file for file in files if file.exists() and file.read_bytes() != content]
     if others and not replace:
         refuse_to_replace(others[0])
+    if target.exists() and target.name not in os.listdir(target.parent):
+        what = f"{relpath(target)} is there under a name with other capitals, which a Mac mixes up"
+        fail(what, shlex.join(["python", *sys.argv, "--version", f"{target.stem[9:]}_2"]))
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)

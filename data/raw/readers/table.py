@@ -14,9 +14,12 @@ from .shared import Message, first, sample, text_of
 
 APP = "list of messages"
 COLUMNS = {
-    "conversation": "conversation channel chat thread room group chat_name group_id",
-    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts",
-    "author": "author sender author_name sender_name username user from nick name from_id",
+    "conversation": "conversation channel chat thread room group conversation_id chat_name "
+    "group_id chat_session",
+    "time": "time timestamp date datetime created_at sent_at created sent timestamp_ms ts "
+    "created_utc createtime message_date",
+    "author": "author sender sender_name username user from nick nickname name display_name "
+    "author_name user_name from_id",
     "text": "message text content body msg contents",
 }
 LIKE = {  # a column with one of these words in its name is what it says

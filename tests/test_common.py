@@ -185,7 +185,7 @@ def test_new_files_are_for_their_owner_alone_and_the_hub_is_not_asked():
 def test_without_the_packages_it_says_how_to_get_them():
     done = python("", "-S")  # without site-packages
     assert done.returncode == 1
-    assert done.stderr.startswith("error: the package jinja2 is not installed for ")
+    assert done.stderr.startswith("error: the package babel is not installed for ")
     assert "\nFIX: " in done.stderr and "Traceback" not in done.stderr
 
 

@@ -4,11 +4,10 @@
     VERSION=sample python build_train.py             # the sample that comes with the guide
     python build_train.py --only-author ann --gap 3  # a model that answers as ann
 
-Reads   data/raw/messages_${VERSION}.json, or .jsonl (one entry a line), as data/raw/from_export.py
-        writes it, or in one of the two other shapes that data/messages.py shows
-        models/base/${MODEL}/, its tokenizer, if it is there
-Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (one row a line), dropped.jsonl
-        (every entry that is in neither of them, and why), settings.json (how they were made)
+Reads   data/raw/messages_${VERSION}.json or .jsonl, which data/messages.py describes, and the
+        tokenizer in models/base/${MODEL}/, if it is there
+Writes  data/for_train/${VERSION}/: train.jsonl and valid.jsonl (a row a line), dropped.jsonl (all
+        other entries, and why), settings.json (how they were made)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
@@ -73,7 +72,7 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 
 
 def read_settings(words):
-    """Return the settings of this run; end it if one of them cannot be."""
+    """Return the settings of this run; end it if one of them is wrong."""
     s = parser.parse_args(words)
     common.check_names(s.version, s.model)
     if len(s.only_author) > 1:
@@ -105,13 +104,12 @@ class Row:
     context: list[Message]  # oldest first
     message: Message
     talk: int  # the number of its talk
-    start: int  # place of the oldest message of the context, counted through all talks
-    end: int  # place of the reply
+    places: range  # of its messages, counted through all talks
     tokens: int = 0
+    rule: str = ""  # the name of the rule that dropped it
     reply = property(lambda row: row.message.text)
     author = property(lambda row: row.message.author)
     texts = property(lambda row: [message.text for message in (*row.context, row.message)])
-    places = property(lambda row: range(row.start, row.end + 1))
 
 
 def say(title, text):
@@ -119,29 +117,33 @@ def say(title, text):
     print(visible(f"{title:10} {text}"))
 
 
+def kept(rows):
+    """Return the rows that no rule has dropped so far."""
+    return [row for row in rows if not row.rule]
+
+
 def shuffled(items, seed):
     """Return the items in a random order, the same for the same seed."""
     return random.Random(seed).sample(items, len(items))  # noqa: S311 (it is no secret)
 
 
-# ---- read: see data/messages.py ------------------------------------------------------------------
+# ---- who is learned ------------------------------------------------------------------------------
 def check_author(conversations, s, raw):
-    """End the run if nobody is called as --only-author says; propose who was meant."""
+    """End the run if nobody has the name of --only-author; propose one who is there."""
     authors = Counter(message.author for log in conversations.values() for message in log)
     names = [name for name, _ in authors.most_common() if name]
     if s.only_author in ["", *names]:
         return
-    build = f"VERSION={s.version} python build_train.py"
-    if not names:
-        fail(f'no entry of {raw} says its "author"', build)
-    near = difflib.get_close_matches(s.only_author, names[:5000], 1) or names
-    what = f"no message of {raw} is by {s.only_author!a}; most are by {', '.join(names[:5])}"
-    fail(what, f"{build} --only-author {shlex.quote(near[0])}")
+    near = difflib.get_close_matches(s.only_author, names[:5000], 1) or names[:1]
+    flags = "".join(f" --only-author {shlex.quote(name)}" for name in near)
+    there = ", ".join(names[:5]) or "people without a name"
+    what = f"no message of {raw} is by {s.only_author!a}; most are by {there}"
+    fail(what, f"VERSION={s.version} python build_train.py{flags}")
 
 
 # ---- lay out: messages → talks → rows, and the places of their messages --------------------------
 def in_order(log):
-    """Return the log in the order of time, in the order of the file if a time is not known."""
+    """Return the log in the order of time, or as it is if a time is not known."""
     if any(message.time is None for message in log):
         return log
     back = sum(a.time > b.time for a, b in pairwise(log))
@@ -151,7 +153,7 @@ def in_order(log):
 
 
 def talks_of(log, s):
-    r"""Return the log as talks, which silence ends; in a talk, what is one turn is one message.
+    r"""Return the log as talks, which end in silence; messages of one turn become one.
 
     ann "hi", ann "are you there?", bob "yes" → [[ann "hi\nare you there?", bob "yes"]]
     """
@@ -173,26 +175,26 @@ def talks_of(log, s):
 
 def joined(turn):
     """Return the messages of a turn as one message."""
-    text = "\n".join(message.text for message in turn)
-    return replace(turn[0], text=text) if len(turn) > 1 else turn[0]
+    return replace(turn[0], text="\n".join(message.text for message in turn))
 
 
 def rows_of_talk(messages, talk, place, s):
-    """Return a row for each message, whose context are the --window messages before it.
+    """Return a row for each message; its context is the --window messages before it.
 
     a b c, --window 1 → (nothing) a, at the first place; a b; b c
     """
     rows = []
     for end, message in enumerate(messages):
         start = max(0, end - s.window)
-        rows.append(Row(messages[start:end], message, talk, place + start, place + end))
+        places = range(place + start, place + end + 1)
+        rows.append(Row(messages[start:end], message, talk, places))
     return rows
 
 
 def overlap(before, texts):
     """Return how many texts at the end of `before` begin `texts`: (a b c, b c d) → 2.
 
-    The last of `before` may be another: (a b c R, b c d) → 3; some contexts lack one's own replies.
+    The last of `before` may be another: (a b c R, b c d) → 3; some contexts lack the replies.
     """
     for size in range(min(len(before), len(texts)), 1, -1):
         if before[-size] == texts[0] and before[-size:-1] == texts[: size - 1]:
@@ -201,7 +203,7 @@ def overlap(before, texts):
 
 
 def rows_of_ready(messages, talk, place, is_one_talk, s):
-    """Return the rows of messages that brought their contexts, laid end to end where these overlap.
+    """Return the rows of messages that have their contexts, laid end to end where these overlap.
 
     a b → c,  b c → d,  x → y        a at place 0, b 1, c 2, d 3; x far away, in a talk of its own
     """
@@ -210,52 +212,44 @@ def rows_of_ready(messages, talk, place, is_one_talk, s):
         texts = [each.text for each in (*message.context, message)]
         shared = overlap(before, texts)
         if rows and not shared:
-            place += s.stride  # so far that --stride leaves both
+            place += s.stride  # far enough for --stride to keep both
             talk += not is_one_talk
-        start = place - shared
-        place = start + len(texts)
-        rows.append(Row(message.context, message, talk, start, place - 1))
+        places = range(place - shared, place - shared + len(texts))
+        place = places.stop
+        rows.append(Row(message.context, message, talk, places))
         before = texts
     return rows
 
 
-def lay_out(conversations, s, dropped):
+def lay_out(conversations, s):
     """Return the rows, one for each message or turn."""
-    rows, messages_in_turns = [], 0
+    rows, empty = [], []
     for conversation, messages in conversations.items():
         log = [message for message in messages if message.context is None]
-        dropped.extend((message, "empty") for message in log if not message.text)
-        log = [message for message in log if message.text]
-        for talk in talks_of(log, s):
+        empty += [Row([], m, 0, range(1), rule="empty") for m in log if not m.text]
+        for talk in talks_of([message for message in log if message.text], s):
             rows += rows_of_talk(talk, *next_free(rows), s)
-            messages_in_turns -= len(talk)
-        messages_in_turns += len(log)
         ready = [message for message in messages if message.context is not None]
         rows += rows_of_ready(ready, *next_free(rows), bool(conversation), s)
-    if messages_in_turns:
-        what = f"{messages_in_turns:,} messages to the one before, of the same author, as one turn"
-        say("joined", what)
-    return rows
+    return rows + empty
 
 
 def next_free(rows):
     """Return the number of the next talk, and its first place."""
-    return (rows[-1].talk + 1, rows[-1].end + 1) if rows else (0, 0)
+    return (rows[-1].talk + 1, rows[-1].places.stop) if rows else (0, 0)
 
 
 # ---- choose: a row is dropped by the first rule that is true; remove a line, change it, add one --
 BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot"}
-COMMAND = re.compile(r"[!/][^\W\d_]\w*(\s|$)")  # not "/etc/fstab"
 is_number = cache(re.compile(r"[\s.,:+%-]*\d[\d\s.,:+%-]*").fullmatch)
-LINK = re.compile(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/")
 # fmt: off
 RULES = {
     "empty":          lambda row, s: not row.reply,
     "no context":     lambda row, s: not row.context,
     "other author":   lambda row, s: s.only_author and row.author != s.only_author,
     "bot":            lambda row, s: row.author.casefold() in BOTS,
-    "bot command":    lambda row, s: COMMAND.match(row.reply),
-    "link":           lambda row, s: LINK.search(row.reply),
+    "bot command":    lambda row, s: re.match(r"[!/][^\W\d_]\w*(\s|$)", row.reply),  # no path
+    "link":           lambda row, s: re.search(r"(?i)://|www\.|(?<=\w)\.[a-z]{2,6}/", row.reply),
     "too short":      lambda row, s: len(row.reply) < 2,
     "too long":       lambda row, s: len(row.reply) > 1000,
     "personal data":  lambda row, s: "[…]" in row.reply,
@@ -283,51 +277,44 @@ def share(test, items):
 
 @cache
 def folded(text):
-    """Return it without case, punctuation and space: "Ciao,  MAMMA!!" → "ciaomamma"; "?!" stays."""
-    return text.casefold().translate(PUNCTUATION) or text
+    """Return text without case, punctuation and space: "Ciao,  MAMMA!!" → "ciaomamma"."""
+    return text.casefold().translate(PUNCTUATION) or text  # "?!" stays
 
 
-def choose(rows, s, dropped):
-    """Return the rows that pass all rules; add (message, rule) to `dropped` for the others."""
+def choose(rows, s):
+    """Drop the rows that break a rule."""
     rules = [(name, rule) for name, rule in RULES.items() if name not in s.off]
-    exchanges, replies = set(), Counter()  # of the rows that are kept
-    kept = []
-    for row in rows:
-        broken = next((name for name, rule in rules if rule(row, s)), None)
-        if not broken:
-            reply = folded(row.reply)
-            exchange = tuple(map(folded, row.texts))
-            repeats = {
-                "duplicate": exchange in exchanges,
-                "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
-                "stock reply": replies[reply] >= max(5, STOCK_SHARE * (len(kept) + 1) - 1),
-            }
-            broken = next((name for name in repeats if repeats[name] and name not in s.off), None)
-        if broken:
-            dropped.append((row.message, broken))
+    exchanges, replies, count = set(), Counter(), 0  # of the rows that are kept
+    for row in kept(rows):
+        row.rule = next((name for name, rule in rules if rule(row, s)), "")
+        if row.rule:
             continue
-        kept.append(row)
-        exchanges.add(exchange)
-        replies[reply] += 1
-    return kept
+        reply = folded(row.reply)
+        exchange = tuple(map(folded, row.texts))
+        repeats = {
+            "duplicate": exchange in exchanges,
+            "pasted again": len(row.reply) >= 80 and replies[reply] > 0,
+            "stock reply": replies[reply] >= max(5, STOCK_SHARE * (count + 1) - 1),
+        }
+        row.rule = next((name for name in repeats if repeats[name] and name not in s.off), "")
+        if not row.rule:
+            exchanges.add(exchange)
+            replies[reply] += 1
+            count += 1
 
 
-BETWEEN = "between rows (--stride)"
+def thin_out(rows, s):
+    """Drop training rows so that replies are --stride messages apart, from the end of each talk.
 
-
-def thin_out(rows, s, dropped):
-    """Return training rows whose replies are --stride messages apart, from the end of each talk.
-
-    Of replies at 1, 2, … 20 with windows of ten: 10 (its window is 0 to 10) and 20 (10 to 20).
+    Of replies at 1, 2, … 20 with windows of ten stay 10 (its window is 0 to 10) and 20 (10 to 20).
     """
-    kept = []
+    after = None
     for row in reversed(rows):
-        is_near = kept and kept[-1].talk == row.talk and kept[-1].end - row.end < s.stride
-        if is_near and not row.message.prompt:
-            dropped.append((row.message, BETWEEN))
+        is_same = after and after.talk == row.talk and not row.message.prompt
+        if is_same and after.places.stop - row.places.stop < s.stride:
+            row.rule = "between rows (--stride)"
         else:
-            kept.append(row)
-    return kept[::-1]
+            after = row
 
 
 # ---- rows as the trainer reads them --------------------------------------------------------------
@@ -362,17 +349,16 @@ def find_tokenizer(s):
     """Return the tokenizer of the base model, None if there is no base model."""
     folder = Path("models/base", s.model)
     if not folder.is_dir():
-        fixes = [f"export MODEL={path.parent.name}" for path in folder.parent.glob("*/config.json")]
+        others = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
         what = f"there is no base model in {folder}, so tokens are ESTIMATED"
-        common.warn(what, common.download(s.model), *sorted(fixes))
+        common.warn(what, common.download(s.model), *(f"export MODEL={name}" for name in others))
         return None
-    say("counting", f"tokens with the tokenizer and chat template of {folder}")
     from models.chat_template import load_tokenizer  # here, because it takes a second
 
     try:
         tokenizer = load_tokenizer(folder)
         count_tokens([{"prompt": "Hi!", "completion": "Hello"}], tokenizer)
-    except Exception as error:  # whatever a broken common.download leads to
+    except Exception as error:  # whatever a broken download leads to
         fail(f"the tokenizer of {folder} does not work: {error!r}", common.download(s.model))
     return tokenizer
 
@@ -387,9 +373,8 @@ def count_tokens(rows, tokenizer):
     return [len(tokens) for tokens in encode(texts, add_special_tokens=False)]
 
 
-def fit(rows, s, tokenizer, dropped):
-    """Return the rows that fit --max-seq-length, if need be without their oldest messages."""
-    kept = []
+def fit(rows, s, tokenizer):
+    """Make the rows fit --max-seq-length, if need be without their oldest messages; drop others."""
     for i in bar(range(0, len(rows), 1000), "counting tokens"):
         part = rows[i : i + 1000]
         counts = count_tokens([training_row(row, s) for row in part], tokenizer)
@@ -398,10 +383,7 @@ def fit(rows, s, tokenizer, dropped):
             if row.tokens > s.max_seq_length:
                 shorten(row, s, tokenizer)
             if row.tokens > s.max_seq_length:
-                dropped.append((row.message, "over --max-seq-length"))
-            else:
-                kept.append(row)
-    return kept
+                row.rule = "over --max-seq-length"
 
 
 def shorten(row, s, tokenizer):
@@ -416,24 +398,18 @@ def shorten(row, s, tokenizer):
         row.context, row.tokens = shorter.context, tokens
 
 
-def drop_repeated(train, valid, s, dropped):
-    """Return valid without the rows that are, word for word, in train too."""
-    held = {str(training_row(row, s)) for row in valid}
-    repeated = {text for row in train if (text := str(training_row(row, s))) in held}
-    kept = []
+def drop_repeated(train, valid, s):
+    """Drop the rows of valid that are, word for word, in train too."""
+    trained = {str(training_row(row, s)) for row in train}
     for row in valid:
-        if str(training_row(row, s)) in repeated:
-            dropped.append((row.message, COPY))
-        else:
-            kept.append(row)
-    return kept
+        if str(training_row(row, s)) in trained:
+            row.rule = COPY
 
 
 def order(rows, seed):
     """Return the rows the longest first: mlx-lm makes batches of them in this order.
 
-    subtle: it never uses the last rows, if they fill no batch; drawn at random they are no
-    biased sample of what is to be learned.
+    subtle: it never uses the last rows if they do not fill a batch, so these are drawn at random.
     """
     rest = max((len(rows) % batch for batch in range(1, min(16, len(rows)) + 1)), default=0)
     rows = shuffled(rows, seed)
@@ -441,83 +417,62 @@ def order(rows, seed):
 
 
 # ---- tell what came out --------------------------------------------------------------------------
-def print_table(s, dropped):
+def print_table(dropped):
     """Print how many rows each rule dropped, and the first of them."""
-    counts = Counter(rule for _, rule in dropped)
-    first = {rule: " ".join(message.text.split())[:60] for message, rule in reversed(dropped)}
-    print(f"\n{'rule':34}{'dropped':>9}   for example")
-    for rule in dict.fromkeys([*ALL_RULES, *counts]):
-        if rule in counts:
-            print(visible(f"{rule:34}{counts[rule]:>9,}   {first[rule]}".rstrip()))
-    if s.off:
-        print("switched off:", ", ".join(s.off))
+    first = {row.rule: " ".join(row.reply.split()) for row in reversed(dropped)}
+    print(f"\n{'rule':30}{'dropped':>9}  for example")
+    for rule, count in Counter(row.rule for row in dropped).most_common():
+        print(visible(f"{rule:30}{count:>9,}  {first[rule]:.39}".rstrip()))
     print()
 
 
-def check_split(train, valid, dropped, raw):
-    """End the run if too few rows are left, or if a training row holds a held-out message."""
-    if not train or not valid:
-        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
-        fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
-    held = set().union(*(row.places for row in valid))
-    shared = sum(not held.isdisjoint(row.places) for row in train)
-    if shared:
-        fail(f"{shared} training rows hold messages of validation rows", "# report this bug")
-    say("held out", f"{len(held):,} messages are for validation; no training row holds one of them")
-    if copies := sum(rule == COPY for _, rule in dropped):
-        say("", f"{copies:,} other rows do not validate, because training rows say the same")
-
-
-def report(train, valid, dropped):
-    """Print how many rows and tokens there are."""
-    between = sum(rule == BETWEEN for _, rule in dropped)
-    counts = f"{len(train):,} rows to train, {len(valid):,} to validate"
-    others = f"{between:,} in prompts of others, {len(dropped) - between:,} dropped"
-    say("split", f"{counts}, {others}")
+def tell_sizes(train, valid):
+    """Print how many rows and tokens there are; prove that no message is in both sets."""
     for name, rows in ("train", train), ("valid", valid):
         tokens = [row.tokens for row in rows]
-        say(name, f"{sum(tokens):,} tokens, longest row {max(tokens):,}")
+        say(name, f"{len(rows):,} rows, {sum(tokens):,} tokens, longest row {max(tokens):,}")
+    held_out = set().union(*(row.places for row in valid))
+    if any(not held_out.isdisjoint(row.places) for row in train):
+        fail("a training row holds a message of a validation row", "# report this bug")
+    say("held out", "no message of a validation row stands in a training row")
     say("one epoch", f"{len(train) // 2:,} iterations at BATCH_SIZE=2")
 
 
 def tell_private(rows):
     """Print what may still be private in the messages of the rows, for --block."""
-    texts = dict.fromkeys(message.text for row in rows for message in (*row.context, row.message))
-    found = [part for part in map(looks_private, texts) if part]
+    texts = dict.fromkeys(text for row in rows for text in row.texts)
+    found = [" ".join(part.split()) for part in map(looks_private, texts) if part]
     if found:
-        say("private?", f"{len(found):,} of the messages may hold a password, a code, an address:")
+        say("private?", f"{len(found):,} found that may be a password, a code or an address:")
         for part in list(dict.fromkeys(found))[:8]:
-            say("", part[:80])
-        say("", "write what to hide to a file, one a line, and add --block FILE")
+            say("", f"  {part:.65}")
+        say("", "to hide some, write them to a file, one a line, and add --block FILE")
 
 
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
-    (0, "it runs, but so few teach hardly more than the tone: more chat helps most"),
-    (100, "the tone comes through; four times as many lower the loss by another 4 to 5 %"),
-    (500, "enough to sound like somebody; four times as many lower the loss by another 4 to 5 %"),
-    (2000, "plenty"),
+    (0, "hardly: it learns little more than the tone; more chat helps most"),
+    (100, "for the tone, yes; 4 times as many rows: loss 4 to 5 % lower"),
+    (500, "yes, to sound like somebody; 4 times as many rows: loss 4 to 5 % lower"),
+    (2000, "yes, plenty"),
 ]
 
 
 def tell_who(train, s):
-    """Say whose replies are learned, and whether they are enough."""
-    [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
-    authors = {row.author for row in train if row.author}
+    """Print whose replies are learned, and whether they are enough."""
     if s.only_author:
-        who = f"to reply as {s.only_author}"
-    elif authors:
-        build = f"python build_train.py --only-author {shlex.quote(s.authors[0])}"
-        who = f"to reply as everybody, {len(authors):,} people (as one of them: {build})"
+        who = s.only_author
+    elif s.authors:
+        who = f"everybody (as one of them: add --only-author {shlex.quote(s.authors[0])})"
     else:
-        who = "to reply as everybody: the chat does not say who wrote what"
-    say("it learns", who)
-    say("", f"from {len(train):,} rows: {enough}")
+        who = "everybody (the chat does not say who wrote what)"
+    [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
+    say("it learns", f"to reply as {who}")
+    say("enough?", enough)
 
 
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
     """Write {name: lines} to the folder, whole or not at all; return where the old one is now."""
-    to_json = json.JSONEncoder(ensure_ascii=False).encode
     parent = common.beside(folder, "work").parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as work:
@@ -525,43 +480,51 @@ def write(folder, files):
         new.mkdir()
         for name, lines in files.items():
             with (new / name).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(to_json(line) + "\n" for line in lines)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return common.into_place(new, folder, ours=list(files))
 
 
 def tell_replaced(before, version):
     """Say what the data of before were, and which adapters were trained on them."""
-    rows = len((before / "train.jsonl").read_bytes().splitlines())
-    author = json.loads((before / "settings.json").read_bytes())["only_author"]
-    what = f"the data of {author or 'everybody'} ({rows:,} rows to train)"
-    trained_on = common.checksum(before / "train.jsonl")
+    train, settings = before / "train.jsonl", before / "settings.json"
+    if not (train.is_file() and settings.is_file()):
+        return
+    author = json.loads(settings.read_bytes())["only_author"] or "everybody"
+    rows = len(train.read_bytes().splitlines())
+    say("replaced", f"the data of {author} ({rows:,} rows to train); they are in {before}")
     for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
-        if common.settings_of(adapter).get("TRAIN_SHA256") == trained_on:
-            what += f", on which {adapter} was trained"
-    say("replaced", f"{what}; they are in {before}")
+        if common.settings_of(adapter).get("TRAIN_SHA256") == common.checksum(train):
+            say("", f"{adapter} was trained on them")
 
 
 # ---- the run -------------------------------------------------------------------------------------
-def make_rows(raw, s, tokenizer, dropped):
-    """Return (training rows, validation rows); add (message, rule) to `dropped` for the others."""
+def make_rows(raw, s, tokenizer):
+    """Return the rows to train with, those to validate with, and those that are dropped."""
     tokens = control_tokens(tokenizer) if tokenizer else []
     tidy, name = cleaners("personal data" not in s.off, s.block, tokens)
     conversations = read(raw, tidy, name)
     s.only_author = name(s.only_author)
     check_author(conversations, s, raw)
 
-    rows = choose(lay_out(conversations, s, dropped), s, dropped)
-    settle_names(rows, s)
-    talks, seen = len({row.talk for row in rows}), "names" if s.names else "no names"
-    say("rows", f"{len(rows):,} of {talks:,} talks; the model sees {seen}")
+    rows = lay_out(conversations, s)
+    choose(rows, s)
+    good = kept(rows)
+    settle_names(good, s)
+    talks, seen = len({row.talk for row in good}), "sees" if s.names else "does not see"
+    say("rows", f"{len(good):,} (talks: {talks:,}); the model {seen} who says what")
 
-    train, drawn = split(rows, s.valid_size, s.valid_rows, s.seed, dropped) if rows else ([], [])
-    valid = shuffled(drop_copies(train, drawn, dropped), s.seed)
-    dropped.extend((row.message, "split: beyond --valid-rows") for row in valid[s.valid_rows :])
-    train = fit(thin_out(train, s, dropped), s, tokenizer, dropped)
-    valid = fit(valid[: s.valid_rows], s, tokenizer, dropped)
-    valid = drop_repeated(train, valid, s, dropped)
-    return order(train, s.seed), order(valid, s.seed)
+    train, valid = split(good, s.valid_size, s.valid_rows, s.seed) if good else ([], [])
+    drop_copies(train, valid)
+    valid = shuffled(kept(valid), s.seed)
+    for row in valid[s.valid_rows :]:
+        row.rule = "split: beyond --valid-rows"
+    thin_out(train, s)
+    train, valid = kept(train), kept(valid)
+    fit(train + valid, s, tokenizer)
+    drop_repeated(kept(train), kept(valid), s)
+
+    dropped = sorted((row for row in rows if row.rule), key=lambda row: row.message.entry)
+    return order(kept(train), s.seed), order(kept(valid), s.seed), dropped
 
 
 def main():
@@ -569,29 +532,29 @@ def main():
     s = read_settings(sys.argv[1:])
     os.chdir(common.ROOT)
     raw, folder = find_raw(s.version), Path("data/for_train", s.version)
-    changed = {n: v for n, v in vars(s).items() if v and v != parser.get_default(n)}
-    say("reading", f"{raw} with " + ", ".join(f"{n} {v!a}" for n, v in changed.items()))
+    say("reading", " ".join([str(raw), *sys.argv[1:]]))
 
-    dropped = []
-    train, valid = make_rows(raw, s, find_tokenizer(s), dropped)
-    dropped.sort(key=lambda item: item[0].entry)
-    print_table(s, dropped)
-    check_split(train, valid, dropped, raw)
-    report(train, valid, dropped)
+    train, valid, dropped = make_rows(raw, s, find_tokenizer(s))
+    print_table(dropped)
+    if not train or not valid:
+        what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
+        fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
+    tell_sizes(train, valid)
     tell_private(train + valid)
     authors = Counter(row.author for row in train if row.author)
     s.authors = [author for author, _ in authors.most_common(100)]
     tell_who(train, s)
 
-    lines = ({"entry": m.entry, "rule": rule, "message": m.text} for m, rule in dropped)
     files = {
-        "train.jsonl": (training_row(row, s) for row in train),
-        "valid.jsonl": (training_row(row, s) for row in valid),
-        "dropped.jsonl": lines,
+        "train.jsonl": [training_row(row, s) for row in train],
+        "valid.jsonl": [training_row(row, s) for row in valid],
+        "dropped.jsonl": [
+            {"entry": row.message.entry, "rule": row.rule, "message": row.reply} for row in dropped
+        ],
         "settings.json": [vars(s)],
     }
     before = write(folder, files)
-    if before and all((before / name).is_file() for name in files):
+    if before:
         tell_replaced(before, s.version)
     say("written", f"{folder}/: {', '.join(files)}")
     say("next", f"VERSION={s.version} MODEL={s.model} ./fine_tune.sh")

@@ -13,7 +13,7 @@
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
 # ---- settings: edit a value behind :- ------------------------------------------------------------
-set -a                                   # Python sees them, too
+set -a                                   # the Python programs read them, too
 VERSION=${VERSION:-v1}                   # which data: data/for_train/VERSION
 MODEL=${MODEL:-gemma-3-text-27b-it-4bit} # which base model: models/base/MODEL
 ITERS=${ITERS:-auto}                     # batches to train on; auto: one epoch, at most 1,200 rows
@@ -23,19 +23,19 @@ MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-1024}   # most tokens in a row, as in build_tra
 LEARNING_RATE=${LEARNING_RATE:-auto}     # auto: by the model's size; a loss that jumps: a third
 RANK=${RANK:-32}                         # size of the adapter, 4 to 64; overfitting: 8
 SCALE=${SCALE:-10.0}                     # factor on what the adapter adds; a loss that jumps: 5
-DROPOUT=${DROPOUT:-0.0}                  # share of its input dropped; overfitting: to 0.2
+DROPOUT=${DROPOUT:-0.0}                  # share of its input that is dropped; overfitting: to 0.2
 NUM_LAYERS=${NUM_LAYERS:--1}             # layers to train, counted from the last; -1 all
 EMBEDDINGS=${EMBEDDINGS:-1}              # 1 adapts the token embeddings too
 MASK_PROMPT=${MASK_PROMPT:-0}            # 1 learns replies only; 0 is better where prompts are chat
-EVAL_EVERY=${EVAL_EVERY:-200}            # batches from one checkpoint that is scored to the next
-SEED=${SEED:-0}                          # another whole number, another order of the batches
-CHECK_MEMORY=${CHECK_MEMORY:-1}          # 0 trains though it seems not to fit; a Mac may crash
+EVAL_EVERY=${EVAL_EVERY:-200}            # batches between two checkpoints that are scored
+SEED=${SEED:-0}                          # another whole number: the batches in another order
+CHECK_MEMORY=${CHECK_MEMORY:-1}          # 0 trains even if it seems not to fit; a Mac may crash
 LAUNCH=${LAUNCH:-}                       # several machines: "mlx.launch --hostfile hosts.json --"
 RESUME=${RESUME:-auto}                   # after an interrupted run: 1 goes on, 0 starts anew
 set +a
 # --------------------------------------------------------------------------------------------------
 
-fail() { # what is wrong, and the commands that mend it
+fail() { # what is wrong, and the commands that fix it
   echo "error: $1" >&2
   shift
   printf 'FIX: %s\n' "$@" >&2
@@ -55,33 +55,23 @@ export HF_HUB_OFFLINE=1                                  # nothing leaves this m
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # MLX 0.32 fails where it sees several
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
-if [ -L "$adapter" ]; then # on another disk, perhaps
-  adapter=$(cd "$adapter" && pwd -P) || fail "$adapter leads nowhere" "ls -l $adapter"
-fi
+if [ -L "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # it may be on another disk
 hidden=$(dirname "$adapter")/.$(basename "$adapter")
-work=$hidden.partial # all is made here; the adapter itself changes at the very end
-train=data/for_train/$VERSION/train.jsonl
-valid=data/for_train/$VERSION/valid.jsonl
+work=$hidden.partial # everything is made here; the adapter itself changes at the very end
+train=data/for_train/$VERSION/train.jsonl valid=data/for_train/$VERSION/valid.jsonl
 again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
-newest= # the last checkpoint of an interrupted run
-for file in "$work"/0*.safetensors; do
-  if [ -f "$file" ]; then newest=$file; fi
-done
-
 # ---- checks, before a model is loaded ------------------------------------------------------------
-install="source venv/bin/activate"
-if [ "${VIRTUAL_ENV:-}" ]; then install="pip install -r requirements.txt"; fi
-command -v mlx_lm.lora >/dev/null || fail "mlx_lm.lora was not found" "$install"
-
+command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
+newest=$(find "$work" -maxdepth 1 -name '0*' 2>/dev/null | sort | tail -n 1) # checkpoint, if any
 if [ "$RESUME" = 1 ]; then
   [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"
-  . "$work/settings" # it goes on with those that it was started with, and with its data
-  train=$work/data/train.jsonl
-  valid=$work/valid.jsonl
+  # shellcheck source=/dev/null
+  . "$work/settings" # a resumed run keeps the settings it was started with, and its data
+  train=$work/data/train.jsonl valid=$work/valid.jsonl
 fi
-plan=$(python -m models.check_training "$train" "$valid") # ITERS=600 and so on: auto no more
-eval "$plan"                                              # numbers and quoted words, no more
+plan=$(python -m models.check_training "$train" "$valid") # ITERS=600 and so on, in place of auto
+eval "$plan"                                              # only numbers and quoted words
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
 exec 9>"$hidden.lock"
@@ -89,7 +79,7 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $adapter" "# wait until it is done, or end it"
 
 # ---- start, or go on -----------------------------------------------------------------------------
-full() { fail "nothing can be written to $work" "df -h models/adapters  # free space, then: $again"; }
+full() { fail "cannot write to $work" "df -h models/adapters  # free space, then: $again"; }
 if [ "$RESUME" = 1 ]; then
   batches_done=$((10#$(basename "$newest" .safetensors))) # 10#: 0000200 is not octal
   echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"
@@ -106,8 +96,8 @@ else
 fi
 
 # ---- train ---------------------------------------------------------------------------------------
-# What mlx_lm.lora has no flags for. The rate rises for some batches, then falls to 0 in a straight
-# line; a resumed run takes the line up where it was.
+# What mlx_lm.lora has no flags for. The rate rises for a few batches, then falls to 0 in a straight
+# line; a resumed run rejoins that line where it stopped.
 left=$((ITERS - batches_done))
 warmup=$((left < 20 ? left / 2 : 10))
 rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
@@ -127,18 +117,18 @@ mask_prompt: $MASK_PROMPT
 YAML
 
 interrupted() {
-  echo "interrupted: the adapter of before, if any, is as it was" >&2
-  echo "FIX: RESUME=1 $again  # goes on from the last checkpoint, if there is one" >&2
+  echo "interrupted: an older adapter stays as it was
+FIX: RESUME=1 $again  # goes on from the last checkpoint, if there is one" >&2
   exit 130
 }
 trap interrupted INT
 if [ "$(uname)" = Darwin ]; then
   caffeinate -i -w $$ 9>&- & # a Mac does not fall asleep while this script runs
 fi
-# To resume from there is a checkpoint every 50 batches, which 27B takes about ten minutes for.
+# A checkpoint to resume from every 50 batches, which take 27B about ten minutes.
 save_every=$((EVAL_EVERY % 50 == 0 ? 50 : EVAL_EVERY))
 if [ "$left" -gt 0 ]; then
-  # Links to the files of the base model, and a chat template that does not ask it to think.
+  # Links to the files of the base model, with a chat template that does not ask it to think.
   python -m models.chat_template "models/base/$MODEL" "$work/base/$MODEL"
   # shellcheck disable=SC2086 # LAUNCH is several words
   python -m models.watch_training "$work" "$batches_done" "$ITERS" \
@@ -147,14 +137,9 @@ if [ "$left" -gt 0 ]; then
     --data "$work/data" \
     --adapter-path "$work/run" \
     --config "$work/lora_config.yaml" \
-    --num-layers "$NUM_LAYERS" \
-    --batch-size "$BATCH_SIZE" \
-    --iters "$left" \
-    --learning-rate "$LEARNING_RATE" \
-    --max-seq-length "$MAX_SEQ_LENGTH" \
-    --save-every "$save_every" \
-    --steps-per-report 1 \
-    --seed "$((SEED + batches_done))" \
+    --num-layers "$NUM_LAYERS" --max-seq-length "$MAX_SEQ_LENGTH" \
+    --batch-size "$BATCH_SIZE" --iters "$left" --seed "$((SEED + batches_done))" \
+    --learning-rate "$LEARNING_RATE" --save-every "$save_every" --steps-per-report 1 \
     ${newest:+--resume-adapter-file "$newest"}
 fi
 

@@ -9,14 +9,14 @@
 # Exit    0 done, 1 bad input or environment, 2 wrong usage, 130 Ctrl-C
 
 # ---- settings: edit a value behind :- ------------------------------------------------------------
-set -a                                   # Python sees them, too
+set -a                                   # the Python programs read them, too
 VERSION=${VERSION:-v1}                   # which data the adapter was trained on
 MODEL=${MODEL:-gemma-3-text-27b-it-4bit} # which base model: models/base/MODEL
 FUSED_BITS=${FUSED_BITS:-auto}           # 16, 8, base (as many as it has), auto (8 if memory does)
 set +a
 # --------------------------------------------------------------------------------------------------
 
-fail() { # what is wrong, and the command that mends it
+fail() { # what is wrong, and the command that fixes it
   printf 'error: %s\nFIX: %s\n' "$1" "$2" >&2
   exit "${3:-1}"
 }
@@ -34,18 +34,14 @@ export HF_HUB_OFFLINE=1 # nothing leaves this machine
 
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
-if [ -L "$fused" ]; then # on another disk, perhaps
-  fused=$(cd "$fused" && pwd -P) || fail "$fused leads nowhere" "ls -l $fused"
-fi
+if [ -L "$fused" ]; then fused=$(cd "$fused" && pwd -P); fi # it may be on another disk
 hidden=$(dirname "$fused")/.$(basename "$fused")
-work=$hidden.partial # all is made here; the fused model itself changes at the very end
+work=$hidden.partial # everything is made here; the fused model changes at the very end
 base=$work/base/$MODEL
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-install="source venv/bin/activate"
-if [ "${VIRTUAL_ENV:-}" ]; then install="pip install -r requirements.txt"; fi
-command -v mlx_lm.fuse >/dev/null || fail "mlx_lm.fuse was not found" "$install"
-FUSED_BITS=$(python -m models.check_fusing check) # auto no more
+command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
+FUSED_BITS=$(python -m models.check_fusing check) # in place of auto
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
 exec 9>"$hidden.lock"
@@ -55,14 +51,13 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
 # ---- fuse ----------------------------------------------------------------------------------------
 stop() {
   kill ${!:-} 2>/dev/null || true
-  echo "interrupted: the fused model of before, if any, is as it was" >&2
-  exit "$1"
+  echo "interrupted: an older fused model stays as it was" >&2
+  exit 130
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM HUP
+trap stop INT TERM HUP
 trap 'rm -rf "$work"' EXIT
 
-step() { # what a command prints goes into a log; of its error one line is shown
+step() { # a command whose output goes into a log; of an error one line is shown
   echo "running     $1"
   "$@" >"$hidden.log" 2>&1 &
   wait $! || python -m models.check_fusing explain "$hidden.log"
@@ -72,8 +67,8 @@ fuse() { step mlx_lm.fuse --model "$base" --adapter-path "$work/adapter" --save-
 rm -rf "$work"
 mkdir -p "$work/adapter"
 cp "$adapter/adapters.safetensors" "$adapter/adapter_config.json" "$work/adapter" ||
-  fail "nothing can be written to $work" "df -h models/fused  # free space, then: ./fuse.sh"
-# Links to the files of the base model, and the chat template that the adapter was trained with.
+  fail "cannot write to $work" "df -h models/fused  # free space, then: ./fuse.sh"
+# Links to the files of the base model, with the chat template that the adapter was trained with.
 python -m models.chat_template "models/base/$MODEL" "$base"
 echo "fusing      $MODEL and adapter-${VERSION}_$MODEL, FUSED_BITS=$FUSED_BITS"
 case $FUSED_BITS in
@@ -82,13 +77,11 @@ case $FUSED_BITS in
   8) # rounding the sum to the 4 bits of the base would lose most of the update
     fuse "$work/exact" --dequantize
     step mlx_lm.convert --hf-path "$work/exact" --mlx-path "$work/model" -q --q-bits 8
-    rm -r "$work/exact"
     ;;
 esac
-# As the base has them: mlx-lm writes the one for transformers 5 alone, GGUF needs the other.
-for name in tokenizer_config.json tokenizer.model; do
-  if [ -f "$base/$name" ]; then cp "$base/$name" "$work/model"; fi
-done
+# As in the base: mlx-lm writes a config that only transformers 5 reads, and GGUF needs the other.
+cp "$base/tokenizer_config.json" "$work/model"
+if [ -f "$base/tokenizer.model" ]; then cp "$base/tokenizer.model" "$work/model"; fi
 
 # ---- into its place ------------------------------------------------------------------------------
 python -m models.check_fusing finish "$work" "$fused"

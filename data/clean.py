@@ -17,7 +17,7 @@ from pathlib import Path
 
 # ---- what cannot be seen -------------------------------------------------------------------------
 MARKS = "".join(chr(i) for i in range(0x20000) if unicodedata.combining(chr(i)))
-INVISIBLE = re.compile(  # but for joiners, 200c and 200d: Persian and emoji are made with them
+INVISIBLE = re.compile(  # without 200c and 200d, which join Persian letters and emoji
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
     f"|[{MARKS}](?<=[{MARKS}]{{31}})"  # NFC is quadratic in the accents on one letter
@@ -39,19 +39,19 @@ def block_list(path):
     except (OSError, UnicodeError) as error:
         fail(f"--block: {error}", f"ls -l {shlex.quote(path)}  # UTF-8, a word or phrase a line")
     words = sorted(filter(None, map(clean, lines)), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, words)) or "(?!)"  # which nothing is
-    letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"  # but of a script that sets no spaces
+    pattern = "|".join(map(re.escape, words)) or "(?!)"  # matches nothing
+    letter = "[^\\W\u0e00-\u0eff\u2e80-\uffff]"  # of a script that has spaces
     return re.compile(f"(?i)(?<!{letter})(?:{pattern})(?!{letter})")
 
 
 # ---- control tokens ------------------------------------------------------------------------------
-CONTROL = (  # what the chat templates of models are made of
+CONTROL = (  # the marks in chat templates
     r"<(?:\|[^\s<>|]{1,40}\|?|[^\s<>|]{1,40}\|)>"
     r"|<(?:/?s|bos|eos|pad|unk|(?:start|end)_of_(?:turn|image))>"
     r"|<｜[^\s<>｜]{1,40}｜>|\[/?INST\]|<</?SYS>>"
 )
 BRACKETS = re.compile(r"[<\[|>({｜].*[>\]|<)}｜]")  # other added tokens are words, or spaces
-HTML = re.compile(  # which Gemma has as tokens, and which control nothing
+HTML = re.compile(  # Gemma has these as tokens, and they control nothing
     r"</?(?:table|caption|t(?:head|body|foot|r|h|d)|h[1-6]|blockquote|[uo]l|li|strong|em|b|i|u|code"
     r"|a|p|br|hr|su[bp]|img|span|div)/?>"
 )
@@ -64,7 +64,7 @@ def control_tokens(tokenizer):
 
 
 def control_token_in(chats, tokenizer):
-    """Return a control token that stands in a text of the chats, None if none does."""
+    """Return the first control token in the chats, None if there is none."""
     pattern = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or "(?!)")
     found = (pattern.search(turn["content"]) for chat in chats for turn in chat)
     return next((match[0] for match in found if match), None)
@@ -74,8 +74,7 @@ def control_token_in(chats, tokenizer):
 def cleaners(hide, block, tokens):
     """Return two functions: message → what may be learned of it, author → name that may be shown.
 
-    `hide` says whether personal data become […], `block` is a file of words that become […], and
-    `tokens` control the base model.
+    `hide`: personal data become […]; `block`: a file of words that do; `tokens`: of the base model.
     """
     control = re.compile("|".join([CONTROL, *map(re.escape, tokens)]))
     blocked = block_list(block)
@@ -83,17 +82,15 @@ def cleaners(hide, block, tokens):
 
     @cache  # so equal messages are one string in memory
     def tidy(text):
-        text = clean(text)
-        if hide:
-            text = hide_personal(text)
+        text = hide_personal(clean(text)) if hide else clean(text)
         text = blocked.sub("[…]", text)
         return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
 
     @cache
     def name(author):
         shown = tidy(author)[:60]
-        if "[…]" in shown:
-            shown = people.setdefault(clean(author), f"Person {len(people) + 1}")
-        return shown
+        if "[…]" not in shown:
+            return shown
+        return people.setdefault(clean(author), f"Person {len(people) + 1}")
 
     return tidy, name

@@ -12,7 +12,6 @@ from models.common import fail, warn
 
 import json
 import re
-import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,36 +30,29 @@ class Message:
     text: str
     author: str = ""
     time: float | None = None  # seconds
-    entry: int = 0  # its number: in the list from 0, or the line of a .jsonl file, from 1
-    context: list | None = None  # the messages before it, if its entry brings them along
+    entry: int = 0  # its place in the list, from 0, or its line in a .jsonl file, from 1
+    context: list | None = None  # the messages before it, if they stand in its entry
     prompt: str = ""  # of a ready pair; its lines are the context
 
 
 # ---- the file ------------------------------------------------------------------------------------
 def find_raw(version):
-    """Return the file to read; if it is not there, say what is, and how it is made."""
+    """Return the file to read; if there is none, name the versions that there are."""
     folder = Path("data/raw")
     for name in f"messages_{version}.json", f"messages_{version}.jsonl":
-        if (folder / name).exists() and (folder / name).stat().st_size:
+        if (folder / name).is_file():
             return folder / name
-    files = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in ("", ".py"))
-    exports = [shlex.quote(f"data/raw/{name}") for name in files if name.endswith((".txt", ".zip"))]
-    others = [name[9:].partition(".json")[0] for name in files if name.startswith("messages_")]
-    make = "python data/raw/from_export.py"
-    fixes = [f"{make} {path} --version {version}" for path in exports]
-    fixes = fixes or [f"# {make} YOUR_EXPORT --version {version}"]
-    fixes += [f"export VERSION={other}" for other in others if other != "sample"]
-    what = f"data/raw/messages_{version}.json is not there or empty; there are {', '.join(files)}"
-    fail(what, *fixes)
+    there = (path for path in folder.glob("messages_*") if path.suffix in (".json", ".jsonl"))
+    others = sorted({path.stem.removeprefix("messages_") for path in there} - {"sample"})
+    fixes = [f"export VERSION={other}" for other in others]
+    make = f"# python data/raw/from_export.py YOUR_EXPORT --version {version}"
+    fail(f"there is no data/raw/messages_{version}.json", make, *fixes)
 
 
-def fail_to_read(path, where, what):
-    """End the run for raw data that cannot be read; perhaps an app's export is in its place."""
-    fixes = [f"# correct {path} in an editor; README.md says what an entry is"]
-    if not re.match(rb'[^!-~]*(\[\s*["\[{]|\{"message")', path.read_bytes()):
-        version = path.stem.removeprefix("messages_")
-        fixes.insert(0, f"python data/raw/from_export.py {path} --version {version}_chat")
-    fail(f"{path}, {where}: {what}", *fixes)
+def fail_to_read(where, what):
+    """End the run for raw data that cannot be read."""
+    edit = "# correct it in an editor; README.md says what an entry is"
+    fail(f"{where}: {what}", edit, "# what an app exported goes through data/raw/from_export.py")
 
 
 def mended(text):
@@ -84,14 +76,11 @@ def read_list(path):
             entries = json.loads(mended(text))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        fail_to_read(path, f"line {line}", f"not JSON in UTF-8: {error}")
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1].strip()
-        fail_to_read(path, f"line {error.lineno}", f"not JSON: {error.msg} in {line:.100}")
-    except (ValueError, RecursionError) as error:  # a number of a thousand digits, a nest of lists
-        fail_to_read(path, "line 1", f"not JSON: {error}")
+        fail_to_read(f"{path}, line {line}", f"not UTF-8: {error}")
+    except (ValueError, RecursionError) as error:
+        fail_to_read(path, f"not JSON: {error}")
     if not isinstance(entries, list):
-        fail_to_read(path, "line 1", f"{json.dumps(entries):.60} is no list of entries")
+        fail_to_read(path, f"{json.dumps(entries):.60} is not a list of entries")
     return entries
 
 
@@ -103,7 +92,7 @@ def read_lines(path):
                 if line.strip():
                     yield number, json.loads(line.rstrip(b", \r\n"))
             except (ValueError, RecursionError) as error:
-                fail_to_read(path, f"line {number}", f"not JSON in UTF-8: {error}")
+                fail_to_read(f"{path}, line {number}", f"not JSON: {error}")
 
 
 # ---- its entries ---------------------------------------------------------------------------------
@@ -139,7 +128,7 @@ def seconds(value):
     return number / 1000 if number > 1e11 else number  # JavaScript counts milliseconds
 
 
-bare = cache(Message)  # of a context: equal ones are one object in memory
+bare = cache(Message)  # a context repeats most of the one before it: this saves memory
 
 
 def parse(number, entry, tidy, name):
@@ -172,8 +161,8 @@ def read(path, tidy, name):
             conversation = get(entry, "conversation")
             message = parse(number, entry, tidy, name)
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            where = f"{'entry' if is_list else 'line'} {number}"
-            fail_to_read(path, where, f"{error} in {json.dumps(entry):.100}")
+            where = f"{path}, {'entry' if is_list else 'line'} {number}"
+            fail_to_read(where, f"{error} in {json.dumps(entry):.100}")
         conversations["" if conversation is None else str(conversation)].append(message)
     if unknown:
         warn(f"these keys of entries are not used: {', '.join(sorted(unknown)[:9])}")

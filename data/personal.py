@@ -2,11 +2,10 @@ r"""Personal data in a message → […]: numbers, e-mail addresses, passwords, 
 
 hide_personal("ring 98765 43210, the pin is 4821") → "ring […], the pin is […]"
 
-It goes by the form alone, so it finds much and proves nothing: looks_private() finds what may be
-left, for a person to read.
+It knows them by their form alone, so it proves nothing; looks_private() finds more, to be read.
 """
 
-# ruff: noqa: S105 (chat is in many scripts; the words before a password are none)
+# ruff: noqa: S105
 import re
 
 # ---- telephones, cards, accounts: digits, in groups ----------------------------------------------
@@ -103,7 +102,7 @@ CODICE_FISCALE = "(?i:[a-z]{6}\\d\\d[a-ehlmprst]\\d\\d[a-z]\\d{3}[a-z])"
 CONTACT = r"(?i:\btel:|\bwa\.me/|\bphone=(?:%2B)?|@(?=\d{7}))\+?\d(?:[ ().-]{0,2}\d){6,18}"
 IBAN = r"(?<!\w)[A-Za-z]{2}\d\d ?[A-Za-z]{0,4}(?: ?\d){8,26}(?: ?[A-Z\d]{1,4}){0,3}(?!\w)"
 
-WITHOUT_DIGITS = [  # what is kept of a match stands in its first group
+ALWAYS = [  # the first group of a match is kept
     rf"()(?<![\w.+-])[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}{DOT}\w[\w.-]{{1,200}}",
     rf"((?i:\b(?:{PASSWORD}) ?[:=] ?))[^\s<>]{{4,}}$",
 ]
@@ -120,26 +119,15 @@ WITH_DIGITS = [
     rf"(){CONTACT}",
     rf"(){IBAN}",
 ]
-WITHOUT_DIGITS = [re.compile(pattern) for pattern in WITHOUT_DIGITS]
-WITH_DIGITS = [re.compile(pattern) for pattern in WITH_DIGITS]
+ALWAYS, WITH_DIGITS = [*map(re.compile, ALWAYS)], [*map(re.compile, WITH_DIGITS)]
 DIGIT, SEVEN_DIGITS = re.compile(r"\d"), re.compile(r"\d(?:\D{0,6}\d){6}")
-
-
-def hide(match):
-    """Return a match of one of these patterns without what is personal: "pin 4821" → "pin […]"."""
-    return match[1] + "[…]"
 
 
 def hide_personal(text):
     """Return text with […] in place of personal data: "ring 98765 43210" → "ring […]"."""
-    for pattern in WITHOUT_DIGITS:
-        text = pattern.sub(hide, text)
-    if DIGIT.search(text):
-        for pattern in WITH_DIGITS:
-            text = pattern.sub(hide, text)
-    if SEVEN_DIGITS.search(text):
-        text = NUMBER.sub(hide_number, text)
-    return text
+    for pattern in ALWAYS + WITH_DIGITS if DIGIT.search(text) else ALWAYS:
+        text = pattern.sub(r"\1[…]", text)
+    return NUMBER.sub(hide_number, text) if SEVEN_DIGITS.search(text) else text
 
 
 # ---- what may be left ----------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """Rows → rows to train with and rows to validate with: no message stands in both.
 
-A row has .context, .message and .texts (its own last), .talk (a number) and .places: the places of
-its messages in all talks laid end to end.
+A row has .texts (its own last), .talk (a number), .places (of its messages, in all talks laid end
+to end) and .rule, the name of the rule that dropped it.
 """
-
-from models.common import fail
 
 from bisect import bisect_left
 from collections import Counter
@@ -56,8 +54,8 @@ def draw(sizes, wanted, seed):
     return drawn(1 + bisect_left(range(1, most), wanted, key=rows_in)) if most else []
 
 
-def split(rows, valid_size, valid_rows, seed, dropped):
-    """Return (rows to train with, rows to validate with); add (message, rule) to `dropped`."""
+def split(rows, valid_size, valid_rows, seed):
+    """Return (rows to train with, rows to validate with); drop those between them."""
     stretch_of = stretches(rows)
     reaches = [(stretch_of[row.places[0]], stretch_of[row.places[-1]]) for row in rows]
     sizes = {last: 0 for _, last in reaches}
@@ -69,7 +67,7 @@ def split(rows, valid_size, valid_rows, seed, dropped):
     for row, (first, last) in zip(rows, reaches, strict=True):
         is_drawn = {stretch in drawn for stretch in range(first, last + 1)}
         if len(is_drawn) > 1:
-            dropped.append((row.message, "split: between train and valid"))
+            row.rule = "split: between train and valid"
         else:
             (valid if True in is_drawn else train).append(row)
     return train, valid
@@ -81,22 +79,14 @@ def runs(row, size):
     return set(zip(*(texts[i:] for i in range(size)), strict=False))
 
 
-def drop_copies(train, valid, dropped):
-    """Return valid without the rows that share text with train: the chat repeats itself."""
+def drop_copies(train, valid):
+    """Drop the rows of valid that share text with train: the chat repeats itself."""
     longest = max((len(row.texts) for row in train + valid), default=0)
     size = max(2, min(3, (longest - 1) // 2))  # three, or two of short rows
     held = {run for row in valid for run in runs(row, size)}
     telling = {run for run in held if len(set("".join(run))) >= 12}  # not "gg", "lol", "gg"
     counts = Counter(run for row in train for run in telling & runs(row, size))
     copies = {run for run, count in counts.items() if count <= 2 * longest}  # more: an instruction
-    kept = []
     for row in valid:
-        if copies.isdisjoint(runs(row, size)):
-            kept.append(row)
-        else:
-            dropped.append((row.message, COPY))
-    if len(kept) < len(valid) / 2:
-        what = f"{len(valid) - len(kept)} of {len(valid)} validation rows stand in training rows"
-        fix = '# give each entry its "conversation", or sort the entries by time'
-        fail(f"the raw data are not in the order of time: {what}", fix)
-    return kept
+        if not copies.isdisjoint(runs(row, size)):
+            row.rule = COPY

@@ -48,6 +48,8 @@ def explain(kind, error, trace):
     elif isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EROFS:
         where = os.path.dirname(os.path.abspath(error.filename or "."))
         print(f"error: {error}\nFIX: ls -ld '{where}'  # who may write there", file=sys.stderr)
+    elif kind is MemoryError:
+        print("error: the memory ran out\nFIX: # close other programs", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -1,7 +1,7 @@
-"""Which matrices of a base model are adapted, and how large they are: read from the model itself.
+"""Which matrices of a base model are adapted, and how large they are.
 
-Layers have other names in each family of models, and mlx-lm skips a name that a model lacks. So the
-names come from the model. It is loaded lazily: its shapes are known, its weights stay on the disk.
+Layers have other names in each family of models, and mlx-lm skips names that a model lacks. So the
+names come from the model itself, loaded lazily: it has its shapes, and its weights stay on disk.
 """
 
 from models.common import Path
@@ -22,7 +22,7 @@ from mlx_lm.utils import load_model
 EMBEDDINGS = nn.Embedding, nn.QuantizedEmbedding
 EXPERTS = SwitchLinear, QuantizedSwitchLinear
 LINEAR = nn.Linear, nn.QuantizedLinear, *EXPERTS
-SMALLEST_SHARE = 1 / 3  # of the weights; a model that can change less than that learns too little
+SMALLEST_SHARE = 1 / 3  # of the weights; to adapt less than that learns too little
 EXPERTS_PER_TOKEN = re.compile("num_experts_per_tok(en)?|moe_(top_?)?k|top_k_experts")
 
 
@@ -34,7 +34,7 @@ def read_model(base):
 
 
 def make_model(config):
-    """Return a model of a config.json, its weights random and not yet drawn."""
+    """Return the model of a config.json, its random weights not yet drawn."""
     architecture = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = architecture.Model(architecture.ModelArgs.from_dict(copy.deepcopy(config)))
     model.freeze()
@@ -47,9 +47,9 @@ def can_adapt(module, kinds=LINEAR):
 
 
 def matrices(layer):
-    """Return {"self_attn.q_proj": module, …}, the matrices of a block.
+    """Return {"self_attn.q_proj": module, …}, the matrices of a block, but not its router.
 
-    What chooses experts is none of them: it has an output for each expert, or a single one.
+    The router chooses experts: it has an output for each of them, or a single one.
     """
     found = {
         name: module
@@ -57,18 +57,18 @@ def matrices(layer):
         if "weight" in module and module.weight.ndim > 1 and not isinstance(module, nn.Conv1d)
     }
     experts = {module.num_experts for module in found.values() if isinstance(module, EXPERTS)}
-    routers = [
-        name
+    outputs_of_routers = experts | {1} if experts else set()
+    return {
+        name: module
         for name, module in found.items()
-        if experts and module.weight.ndim == 2 and module.weight.shape[0] in experts | {1}
-    ]
-    return {name: module for name, module in found.items() if name not in routers}
+        if module.weight.ndim > 2 or module.weight.shape[0] not in outputs_of_routers
+    }
 
 
 def token_embeddings(model):
     """Return (name, module) of the embeddings of the tokens.
 
-    They have a row for each token, as those of Gemma's layers have, and are the narrowest.
+    They have a row for each token. Those for the layers of Gemma 3n have, too, and are wider.
     """
     in_blocks = {id(module) for layer in model.layers for _, module in layer.named_modules()}
     found = [
@@ -80,16 +80,16 @@ def token_embeddings(model):
 
 
 def can_train(model, keys):
-    """Say whether mlx-lm can adapt these and find gradients; all is planned, nothing is computed.
+    """Say whether mlx-lm can adapt these and find gradients, without computing any.
 
-    Some models read a matrix past its layer, and an adapted layer has no such attribute.
+    Some models use the weight of a layer without calling it, and an adapted layer has none.
     """
     kinds = LINEAR + EMBEDDINGS
     before = [(name, m) for name, m in model.named_modules() if can_adapt(m, kinds)]
     parameters = {"rank": 1, "scale": 1.0, "dropout": 0.0, "keys": keys}
     try:
         linear_to_lora_layers(model, -1, parameters)
-        mx.eval(mx.random.state)  # else a chain as long as the model is deep, freed by recursion
+        mx.eval(mx.random.state)  # else a graph as deep as the model, which is freed recursively
         model.train()
         nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.array([[0, 1]]))
         return True
@@ -104,9 +104,8 @@ def keys_of(model, embeddings):
 
     {"self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", …}
 
-    Experts are among them, though at RANK=32 they take 43 GB in Qwen3-30B-A3B. In a small model of
-    16 experts, 4 for a token, the held-out loss was 1.35 without them at rank 32 and 1.27 with them
-    at rank 8 (base model 1.87).
+    Experts are among them, though at RANK=32 they take 43 GB in Qwen3-30B-A3B: in a small model of
+    16 experts the held-out loss was 1.35 without them, and 1.27 with them even at rank 8.
     """
     blocks = [matrices(layer) for layer in model.layers]
     keys = {name for block in blocks for name, module in block.items() if can_adapt(module)}
@@ -120,9 +119,9 @@ def keys_of(model, embeddings):
 
 # ---- how large it is -----------------------------------------------------------------------------
 def shape_of(module):
-    """Return (experts, outputs, inputs); a matrix that is no expert's is one."""
+    """Return (experts, outputs, inputs) of a matrix; experts is 1 if it has none."""
     *experts, outputs, inputs = module.weight.shape
-    bits = getattr(module, "bits", 32)  # a quantized matrix holds its numbers in 32-bit words
+    bits = getattr(module, "bits", 32)  # a quantized matrix packs its numbers into 32-bit words
     return (experts or [1])[0], outputs, inputs * 32 // bits
 
 
@@ -131,7 +130,7 @@ def weights(modules):
 
 
 def experts_per_token(config):
-    """Return through how many experts of a block a token goes; its name differs, too."""
+    """Return how many experts of a block each token goes through."""
     found = [config[key] for key in config if EXPERTS_PER_TOKEN.fullmatch(key) and config[key]]
     most = found[0] if found else 1
     return max(most) if isinstance(most, list) else most  # some have a number for each block
@@ -141,8 +140,8 @@ def state_size(layer):
     """Return how many numbers a recurrent layer keeps for each token that it is trained on.
 
     mlx-lm trains gated-delta layers (Qwen3.5, Qwen3-Next, Kimi Linear) token by token, and keeps
-    the whole state of each: 32 heads of 128 x 128 in Qwen3.5-9B. Mamba 2 goes by 256 tokens, and
-    keeps two squares of them for each head.
+    the whole state for each: 32 heads of 128 x 128 in Qwen3.5-9B. Mamba 2 takes 256 tokens at a
+    time, and keeps two squares of 256 x 256 for each head.
     """
     for _, module in layer.named_modules():
         if "A_log" not in module:
@@ -157,9 +156,9 @@ def state_size(layer):
 
 
 def size_of(layer, keys, per_token):
-    """Return what check_training has to know of a block.
+    """Return the sizes of a block.
 
-    adapted  inputs + outputs of its adapted matrices: what an adapter of rank 1 has
+    adapted  inputs + outputs of its adapted matrices: the numbers of an adapter of rank 1
     used     inputs + outputs of all matrices that a token goes through
     state    see state_size()
     """
@@ -174,15 +173,15 @@ def size_of(layer, keys, per_token):
 
 
 def look_at(model, config, embeddings=True):
-    """Return the names of what is adapted, and its sizes; ValueError if that is too little.
+    """Return what is adapted, and its sizes; ValueError if that is too little.
 
     keys        see keys_of()
     summary     "182 of 182 matrices, and the embeddings"
     blocks      see size_of(), one for each
-    vocabulary  rows of the embeddings, and
-    hidden      numbers in each
+    vocabulary  rows of the embeddings
+    hidden      numbers in each row
     """
-    config = config | config.get("text_config", {})  # as models have it that can see
+    config = config | config.get("text_config", {})  # where models that can see have it
     name, embedding = token_embeddings(model)
     keys = keys_of(model, embeddings)
     found = [item for layer in model.layers for item in matrices(layer).items()]

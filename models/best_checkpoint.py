@@ -1,9 +1,9 @@
-"""Score each checkpoint of a training, and put the best one into place as the adapter.
+"""Score each checkpoint of a training, and make the best one the adapter.
 
     python -m models.best_checkpoint WORK models/base/MODEL models/adapters/adapter-VERSION_MODEL
 
 Reads   WORK: 0000200.safetensors and so on, valid.jsonl, train_losses.csv, run/adapter_config.json
-Writes  the adapter: adapters.safetensors, losses.csv, and what tells how it was trained
+Writes  the adapter: adapters.safetensors, losses.csv, and how it was trained
 Exit    0 done, 1 no checkpoint is any good, 130 Ctrl-C
 """
 
@@ -23,12 +23,12 @@ import pandas as pd
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tqdm import tqdm
 
-TOLD = ("settings", "lora_config.yaml", "training.log", "run/adapter_config.json")
-OURS = ("adapters.safetensors", "losses.csv", *(Path(name).name for name in TOLD))
+HOW = ("settings", "lora_config.yaml", "training.log", "run/adapter_config.json")
+OURS = ("adapters.safetensors", "losses.csv", *(Path(name).name for name in HOW))
 
 
 def main(work, base, adapter):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, while MLX computes too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, even while MLX computes
     work, adapter = Path(work), Path(adapter)
     try:
         losses = score(work, base)
@@ -40,7 +40,7 @@ def main(work, base, adapter):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shutil.copy(checkpoints(work)[best], folder / "adapters.safetensors")
-    for name in TOLD:
+    for name in HOW:
         shutil.copy(work / name, folder)
     table(work, losses).to_csv(folder / "losses.csv")
     put_in_place(folder, adapter)
@@ -49,7 +49,8 @@ def main(work, base, adapter):
 def score(work, base):
     """Return {batch: loss} of every checkpoint, and of the base model as batch 0."""
     model, tokenizer = load_model(base)
-    rows = [encode(tokenizer, chat) for chat in read_rows(work / "valid.jsonl", base)]
+    chats = read_rows(work / "valid.jsonl", rerun("./fine_tune.sh", RESUME=0))
+    rows = [encode(tokenizer, chat) for chat in chats]
     print("scoring     each checkpoint on valid.jsonl: nats per token of the replies", flush=True)
     steps = len(rows) * (1 + len(checkpoints(work)))
     with tqdm(None, "scoring", steps, disable=None, leave=False) as bar:
@@ -70,8 +71,8 @@ def choose(losses):
     good = {batch: loss for batch, loss in losses.items() if batch and math.isfinite(loss)}
     if not good:
         rate = float(f"{float(os.environ['LEARNING_RATE']) / 3:.1e}")
-        again = rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)
-        fail("all weights became NaN or infinite", again)
+        lower = rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)
+        fail("all weights became NaN or infinite", lower)
     best = min(good, key=good.get)
     print(f"kept        iteration {best}: validation loss {good[best]:.3f}, base {losses[0]:.3f}")
     if good[best] >= losses[0]:
@@ -86,7 +87,7 @@ def table(work, losses):
     """
     columns = ["iteration", "train_loss", "tokens_per_second"]
     train = pd.read_csv(work / "train_losses.csv", names=columns, index_col=0)
-    train = train[~train.index.duplicated(keep="last")]  # a resumed run counts some again
+    train = train[~train.index.duplicated(keep="last")]  # a resumed run repeats some
     validation = pd.Series(losses, name="val_loss").round(4)
     both = train.join(validation, how="outer").rename_axis("iteration")
     return both[["train_loss", "val_loss", "tokens_per_second"]]
@@ -103,7 +104,7 @@ def put_in_place(folder, adapter):
 
 
 def lowest_loss(adapter):
-    """Return the validation loss of an adapter, as it was written down; "unknown" if it was not."""
+    """Return the validation loss of an adapter from its losses.csv, "unknown" if there is none."""
     try:
         losses = pd.read_csv(adapter / "losses.csv", index_col="iteration")["val_loss"]
         return f"{losses[losses.index > 0].min():.3f}"

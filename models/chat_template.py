@@ -1,8 +1,8 @@
-"""The tokenizer and the model of a folder, as all scripts use them: none of its code runs.
+"""Load the tokenizer and the model of a folder as all scripts need them; none of its code runs.
 
 A chat template may ask the model to think before it replies, print today's date, or leave a reply
-without an end. Training, scoring, fusing and talking all need the same template, which does none of
-this. load_tokenizer() makes it in memory, shadow() in a folder for mlx_lm.lora and mlx_lm.fuse:
+without an end. Training, scoring, fusing and talking all need one template that does none of this.
+load_tokenizer() makes it in memory, shadow() in a folder for mlx_lm.lora and mlx_lm.fuse:
 
     python -m models.chat_template models/base/MODEL FOLDER/MODEL
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 import mlx_lm
 from mlx_lm import utils
 
-# Lines that go before a template. mlx-lm asks every model to think that can; the large Gemma 4 has
-# to be left thinking, as its template writes a thought into prompts, but not into chats.
+# Lines that go before a template. mlx-lm asks every model to think that can. The large Gemma 4 must
+# go on thinking: else its template writes an empty thought into prompts, but not into chats.
 THINKING = "{% set enable_thinking = false %}", "{% set enable_thinking = true %}"
 SAME_DAY = (  # for Llama, gpt-oss and Mistral, whose prompts hold the date
     "{% macro strftime_now(form) %}{{ form.replace('%Y', '2026').replace('%m', '01')"
     ".replace('%d', '01').replace('%B', 'January').replace('%b', 'Jan') }}{% endmacro %}"
 )
 # And behind it. END: in GLM 4 a reply ends where the next turn begins. OPENING: gpt-oss writes
-# "<|channel|>final<|message|>" before each reply; as a part of the prompt nobody gets to see it.
+# "<|channel|>final<|message|>" before each reply, which nobody sees as a part of the prompt.
 END = (
     "{% if not add_generation_prompt and messages[-1].role == 'assistant' %}"
     "{{ eos_token }}{% endif %}"
@@ -58,8 +58,7 @@ def load_model(folder, adapter=None):
 def settle(tokenizer):
     """Replace the tokenizer's chat template by its first form that passes check_template().
 
-    Where none does it stays as it is. A form that was settled before, as in a fused model, passes
-    again and means the same.
+    If none does it stays as it is. The settled template of a fused model passes again.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):  # one for chats, another one for tools
@@ -91,7 +90,7 @@ def forms(tokenizer, template):
 
 
 def opening(tokenizer):
-    """Return what the template writes between a prompt and its reply."""
+    """Return what the template writes between a prompt and its reply: "<|channel|>final…"."""
     chat = tokenizer.apply_chat_template([*PROMPTS[0], ASSISTANT], tokenize=False)
     prompt = tokenizer.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
     if not chat.startswith(prompt):
@@ -100,7 +99,7 @@ def opening(tokenizer):
 
 
 def check_template(tokenizer):
-    """Raise ValueError, with the reason, if the template is no good to learn replies with."""
+    """Raise an error with the reason if replies cannot be learned with this template."""
     for prompt, reply in product(PROMPTS, REPLIES):
         chat = [*prompt, {"role": "assistant", "content": reply}]
         tokens, start = encode(tokenizer, chat)
@@ -114,8 +113,7 @@ def check_template(tokenizer):
 def shadow(base, folder):
     """Make a folder of links to the files of a base model, with the template of load_tokenizer().
 
-    The template is written where each program looks for it first: mlx-lm and the converter of
-    llama.cpp would otherwise find two.
+    It stands in tokenizer_config.json alone: mlx-lm and llama.cpp look in different places first.
     """
     base, folder = Path(base), Path(folder)
     template = load_tokenizer(base).chat_template

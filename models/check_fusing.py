@@ -1,4 +1,4 @@
-"""Check what fuse.sh is given, tell why a step failed, and put what was made into its place.
+"""Check the input of fuse.sh, say why a step failed, and put the fused model into place.
 
     python -m models.check_fusing check                prints the bits to fuse at: base, 8 or 16
     python -m models.check_fusing explain LOG          of a command that failed
@@ -7,20 +7,9 @@
 Exit    0 done, 1 it cannot be fused, or a step has failed
 """
 
+from models import common
 from models.chat_template import load_tokenizer
-from models.common import (
-    before,
-    check_names,
-    checksum,
-    download,
-    fail,
-    finish_move,
-    from_environment,
-    into_place,
-    need,
-    rerun,
-    warn,
-)
+from models.common import fail, from_environment, rerun
 from models.memory import memory_for_mlx, memory_to_fuse, size_at_16_bits
 
 import json
@@ -33,46 +22,39 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-# Of a fused model these never stay when a new one has none of that name; what else does, a person
-# may have put there.
+# Files that are replaced with a fused model; all others in its folder a person has put there.
 OURS = ("model*.safetensors*", "tokenizer*", "*.jinja")
 
 
 # ---- before --------------------------------------------------------------------------------------
 def check():
     version, model = from_environment("VERSION"), from_environment("MODEL")
-    check_names(version, model)
+    common.check_names(version, model)
     bits = os.environ["FUSED_BITS"]
     if bits not in ("auto", "base", "16", "8"):
         fail(f"FUSED_BITS={bits} is not auto, base, 16 or 8", rerun("./fuse.sh", FUSED_BITS="auto"))
     base = Path("models/base", model)
-    need(base / "config.json", "MODEL", download(model))
-    need_adapter(version, model)
-    check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), model)
+    common.need(base / "config.json", "MODEL", common.download(model))
+    check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), version, model)
     try:
         here, whole = size_at_16_bits(base)
         if not load_tokenizer(base).has_chat_template:
             raise ValueError("it has no chat template")
     except Exception as error:  # whatever is wrong with a download
-        fail(f"the base model in {base} cannot be used: {error!r}", download(model))
+        fail(f"the base model in {base} cannot be used: {error!r}", common.download(model))
     bits = choose_bits(bits, here, whole)
     check_disk(Path(f"models/fused/fused-{version}_{model}"), bits, here, whole)
     print(bits)
 
 
-def need_adapter(version, model):
-    """Refuse to go on without an adapter; the fixes name the versions that have one."""
-    adapter = Path(f"models/adapters/adapter-{version}_{model}")
-    finish_move(adapter)
+def check_adapter(adapter, version, model):
+    """Refuse an adapter that is missing, of another base, damaged, or has learned NaN."""
+    common.finish_move(adapter)
     if not (adapter / "adapters.safetensors").is_file():
         names = sorted(path.name for path in adapter.parent.glob(f"adapter-*_{model}"))
         others = [name.removeprefix("adapter-").removesuffix(f"_{model}") for name in names]
         exports = [f"export VERSION={other}" for other in others if other != version]
         fail(f"there is no adapter in {adapter}", rerun("./fine_tune.sh"), *exports)
-
-
-def check_adapter(adapter, model):
-    """Refuse an adapter of another base, one that is cut off, and one that learned NaN."""
     try:
         trained_on = json.loads((adapter / "adapter_config.json").read_bytes())["model"]
         weights = mx.load(str(adapter / "adapters.safetensors"))
@@ -86,28 +68,24 @@ def check_adapter(adapter, model):
 
 
 def choose_bits(bits, here, whole):
-    """Return the bits to fuse at: auto is 8 where the base is quantized and the memory suffices."""
+    """Return the bits to fuse at: auto is 8 if the base is quantized and there is memory enough."""
     needed, allowed = memory_to_fuse(here, whole), memory_for_mlx()
     if bits == "auto":
         bits = "8" if here < whole and needed < allowed else "base"
     if bits == "base" and here < whole:
-        what = "rounding to the bits of the base may forget a part of what was learned"
+        what = "rounding to the bits of the base may lose some of what was learned"
         fix = rerun("./fuse.sh", FUSED_BITS=8)
         fix += f"  # takes {needed / 1e9:.3g} GB of memory, of {allowed / 1e9:.3g} GB"
-        warn(f"{what}; test_on_validation.py tells", fix)
+        common.warn(f"{what}; test_on_validation.py tells", fix)
     return bits
 
 
-def bytes_to_write(bits, here, whole):
-    """Return the most bytes that stand on the disk at a time: to 8 bits it goes by way of 16."""
-    return {"base": here, "16": whole, "8": whole + whole * 8.5 / 16}[bits]
-
-
 def check_disk(fused, bits, here, whole):
-    """Refuse what the disk has no room for; the fused model before the last one makes room."""
-    old, needed = before(fused), bytes_to_write(bits, here, whole)
+    """Refuse what the disk has no room for; an older fused model, NAME.before, makes room."""
+    eight = whole + whole * 8.5 / 16  # the way to 8 bits leads over 16
+    old, needed = common.before(fused), {"base": here, "16": whole, "8": eight}[bits]
     if shutil.disk_usage(old.parent).free < needed and old.exists():
-        print(f"deleting    {old}, for the disk has no room for it", file=sys.stderr)
+        print(f"deleting    {old}: the disk has no room for it", file=sys.stderr)
         shutil.rmtree(old)
     free = shutil.disk_usage(old.parent).free
     if free < needed:
@@ -117,13 +95,12 @@ def check_disk(fused, bits, here, whole):
 
 # ---- a step that failed --------------------------------------------------------------------------
 def explain(log):
-    """Show the line of a log that tells the error, and what mends it."""
+    """Fail with the last error in the log of a command, and the fix for it."""
     said = re.findall(r"^[A-Za-z_.:+]+: .*", Path(log).read_text("utf-8", "replace"), re.MULTILINE)
-    why = said[-1] if said else "it said nothing, as a process that is killed"
+    why = said[-1] if said else "it said nothing, like a process that is killed"
     fixes = [f"tail -n 30 '{log}'"]
     if not said or "emory" in why:
-        less = rerun("./fuse.sh", FUSED_BITS="base") + "  # or use the adapter as it is"
-        fixes = [less]
+        fixes = [rerun("./fuse.sh", FUSED_BITS="base") + "  # or use the adapter as it is"]
     if re.search("unable to write|no space|too large", why, re.IGNORECASE):
         fixes = ["df -h models/fused  # free space, then:", rerun("./fuse.sh")]
     fail(f"fusing failed: {why[:200]}", *fixes)
@@ -131,7 +108,7 @@ def explain(log):
 
 # ---- after ---------------------------------------------------------------------------------------
 def finish(work, fused):
-    """Check that the fused model loads, write down what it was made from, put it into place."""
+    """Check that the fused model loads, write what it was made from, and put it into place."""
     work = Path(work)
     try:
         mlx_lm.load(str(work / "model"), lazy=True)
@@ -142,10 +119,10 @@ def finish(work, fused):
         "version": from_environment("VERSION"),
         "bits": os.environ["FUSED_BITS"],
         "group_size": 64,  # that of mlx_lm.convert
-        "adapter_sha256": checksum(work / "adapter/adapters.safetensors"),
+        "adapter_sha256": common.checksum(work / "adapter/adapters.safetensors"),
     }
     (work / "model/fused_from.json").write_text(json.dumps(origin, indent=2))
-    replaced = into_place(work / "model", fused, OURS)
+    replaced = common.into_place(work / "model", fused, OURS)
     if replaced:
         print(f"replaced    a fused model; it is in {replaced}")
     print(f"wrote       {fused}, with fused_from.json")

@@ -1,25 +1,16 @@
-"""Check what fine_tune.sh is given before a model is loaded, and fill in what is auto.
+"""Check the input of fine_tune.sh before a model is loaded, and fill in what is auto.
 
     python -m models.check_training data/for_train/v1/train.jsonl data/for_train/v1/valid.jsonl
 
 Reads   VERSION, MODEL and the settings of fine_tune.sh, which are environment variables here
-Prints  ITERS=600 and so on for the shell, on stdout; what people want to know, on stderr
+Prints  ITERS=600 and so on for the shell, on stdout; what a person wants to know, on stderr
 Exit    0 it can be trained, 1 it cannot
 """
 
+from data.clean import control_token_in
+from models import common
 from models.chat_template import check_template, load_tokenizer
-from models.common import (
-    check_names,
-    checksum,
-    download,
-    fail,
-    from_environment,
-    learning_rate,
-    need,
-    read_rows,
-    rerun,
-    warn,
-)
+from models.common import fail, learning_rate, rerun, warn
 from models.completion_loss import encode
 from models.memory import changes_to_fit, memory_for_mlx, memory_to_train, sizes_of
 
@@ -27,11 +18,12 @@ import math
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-# The least and the most that each setting can be, and its default in fine_tune.sh, which an error
-# proposes. Where the least is a whole number, so is the setting.
+# The least and the most of each setting, and its default in fine_tune.sh, which an error proposes.
+# If the least is a whole number, so is the setting.
 SETTINGS = {
     "ITERS": (1, math.inf, "auto"),
     "BATCH_SIZE": (1, math.inf, 2),
@@ -54,17 +46,17 @@ OTHER_BASE = "python -m models.which_model  # lists others; their names have -it
 
 
 def main(train, valid):
-    version, model = from_environment("VERSION"), from_environment("MODEL")
-    check_names(version, model)
+    version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
+    common.check_names(version, model)
     s = read_settings()
-    build = rerun("python build_train.py")
-    base = Path("models/base", model)
-    need(base / "config.json", "MODEL", download(model))
-    for file in Path(train), Path(valid):
-        need(file, "VERSION", build)
-    size = read_base(base, s.EMBEDDINGS, download(model))
-    train_rows, valid_rows = read_rows(Path(train), build), read_rows(Path(valid), build)
-    longest = longest_row(base, train_rows, valid_rows, download(model))
+    build, download = rerun("python build_train.py"), common.download(model)
+    base, train, valid = Path("models/base", model), Path(train), Path(valid)
+    common.need(base / "config.json", "MODEL", download)
+    for file in train, valid:
+        common.need(file, "VERSION", build)
+    size, tokenizer = read_base(base, s.EMBEDDINGS, download)
+    train_rows, valid_rows = common.read_rows(train, build), common.read_rows(valid, build)
+    longest = check_rows(train_rows, valid_rows, tokenizer, build)
     say("base", f"{model}: adapts {size.summary}")
     say("data", f"{version}: {len(train_rows)} rows to train on, the longest of {longest} tokens")
     say("", f"{len(valid_rows)} rows to choose a checkpoint by")
@@ -72,7 +64,7 @@ def main(train, valid):
     fill_in(s, size, len(train_rows))
     check_memory(s, size, longest)
     s.KEYS = ", ".join(size.keys)
-    s.TRAIN_SHA256, s.VALID_SHA256 = checksum(Path(train)), checksum(Path(valid))
+    s.TRAIN_SHA256, s.VALID_SHA256 = common.checksum(train), common.checksum(valid)
     del s.RESUME  # of this call alone: a resumed run takes all others from the run that it resumes
     for name, value in vars(s).items():
         print(f"{name}={shlex.quote(str(value))}")
@@ -89,25 +81,22 @@ def read_settings():
 
 
 def read_setting(name, least, most, default):
-    """Return the number that a setting is, or "auto" where that is its default."""
+    """Return a setting as a number, or "auto" where that is its default."""
     text, kind = os.environ.get(name, str(default)), type(least)
     if text == default:
         return text
-    try:
+    with suppress(ValueError):
         if least <= kind(text) <= most and kind(text) < math.inf:
             return kind(text)
-    except ValueError:
-        pass
     number = "a whole number" if kind is int else "a number"
     limits = f"from {least}" + (f" to {most}" if most < math.inf else "")
     fail(f"{name}={text} is not {number} {limits}", rerun("./fine_tune.sh", **{name: default}))
 
 
 def fill_in(s, size, rows):
-    """Make numbers of ITERS=auto and LEARNING_RATE=auto.
+    """Fill in ITERS=auto and LEARNING_RATE=auto.
 
-    One epoch was best in tests/benchmarks/README.md; at most 1,200 rows, for the time that a large
-    model takes.
+    One epoch was best in tests/benchmarks/README.md. At most 1,200 rows, as large models are slow.
     """
     epoch = rows // s.BATCH_SIZE
     if s.ITERS == "auto":
@@ -125,30 +114,33 @@ def fill_in(s, size, rows):
 
 
 # ---- the base model and the rows -----------------------------------------------------------------
-def read_base(base, embeddings, make):
-    """Return the sizes of a base model; refuse one that is cut off or cannot be adapted."""
+def read_base(base, embeddings, download):
+    """Return the sizes of a base model and its tokenizer; refuse one that is no good."""
     try:
-        return sizes_of(base, embeddings)
-    except Exception as error:  # whatever is wrong with a download
-        fail(f"the base model in {base} cannot be used: {error}", make, OTHER_BASE)
-
-
-def longest_row(base, train, valid, make):
-    """Return the most tokens in a row; refuse a base whose chat template teaches no replies."""
-    try:
-        tokenizer = load_tokenizer(base)
+        size, tokenizer = sizes_of(base, embeddings), load_tokenizer(base)
         check_template(tokenizer)
+        return size, tokenizer
+    except Exception as error:  # whatever is wrong with a download
+        fail(f"the base model in {base} cannot be used: {error}", download, OTHER_BASE)
+
+
+def check_rows(train, valid, tokenizer, build):
+    """Return the most tokens in a row; refuse rows that this base model cannot learn."""
+    token = control_token_in(train + valid, tokenizer)
+    if token:  # the rows may be older than the base
+        fail(f"a row holds {token}, which controls this base model", build)
+    try:
         of_valid = max(len(encode(tokenizer, chat)[0]) for chat in valid)
         return max(of_valid, longest_of_many(tokenizer, train))
-    except Exception as error:  # whatever a broken download or a template leads to
-        fail(f"the tokenizer of {base} cannot be used: {error}", make, OTHER_BASE)
+    except Exception as error:  # a chat template is a program, and may fail in any way
+        fail(f"the chat template cannot write the rows: {error}", build, OTHER_BASE)
 
 
 def longest_of_many(tokenizer, chats):
     """Return the most tokens in a row, without tokenizing all of a large chat.
 
-    No text has more tokens than bytes: once a row of 400 tokens is found, rows of fewer than 400
-    bytes, less what the chat template puts around any chat, cannot be longer.
+    No text has more tokens than bytes: once a row of 400 tokens is found, a row of fewer than 400
+    bytes, what the chat template puts around it included, cannot be longer.
     """
     frame = len(tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]))
     sizes = [len(str(chat).encode()) + frame for chat in chats]
@@ -161,7 +153,7 @@ def longest_of_many(tokenizer, chats):
 
 
 def check_sizes(s, size, rows, longest):
-    """Refuse settings that these rows, or this base model, cannot be trained with."""
+    """Refuse settings that do not go with these rows or this base model."""
     if s.NUM_LAYERS == 0 or len(size.blocks) < s.NUM_LAYERS:  # mlx-lm takes 0 for all
         what = f"NUM_LAYERS={s.NUM_LAYERS} is not one of the {len(size.blocks)} layers of the base"
         fail(what, rerun("./fine_tune.sh", NUM_LAYERS=-1))
@@ -171,13 +163,13 @@ def check_sizes(s, size, rows, longest):
     # Seen on CUDA from 1.5 times 2^31 logits: a wrong loss, NaN gradients, no error.
     most = min(rows, 2**31 // size.vocabulary // longest)
     if most < s.BATCH_SIZE:
-        what = f"BATCH_SIZE={s.BATCH_SIZE}: of these rows a batch can have {most} at most"
+        what = f"BATCH_SIZE={s.BATCH_SIZE}: a batch can have at most {most} of these rows"
         fail(what, rerun("./fine_tune.sh", BATCH_SIZE=most))
 
 
 # ---- memory --------------------------------------------------------------------------------------
 def check_memory(s, size, longest):
-    """Refuse what does not fit, with settings that do: a Mac may crash where memory runs out."""
+    """Refuse what does not fit, and propose settings that do: out of memory a Mac may crash."""
     needed, allowed = memory_to_train(s, size, longest), memory_for_mlx()
     say("memory", f"about {needed / 1e9:.1f} GB of {allowed / 1e9:.1f} GB that MLX may use")
     if not s.CHECK_MEMORY:

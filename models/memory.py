@@ -11,7 +11,7 @@ import safetensors
 
 
 def sizes_of(base, embeddings):
-    """Return what look_at() tells of a base model, and its bytes; raise an error if it is cut off.
+    """Return what look_at() finds in a base model, and its bytes; an error if it is cut off.
 
     keys=["mlp.down_proj", …], blocks=[…], hidden=2560, vocabulary=262208, weights=2200000000
     """
@@ -28,7 +28,7 @@ def bytes_of_weights(base):
     if index.exists():
         names = set(json.loads(index.read_bytes())["weight_map"].values())
     for name in names:
-        safetensors.safe_open(base / name, "numpy")  # raises an error where a file is cut off
+        safetensors.safe_open(base / name, "numpy")  # an error if the file is cut off
     return sum((base / name).stat().st_size for name in names)
 
 
@@ -40,11 +40,12 @@ def memory_for_mlx():
 
 
 def memory_to_train(s, size, longest):
-    """Return the bytes at the peak, fitted to what tests/benchmarks/memory.py measured.
+    """Return the bytes at the peak, fitted to Gemma 3 with tests/benchmarks/memory.py.
 
-    A matrix trains RANK x (inputs + outputs) numbers, and an update takes 26 bytes for each. A
-    token of a batch takes 8 bytes for each word of the vocabulary, and what the blocks keep for the
-    way back: with GRAD_CHECKPOINT that of one block, which only counts where it has a state.
+    Each adapted matrix has RANK x (inputs + outputs) numbers to train, of 26 bytes each. A token of
+    a batch takes 8 bytes for each word of the vocabulary, and what the blocks keep for the backward
+    pass: with GRAD_CHECKPOINT only that of one block, which matters if the block has a state.
+    Qwen2.5 at 2 x 512 tokens took less: 4.8 GB instead of 5.6 at 0.5B, 7.9 instead of 9.6 at 1.5B.
     """
     blocks, trained = size.blocks, size.blocks[-s.NUM_LAYERS if s.NUM_LAYERS > 0 else 0 :]
     used = sum(block.used for block in trained)
@@ -86,5 +87,5 @@ def size_at_16_bits(base):
     quantized = json.loads((base / "config.json").read_bytes()).get("quantization")
     if not quantized:
         return here, here
-    # A group of weights also has a scale and a bias, of 16 bits each.
+    # Each group of weights also has a scale and a bias of 16 bits.
     return here, here * 16 / (quantized["bits"] + 32 / quantized["group_size"])

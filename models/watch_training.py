@@ -1,15 +1,15 @@
-"""Run mlx_lm.lora, show and log what it prints, keep its checkpoints, and end it at NaN.
+"""Run mlx_lm.lora, log what it prints, keep its checkpoints, and end it at NaN.
 
     python -m models.watch_training WORK BATCHES_DONE ITERS mlx_lm.lora --train …
 
 Reads   "    20    6.516 ▼    1,528      6.0k" (batch, loss, tokens a second, tokens so far) and
         "  save  0000200_adapters.safetensors"
-Writes  WORK/training.log, WORK/train_losses.csv, and WORK/0000200.safetensors for each checkpoint
-        that is complete
+Writes  WORK/training.log, WORK/train_losses.csv, and WORK/0000200.safetensors for each complete
+        checkpoint
 Exit    0 all batches are trained, 1 they are not, 130 Ctrl-C
 
-The trainer, and all that a launcher has started, ends when this program or fine_tune.sh does: a
-closed pipe would not do, for mlx.launch goes on when nobody reads what it prints.
+The trainer ends when this program or fine_tune.sh ends. To close the pipe would not be enough:
+mlx.launch goes on when nobody reads its output.
 """
 
 from models.common import checkpoints, fail, rerun
@@ -34,7 +34,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def main(work, batches_done, iters, *command):
     work, batches_done, iters = Path(work), int(batches_done), int(iters)
-    for number in signal.SIGTERM, signal.SIGHUP:  # they too lead to `finally`
+    for number in signal.SIGTERM, signal.SIGHUP:  # so that they reach `finally`
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     trainer = start(command)
     try:
@@ -46,21 +46,21 @@ def main(work, batches_done, iters, *command):
     last = work / "run/adapters.safetensors"
     if code or batch != iters or not last.exists():
         what = f"mlx_lm.lora ended with code {code} after {batch} of {iters} batches"
-        fail(f"{what}: {error[:200]}", *fixes(work, code, error))
+        fail(f"{what}: {error[:200]}", *fixes_for(work, code, error))
     keep(work, "adapters", iters)
 
 
 def start(command):
-    """Start the trainer as the leader of a process group, so that one kill ends all of it."""
+    """Start the trainer in a process group of its own, so that one kill ends all of it."""
     try:
         return subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # stays open and empty: mlx.launch listens to it
+            stdin=subprocess.PIPE,  # open and empty: mlx.launch listens to it
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=os.environ | {"COLUMNS": "100"},  # one line a batch
             start_new_session=True,
-            close_fds=False,  # it keeps the lock of fine_tune.sh as long as it lives
+            close_fds=False,  # it holds the lock of fine_tune.sh as long as it lives
         )
     except FileNotFoundError:
         usual = '"mlx.launch --hostfile hosts.json --"'
@@ -68,7 +68,7 @@ def start(command):
 
 
 def lines_of(pipe):
-    """Yield what comes through the pipe, line by line and without colours and progress bars."""
+    """Yield the lines that come through the pipe, without colours and progress bars."""
     parent, rest = os.getppid(), b""
     while True:
         is_ready, _, _ = select.select([pipe], [], [], 1)
@@ -81,14 +81,14 @@ def lines_of(pipe):
             return
         *whole, rest = (rest + data).split(b"\n")
         for line in whole:
-            plain = COLOURS.sub("", line.decode("utf-8", "replace")).rstrip("\r")
-            text = plain.rpartition("\r")[2]  # of a progress bar, the last state
+            text = COLOURS.sub("", line.decode("utf-8", "replace")).rstrip("\r")
+            text = text.rpartition("\r")[2]  # the last state of a progress bar
             if not re.search("[█░]", text):
                 yield text
 
 
 def follow(work, lines, batches_done, iters):
-    """Follow a training to its end; return its last batch, and the line that tells its error."""
+    """Follow a training to its end; return its last batch, and the line with its error."""
     batch, recent, error, started = batches_done, [], "it does not say why", time.monotonic()
     with (
         open(work / "training.log", "a", buffering=1) as log,
@@ -98,7 +98,7 @@ def follow(work, lines, batches_done, iters):
         for line in lines:
             print(line, file=log)
             if found := LOSS.match(line):
-                batch += 1  # two trainers that form no group print every batch twice
+                batch += 1  # counted, not read: trainers that do not work together print each twice
                 bar.update()
                 recent.append((float(found[1]), int(found[2].replace(",", ""))))
                 if not math.isfinite(recent[-1][0]):
@@ -118,26 +118,24 @@ def follow(work, lines, batches_done, iters):
 
 
 def report(batch, recent, losses, bar):
-    """Write down and show the mean of the recent batches: [(6.5, 1500), (6.1, 1700)]."""
-    loss = sum(loss for loss, _ in recent) / len(recent)
-    speed = sum(speed for _, speed in recent) / len(recent)
+    """Write and show the means of the recent batches: [(6.5, 1500), (6.1, 1700)] → 6.3, 1600."""
+    loss, speed = (sum(values) / len(recent) for values in zip(*recent, strict=True))
     print(f"{batch},{loss:.3f},{speed:.0f}", file=losses)
-    text = f"{batch:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s"
-    bar.write(text, file=sys.stdout)
+    bar.write(f"{batch:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s")
 
 
 def say_time_left(seconds, bar):
-    """Say how long the training will take, if that is worth a pause."""
+    """Say how long the training will take, if it takes more than a minute."""
     if seconds > 60:
         bar.write(f"time        about {seconds / 60:.0f} minutes more, then the scoring")
 
 
 def keep(work, name, batch):
-    """Move a checkpoint that is complete to where a resumed run looks for it.
+    """Move a complete checkpoint to where a resumed run looks for it.
 
-    Of those that are there to be resumed from, and not to be scored, only the last one stays.
+    Of those that are only for resuming, and will not be scored, the last one stays.
     """
-    with suppress(FileNotFoundError):  # two trainers that form no group
+    with suppress(FileNotFoundError):  # LAUNCH: two trainers that do not work together
         (work / f"run/{name}.safetensors").rename(work / f"{batch:07d}.safetensors")
     for saved, file in checkpoints(work).items():
         if saved < batch and saved % int(os.environ["EVAL_EVERY"]):
@@ -145,40 +143,36 @@ def keep(work, name, batch):
 
 
 def stop_at_nan(work, batch):
-    """End a training whose loss is NaN; RESUME=1 then has no batches left, and scores."""
+    """End a training whose loss is NaN; RESUME=1 then trains no more, and only scores."""
     saved = max(checkpoints(work), default=0)
     rate = float(f"{float(os.environ['LEARNING_RATE']) / 3:.1e}")
-    ways = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
+    fixes = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
     if saved:
         with open(work / "settings", "a") as file:
             print(f"# the loss was NaN or infinite by batch {batch}\nITERS={saved}", file=file)
-        ways.insert(0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best one before it")
-    fail(f"the loss became NaN or infinite by batch {batch}", *ways)
+        fixes.insert(0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best checkpoint so far")
+    fail(f"the loss became NaN or infinite by batch {batch}", *fixes)
 
 
-def fixes(work, code, error):
-    """Return the commands that may mend what ended the trainer."""
+def fixes_for(work, code, error):
+    """Return the commands that may fix what ended the trainer."""
     resume = {"RESUME": 1 if checkpoints(work) else 0}
     again = rerun("./fine_tune.sh", **resume)
-    if "ImpactingInteractivity" in error:  # macOS, for the sake of what is on the display
+    if "ImpactingInteractivity" in error:  # macOS ends long work on the GPU for the display's sake
         sleepless = rerun("caffeinate -s ./fine_tune.sh", **resume)
         relaxed = rerun("./fine_tune.sh", **resume, AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1)
         return [
-            f"{sleepless}  # and turn the display off: that is what macOS does it for",
+            f"{sleepless}  # and turn the display off",
             f"{relaxed}  # helps on many Macs, and the display stutters",
         ]
     if re.search("unable to write|no space", error, re.IGNORECASE):
         return ["df -h models/adapters  # free space, then:", again]
     if re.search("memory|alloc|wired", error, re.IGNORECASE) or code == -signal.SIGKILL:
         less = rerun("./fine_tune.sh", RESUME=0, GRAD_CHECKPOINT=1, BATCH_SIZE=1)
-        return [less, *[allow_more()] * (sys.platform == "darwin")]
+        megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20
+        more = f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # 85 % of the memory, till a restart"
+        return [less, more] if sys.platform == "darwin" else [less]
     return [f"tail -n 30 '{work}/training.log'", again]
-
-
-def allow_more():
-    """Return the command that lets a Mac's GPU have most of the memory."""
-    megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20
-    return f"sudo sysctl iogpu.wired_limit_mb={megabytes}  # 85 % of the memory, till it restarts"
 
 
 if __name__ == "__main__":

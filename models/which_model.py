@@ -3,14 +3,15 @@
     python -m models.which_model
 
 memory           the smallest Mac that trains it well, with GRAD_CHECKPOINT=1 at most
-on this machine  it trains as fine_tune.sh is ("yes"), with these settings ("tight"), or not ("no")
+on this machine  it trains with the defaults ("yes"), with these settings ("tight"), or not ("no")
 
-All is reckoned from the shapes of the models, as fine_tune.sh does it, for rows of 512 tokens; chat
+The memory is that of fine_tune.sh, computed from the shape of a model for rows of 512 tokens; chat
 seldom has longer ones. Any other chat model of mlx-community that mlx-lm can load will do as well:
-fine_tune.sh tells, before it loads it, how much of it is adapted and whether it fits.
+fine_tune.sh says how much of it is adapted and whether it fits before it loads it.
 """
 
 from models.adapted import look_at, make_model
+from models.check_training import SETTINGS
 from models.memory import changes_to_fit, memory_for_mlx
 
 from functools import cache
@@ -18,29 +19,16 @@ from types import SimpleNamespace
 
 MACS = 8, 16, 24, 32, 48, 64, 96, 128  # gigabytes
 TOKENS = 512
-SETTINGS = {  # the defaults of fine_tune.sh
-    "BATCH_SIZE": 2,
-    "GRAD_CHECKPOINT": 0,
-    "RANK": 32,
-    "NUM_LAYERS": -1,
-    "EMBEDDINGS": 1,
-}
 
-# Names on huggingface.co/mlx-community, gigabytes to download, family, and what their config.json
-# says of these KEYS; what a family has besides stands in MORE.
+# Names on huggingface.co/mlx-community, gigabytes to download, family, and the values of KEYS in
+# config.json. What else a family has there is in MORE, and what all have in COMMON.
 KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+    "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+)  # fmt: skip
 BASES = [
     ("gemma-3-1b-it-4bit", 0.7, "gemma3_text", (1152, 6912, 26, 4, 1, 256, 262144)),
     ("Llama-3.2-1B-Instruct-4bit", 0.7, "llama", (2048, 8192, 16, 32, 8, 64, 128256)),
-    ("LFM2-2.6B-4bit", 1.5, "lfm2", (2048, 10752, 30, 32, 8, 64, 65536)),
     ("Llama-3.2-3B-Instruct-4bit", 1.8, "llama", (3072, 8192, 28, 24, 8, 128, 128256)),
     ("Qwen3-4B-Instruct-2507-4bit", 2.3, "qwen3", (2560, 9728, 36, 32, 8, 128, 151936)),
     ("gemma-3-text-4b-it-4bit", 2.2, "gemma3_text", (2560, 10240, 34, 8, 4, 256, 262144)),
@@ -56,39 +44,19 @@ BASES = [
 ]
 MORE = {
     "gemma3_text": {"query_pre_attn_scalar": 256, "sliding_window_pattern": 6},
-    "lfm2": {
-        "block_dim": 2048,
-        "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": False,
-        "conv_bias": False,
-        "conv_L_cache": 3,
-        "full_attn_idxs": [2, 6, 10, 14, 18, 21, 24, 27],
-    },
     "qwen3_5": {
-        "linear_num_value_heads": 32,
-        "linear_num_key_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_value_head_dim": 128,
         "full_attention_interval": 4,
     },
     "gpt_oss": {"num_local_experts": 32, "num_experts_per_tok": 4},
     "qwen3_moe": {
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
     },
-}
-COMMON = {
-    "rms_norm_eps": 1e-6,
-    "norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-}
+}  # fmt: skip
+COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
+COMMON |= {"tie_word_embeddings": True}
 
 
 def main():
@@ -97,26 +65,25 @@ def main():
     print(f"this machine lets MLX use {allowed / 1e9:.1f} GB, as a Mac of {here} GB does\n")
     print("memory  base model                            download  adapts    on this machine")
     lines = sorted(line_of(*base, allowed) for base in BASES)
-    for_here = [(mac, line) for mac, _, line in lines if mac <= here]
-    for_larger = [(mac, line) for mac, _, line in lines if mac > here]
-    for mac, line in for_here[::-1] + for_larger:
+    for_here = [line for line in lines if line[0] <= here]
+    for mac, _, line in for_here[::-1] + lines[len(for_here) :]:
         print(f"{mac:3} GB  {line}")
     print("\nnext    hf download mlx-community/NAME --local-dir models/base/NAME")
 
 
 def usable(mac):
-    """Return the bytes that macOS lets MLX use of so many gigabytes."""
+    """Return the bytes that macOS lets MLX use on a Mac of so many gigabytes."""
     return mac * 2**30 * (2 / 3 if mac <= 32 else 3 / 4)
 
 
 def closest_mac(allowed):
-    """Return the size of the largest Mac that lets MLX use no more than this, the smallest else."""
+    """Return the gigabytes of the largest Mac on which MLX may not use more than this."""
     return max([mac for mac in MACS if usable(mac) <= 1.01 * allowed], default=MACS[0])
 
 
 @cache
 def size_of_base(gigabytes, family, shape):
-    """Return the sizes of a base that is on no disk."""
+    """Return the sizes of a base that need not be on this disk."""
     text = COMMON | MORE.get(family, {}) | dict(zip(KEYS, shape, strict=True))
     config = text | {"model_type": family, "text_config": text}
     size = look_at(make_model(config), config)
@@ -125,15 +92,17 @@ def size_of_base(gigabytes, family, shape):
 
 
 def line_of(name, gigabytes, family, shape, allowed):
-    """Return (smallest Mac that trains it well, its download, and the line that is printed).
+    """Return (smallest Mac that trains it well, its download, the line to print).
 
     24, 4.6, "Qwen3-8B-4bit       4.6 GB  all       tight: GRAD_CHECKPOINT=1 BATCH_SIZE=1"
     """
-    size, s = size_of_base(gigabytes, family, shape), SimpleNamespace(**SETTINGS)
+    size = size_of_base(gigabytes, family, shape)
+    s = SimpleNamespace(**{setting: default for setting, (_, _, default) in SETTINGS.items()})
     macs = [mac for mac in MACS if is_easy(changes_to_fit(s, size, TOKENS, usable(mac)))]
     changes = changes_to_fit(s, size, TOKENS, allowed)
-    verdict = "no"
-    if changes is not None and "NUM_LAYERS" not in changes:  # a few layers are the last resort
+    if changes is None or "NUM_LAYERS" in changes:  # a few layers alone learn too little
+        verdict = "no"
+    else:
         less = " ".join(f"{setting}={value}" for setting, value in changes.items())
         verdict = f"tight: {less}" if less else "yes"
     adapted, _, every = size.summary.partition(" matrices")[0].split()
@@ -142,8 +111,7 @@ def line_of(name, gigabytes, family, shape, allowed):
 
 
 def is_easy(changes):
-    """Say whether it trains as it is, or with checkpoints, which take time and change nothing."""
-    return changes is not None and set(changes) <= {"GRAD_CHECKPOINT"}
+    return changes is not None and set(changes) <= {"GRAD_CHECKPOINT"}  # which only takes time
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """A project folder of its own for each test, with the real scripts and real, tiny base models."""
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,23 @@ def last_error(result):
     """Return the last line on stderr of a finished run that must not have shown a traceback."""
     assert "Traceback" not in result.stdout + result.stderr
     return result.stderr.strip().splitlines()[-1]
+
+
+def is_over(lock):
+    """Say whether no process of a run lives any more: each holds the lock."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def cut_off(path):

@@ -19,8 +19,8 @@ USUAL = {name: default for name, (_, _, default) in check_training.SETTINGS.item
 def write_rows(project, rows=ROWS):
     (project / DATA).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"prompt": prompt, "completion": reply}) + "\n" for prompt, reply in rows]
-    for name in "train", "valid":
-        (project / DATA / f"{name}.jsonl").write_text("".join(lines))
+    (project / DATA / "train.jsonl").write_text("".join(lines))
+    (project / DATA / "valid.jsonl").write_text(lines[0])  # not the longest one
 
 
 @pytest.fixture
@@ -61,17 +61,17 @@ def test_the_shell_gets_numbers_where_the_settings_say_auto(check):
     assert len(settings["TRAIN_SHA256"]) == 64
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "what", "proposal"),
-    [
-        ("ITERS", "10,000", "a whole number from 1", "auto"),
-        ("LEARNING_RATE", "nan", "a number from 1e-09", "auto"),
-        ("SCALE", "inf", "a number from 0.1", "10.0"),
-        ("DROPOUT", "1.5", "a number from 0.0 to 0.9", "0.0"),
-        ("CHECK_MEMORY", "yes", "a whole number from 0 to 1", "1"),
-        ("BATCH_SIZE", "$(touch harm)", "a whole number from 1", "2"),
-    ],
-)
+WRONG = [  # a setting, its value, what it should be, the default
+    ("ITERS", "10,000", "a whole number from 1", "auto"),
+    ("LEARNING_RATE", "nan", "a number from 1e-09", "auto"),
+    ("SCALE", "inf", "a number from 0.1", "10.0"),
+    ("DROPOUT", "1.5", "a number from 0.0 to 0.9", "0.0"),
+    ("CHECK_MEMORY", "yes", "a whole number from 0 to 1", "1"),
+    ("BATCH_SIZE", "$(touch harm)", "a whole number from 1", "2"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "what", "proposal"), WRONG)
 def test_a_wrong_setting_is_answered_with_the_default(check, name, value, what, proposal):
     assert check(**{name: value}).lines == [
         f"error: {name}={value} is not {what}",
@@ -93,16 +93,16 @@ def test_more_than_two_epochs_are_warned_of(check):  # 8 rows, 2 in a batch: 4 b
     assert "warning: more than one epoch" in check(ITERS=9).said
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"NUM_LAYERS": 9}, "NUM_LAYERS=9 is not one of the 6 layers"),
-        ({"NUM_LAYERS": 0}, "NUM_LAYERS=0 is not one of the 6 layers"),
-        ({"MAX_SEQ_LENGTH": 20}, "a row has 28 tokens: MAX_SEQ_LENGTH=20 cuts off its reply"),
-        ({"BATCH_SIZE": 9}, "BATCH_SIZE=9: of these rows a batch can have 8 at most"),
-    ],
-)
-def test_what_cannot_be_trained_rightly_is_refused(check, settings, error):
+UNFIT = [
+    ({"NUM_LAYERS": 9}, "NUM_LAYERS=9 is not one of the 6 layers"),
+    ({"NUM_LAYERS": 0}, "NUM_LAYERS=0 is not one of the 6 layers"),
+    ({"MAX_SEQ_LENGTH": 20}, "a row has 28 tokens: MAX_SEQ_LENGTH=20 cuts off its reply"),
+    ({"BATCH_SIZE": 9}, "BATCH_SIZE=9: a batch can have at most 8 of these rows"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error"), UNFIT)
+def test_settings_that_do_not_go_with_the_rows_or_the_base_are_refused(check, settings, error):
     assert f"error: {error}" in check(**settings).said
 
 
@@ -118,20 +118,14 @@ class Bytes:
         return list(text.replace("a" * 100, "a").encode()) + [0] * add_generation_prompt
 
 
-def chats(*replies):
-    return [[{"role": "user", "content": ""}, {"role": "assistant", "content": r}] for r in replies]
-
-
-def test_the_largest_row_need_not_be_the_longest(monkeypatch):
-    monkeypatch.setattr(check_training, "encode", lambda t, chat: (t.apply_chat_template(chat), 0))
-    rows = chats(*["b" * 10] * 50, "b" * 500, "a" * 1000, "b" * 499)
-    assert check_training.longest_of_many(Bytes(), rows) == 504
-
-
-def test_rows_with_fewer_bytes_than_the_longest_has_tokens_are_not_counted(monkeypatch):
+def test_the_longest_row_need_not_be_the_largest_and_is_found_without_tokenizing_all(monkeypatch):
     monkeypatch.setattr(check_training, "encode", lambda t, chat: (t.apply_chat_template(chat), 0))
     tokenizer = Bytes()
-    check_training.longest_of_many(tokenizer, chats(*["b" * 10] * 5000, "b" * 500))
+    replies = ["b" * 10] * 5000 + ["b" * 500, "a" * 1000, "b" * 499]
+    chats = [
+        [{"role": "user", "content": ""}, {"role": "assistant", "content": r}] for r in replies
+    ]
+    assert check_training.longest_of_many(tokenizer, chats) == 504
     assert tokenizer.calls < 10
 
 
@@ -145,8 +139,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         check_training.check_memory(settings, size, longest=512)
     assert "GRAD_CHECKPOINT=1 ./fine_tune.sh" in capsys.readouterr().err
-    settings.GRAD_CHECKPOINT = 1
-    check_training.check_memory(settings, size, longest=512)
+    for what_fits in {"GRAD_CHECKPOINT": 1}, {"CHECK_MEMORY": 0}:
+        check_training.check_memory(SimpleNamespace(**USUAL | what_fits), size, longest=512)
 
 
 # ---- base model and data -------------------------------------------------------------------------
@@ -175,11 +169,12 @@ REFUSED = {  # what was done to the project, the error, the first FIX
     "weights cut off": (lambda p: cut_off(p / BASE / "model.safetensors"), "incomplete", TINY),
     "no sizes": (write(f"{BASE}/config.json", b"{}"), f"{BASE} cannot be used", TINY),
     "code": (lambda p: change_config(p, model_file="harm.py"), "custom module", TINY),
-    "tokenizer empty": (write(f"{BASE}/tokenizer.json", b"{}"), "the tokenizer of", TINY),
+    "tokenizer empty": (write(f"{BASE}/tokenizer.json", b"{}"), f"{BASE} cannot be used", TINY),
     "template ambiguous": (write(f"{BASE}/chat_template.jinja", AMBIGUOUS), "reply", TINY),
     "no reply": (row(b'{"prompt": "3"}'), f"{DATA}/valid.jsonl, line 2: KeyError", BUILD),
     "not UTF-8": (row(b"\xff"), f"{DATA}/valid.jsonl, line 2: UnicodeDecodeError", BUILD),
     "half a character": (row(rb'{"prompt": "\ud800", "completion": ""}'), "line 2", BUILD),
+    "control token": (row(b'{"prompt": "a", "completion": "<eos>"}'), "row holds <eos>", BUILD),
     "deep": (row(b"[" * 100_000), f"{DATA}/valid.jsonl, line 2: RecursionError", BUILD),
 }  # fmt: skip
 

@@ -218,7 +218,7 @@ def test_on_a_disk_that_knows_no_capitals_ann_does_not_replace_Ann(home, main, m
     (home / "chat.txt").write_text(CHAT.replace("soup", "cake"))
     monkeypatch.setattr(from_export.os, "listdir", lambda folder: ["messages_Ann.json"])  # a Mac's
     error = main("chat.txt", "--version", "ann", "--replace")
-    assert "under a name with other capitals\nFIX: " in error and main.code == 1
+    assert "under a name with other capitals" in error and main.code == 1
     assert "soup?" in [entry["message"] for entry in written(home, "ann")]
 
 

@@ -3,6 +3,7 @@
 from data.messages import find_raw, mended, read, seconds
 
 import json
+from pathlib import Path
 from time import tzset
 
 import pytest
@@ -99,40 +100,31 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path, encoding):
     assert texts_of(messages_of(tmp_path, content)) == [("perché",)]
 
 
-EDIT = "FIX: # correct "
-EXPORT = "FIX: python data/raw/from_export.py "
-BAD = {
-    "not JSON": (b'[\n{"message": "a"},\n {"message" "b"}]', 'line 3: not JSON: Expecting', EDIT),
-    "an app's text": (b"12/05/24, 10:30 - Ann: hi", "line 1: not JSON: ", EXPORT),
-    "an iPhone's text": (b"[01.05.24, 10:00:00] Ann: hi", "line 1: not JSON: ", EXPORT),
-    "an app's JSON": (b'{"messages": []}', 'line 1: {"messages": []} is no list', EXPORT),
-    "Windows": ('["a",\n"perché"]'.encode("cp1252"), "line 2: not JSON in UTF-8", EDIT),
-    "a bad message": (b'["a", {"message": 3}]', 'entry 1: "message" is 3', EDIT),
-    "no message": (b'[{"message": "a"}, {"msg": "b"}]', 'entry 1: no "message" in {"msg"', EDIT),
-    "context is a text": (b'[{"previous_messages": "a", "message": "b"}]', "entry 0: ", EDIT),
-    "context holds null": (b'[{"previous_messages": [null], "message": "b"}]', "entry 0: ", EDIT),
-    "half a pair": (b'[{"prompt": "c"}]', 'entry 0: no "completion"', EDIT),
-    "a time that is none": (b'[{"message": "a", "time": "noon"}]', "entry 0: ", EDIT),
-    "a nest": (b"[" * 100_000, "line 1: not JSON: maximum recursion", EDIT),
-}  # fmt: skip
+BAD = {  # content of the file: what is said of it
+    b'[\n{"message": "a"},\n {"message" "b"}]': ".json: not JSON: Expecting ':' delimiter: line 3",
+    b"12/05/24, 10:30 - Ann: hi": ".json: not JSON: ",
+    b'{"messages": []}': '.json: {"messages": []} is not a list of entries',
+    '["a",\n"perch\u00e9"]'.encode("cp1252"): ".json, line 2: not UTF-8",
+    b'["a", {"message": 3}]': '.json, entry 1: "message" is 3',
+    b'[{"message": "a"}, {"msg": "b"}]': '.json, entry 1: no "message" in {"msg"',
+    b'[{"previous_messages": "a", "message": "b"}]': '.json, entry 0: "previous_messages" is "a"',
+    b'[{"previous_messages": [null], "message": "b"}]': ".json, entry 0: ",
+    b'[{"prompt": "c"}]': '.json, entry 0: no "completion"',
+    b'[{"message": "a", "time": "noon"}]': ".json, entry 0: Invalid isoformat string: 'noon'",
+    b"[" * 100_000: ".json: not JSON: maximum recursion",
+    b'{"message": "a"}\n\n{"message": 3}\n': '.jsonl, line 3: "message" is 3',
+}
 
 
-@table("name", BAD)
-def test_what_cannot_be_read_is_named_and_stays_where_it_is(tmp_path, capsys, name):
-    content, what, fix = BAD[name]
+@table("content", BAD, ids=range(len(BAD)))
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path, capsys, content):
+    what = BAD[content]
+    name = "messages_v1.jsonl" if what.startswith(".jsonl") else "messages_v1.json"
     with pytest.raises(SystemExit) as stop:
-        messages_of(tmp_path, content)
+        messages_of(tmp_path, content, name)
     error, *fixes = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 1 and f"messages_v1.json, {what}" in error
-    assert fixes[0].startswith(fix)
-    assert not any(" mv " in line or " rm " in line for line in fixes)
-    assert (tmp_path / "messages_v1.json").read_bytes() == content
-
-
-def test_a_bad_line_of_jsonl_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        messages_of(tmp_path, b'{"message": "a"}\n\n{"message": 3}\n', "messages_v1.jsonl")
-    assert "messages_v1.jsonl, line 3: " in capsys.readouterr().err
+    assert stop.value.code == 1 and f"messages_v1{what}" in error
+    assert all(line.startswith("FIX: # ") for line in fixes)
 
 
 def test_keys_that_are_not_used_are_named(tmp_path, capsys):
@@ -143,21 +135,15 @@ def test_keys_that_are_not_used_are_named(tmp_path, capsys):
 
 
 # ---- the file is not there -----------------------------------------------------------------------
-MISSING = [
-    ("messages_sample.json", ["# python data/raw/from_export.py YOUR_EXPORT --version v1"]),
-    ("my chat.txt", ["python data/raw/from_export.py 'data/raw/my chat.txt' --version v1"]),
-    ("messages_family.jsonl",
-        ["# python data/raw/from_export.py YOUR_EXPORT --version v1", "export VERSION=family"]),
-]  # fmt: skip
-
-
-@table(("name", "fixes"), MISSING)
-def test_a_missing_file_is_answered_with_what_is_there(tmp_path, monkeypatch, capsys, name, fixes):
+def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
-    (tmp_path / "data/raw" / name).write_text("hi")
+    (tmp_path / "data/raw/messages_family.jsonl").write_text("hi")
     with pytest.raises(SystemExit):
         find_raw("v1")
-    error, *lines = capsys.readouterr().err.splitlines()
-    assert f"messages_v1.json is not there or empty; there are {name}" in error
-    assert lines == [f"FIX: {fix}" for fix in fixes]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: there is no data/raw/messages_v1.json",
+        "FIX: # python data/raw/from_export.py YOUR_EXPORT --version v1",
+        "FIX: export VERSION=family",
+    ]
+    assert find_raw("family") == Path("data/raw/messages_family.jsonl")

@@ -294,6 +294,15 @@ CHATML += "<|im_start|>assistant\nb<|im_end|>\n"
 @table(
     ("row", "pairs"),
     [
+        ({"prompt": "a", "completion": "b"}, "a → b"),
+        ({"instruction": "a", "input": "", "output": "b"}, "a → b"),
+        ({"instruction": "a", "input": "c", "output": "b"}, "a+c → b"),
+        ({"question": "a", "answer": "b", "id": 7, "input": "c"}, "a → b"),
+        ({"text": "Q: c\nA: d\nQ: e\nA: f"}, "c\nA: d\nQ: e → f"),
+        ({"messages": turns("system s|user a|assistant b|user c|assistant d")},
+         "s+a → b, s+a+b+c → d"),
+        ({"messages": turns("assistant b|user c|assistant d")}, "b+c → d"),
+        ({"conversations": SHAREGPT}, "a → b"),
         ({"text": CHATML}, "s+a → b"),
         ({"text": "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s>"}, "s+a → b"),
         ({"text": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>"}, "a → b, a+b+c → d"),
@@ -322,12 +331,15 @@ CHATML += "<|im_start|>assistant\nb<|im_end|>\n"
     ],
 )  # fmt: skip
 def test_a_row_of_a_training_set_becomes_pairs(convert, row, pairs):
-    good = {"prompt": "good", "completion": "pair"}
-    found, _, notes = convert({"a.jsonl": f"{json.dumps(row)}\n{json.dumps(good)}"})
-    shown = [f"{pair['prompt'].replace(chr(10) * 2, '+')} → {pair['completion']}" for pair in found]
-    assert shown == [*filter(None, pairs.split(", ")), "good → pair"]
-    is_bad = not pairs or "weight" in json.dumps(row)
-    assert [note[-3:] for note in notes] == [": 1"] * is_bad
+    set_of_two = [row, {"prompt": "good", "completion": "pair"}]
+    for content in json.dumps(set_of_two), "\n".join(map(json.dumps, set_of_two)):
+        found, _, notes = convert({"a.jsonl": content})
+        shown = [
+            f"{pair['prompt'].replace(chr(10) * 2, '+')} → {pair['completion']}" for pair in found
+        ]
+        assert shown == [*filter(None, pairs.split(", ")), "good → pair"]
+        is_bad = not pairs or "weight" in json.dumps(row)
+        assert [note[-3:] for note in notes] == [": 1"] * is_bad
 
 
 def test_a_training_set_in_csv(convert):

@@ -211,14 +211,8 @@ def test_telegrams_export_of_everything_gives_the_talks_between_people(check):
 def test_a_topic_of_a_forum_of_telegram_is_a_conversation(check):
     said = {"type": "message"}
     messages = [
-        {
-            "id": 10,
-            "type": "service",
-            "actor": "Ann",
-            "action": "topic_created",
-            "title": "Food",
-            "text": "",
-        },
+        {"id": 10, "type": "service", "actor": "Ann", "text": ""}
+        | {"action": "topic_created", "title": "Food"},
         said | {"id": 11, "from": "Ann", "text": "soup?", "reply_to_message_id": 10},
         said | {"id": 12, "from": "Bob", "text": "hello all"},
         said | {"id": 13, "from": "Bob", "text": "bread", "reply_to_message_id": 11},
@@ -242,12 +236,9 @@ def test_instagrams_files_are_newest_first_and_make_one_conversation(check):
 
 META = {  # who, and the app's sentences as messages of theirs
     "Ann Lee": [
-        *[
-            "Ann sent an attachment.",
-            "Ann Lee hat einen Anhang gesendet.",
-            "annlee liked a message",
-        ],
-        *["Le ha gustado un mensaje", "Nick sent an attachment.", "anni.3 started an audio call"],
+        *["Ann Lee hat einen Anhang gesendet.", "annlee liked a message"],
+        *["Ann sent an attachment.", "Nick sent an attachment.", "Le ha gustado un mensaje"],
+        *["anni.3 started an audio call"],
         *["Ann csatolt fájlt küldött"] * 3,  # in no table, but it comes back
     ],
     "Bob": [
@@ -322,31 +313,6 @@ def test_a_row_of_csv_with_a_comma_too_many_is_left_out_and_told(convert):
 def test_texts_without_authors_and_times_are_messages_and_never_copies(check):
     files = {f"{folder}/a.json": [{"text": "ok"}, {"text": "ok"}] for folder in "ab"}
     check(files, "None: ok|None: ok|None: ok|None: ok")
-
-
-ROLES = ["system", "user", "assistant", "user", "assistant"]
-TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, "sabcd", strict=True)]
-SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-
-
-@table(
-    ("row", "pairs"),
-    [
-        ({"prompt": "a", "completion": "b"}, [("a", "b")]),
-        ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
-        ({"instruction": "a", "input": "c", "output": "b"}, [("a\n\nc", "b")]),
-        ({"question": "a", "answer": "b", "id": 7, "input": "c"}, [("a", "b")]),
-        ({"text": "Q: c\nA: d\nQ: e\nA: f"}, [("c\nA: d\nQ: e", "f")]),
-        ({"text": "### Instruction:\na\n\n### Response:\nb"}, [("a", "b")]),
-        ({"messages": TURNS}, [("s\n\na", "b"), ("s\n\na\n\nb\n\nc", "d")]),
-        ({"messages": TURNS[2:]}, [("b\n\nc", "d")]),
-        ({"conversations": SHAREGPT}, [("a", "b")]),
-    ],
-)
-def test_a_training_set_becomes_pairs(convert, row, pairs):
-    for content in json.dumps([row, row]), f"{json.dumps(row)}\n{json.dumps(row)}\n":
-        found, _, _ = convert({"a.jsonl": content})
-        assert [(pair["prompt"], pair["completion"]) for pair in found] == pairs * 2
 
 
 # ---- WhatsApp -----------------------------------------------------------------------------------
@@ -428,17 +394,11 @@ def test_the_words_of_a_person_stay_without_the_tags_around_them(check, text, wo
         (IPHONE, "deleted", ["\u200eYou deleted this message."]),
         (IPHONE, "app", ["\u200eMissed voice call. \u200eTap to call back", "\u200eCy added you"]),
         (IPHONE, "app", ["\u200e\u200eDein Code hat sich geändert. \u200eMehr"]),
-        (
-            IPHONE,
-            "poll",
-            [
-                "\u200ePOLL:\nWhen?\n\u200eOPTION: Now (\u200e2 votes)"
-                "\n\u200eOPTION: Later (\u200e1 vote)"
-            ],
-        ),
+        (IPHONE, "poll", ["\u200ePOLL:\nWhen?\n\u200eOPTION: Now (\u200e2 votes)"
+                          "\n\u200eOPTION: Later (\u200e1 vote)"]),
         (IPHONE, "location", ["\u200eLocation: https://maps.google.com/?q=48.2,16.3"]),
     ],
-)
+)  # fmt: skip
 def test_what_whatsapp_wrote_is_left_out_in_many_languages(check, form, kind, texts):
     chat = chat_of(*(f"Ann: {text}" for text in texts), "A: a", "B: b", form=form)
     check({"a.txt": "\ufeff" + chat.replace("\n", "\r\n")}, "A: a|B: b", **{kind: len(texts)})
@@ -476,12 +436,8 @@ def test_a_line_without_an_author_is_a_notice_of_the_app(check):
     check({"a.txt": chat_of(*notices, "A: a", "B: b")}, "A: a|B: b", app=3)
 
 
-UNKNOWN = [
-    "<Média kihagyva innen>\nnézd",
-    "nézd <Média kihagyva innen>",
-    "nézd\u200ekép kihagyva",
-    "1.pdf (fájl innen)\nnézd",
-]
+UNKNOWN = ["<Média kihagyva innen>\nnézd", "nézd <Média kihagyva innen>"]
+UNKNOWN += ["nézd\u200ekép kihagyva", "1.pdf (fájl innen)\nnézd"]
 
 
 @table("text", UNKNOWN)

@@ -15,6 +15,7 @@ class Row:
     talk: int
     places: range
     texts: tuple = ()
+    rule: str = ""
 
 
 def rows_of(*sizes, window=10):
@@ -53,24 +54,24 @@ def test_one_stretch_is_left_to_train_with():
     assert draw({1: 5}, 99, seed=0) == []
 
 
-@table(("valid_size", "valid_rows", "valid"), [
-    (0.1, 400, range(280, 340)), (0.3, 4000, range(880, 1060)), (0.1, 100, range(100, 160)),
-])  # fmt: skip
+SHARES = [(0.1, 400, range(280, 340)), (0.3, 4000, range(880, 1060)), (0.1, 100, range(100, 160))]
+
+
+@table(("valid_size", "valid_rows", "valid"), SHARES)
 def test_validation_has_its_share_or_the_most_rows_and_training_has_the_others(
     valid_size, valid_rows, valid
 ):
-    dropped = []
-    rows, held_out = split(rows_of(3000), valid_size, valid_rows, 0, dropped)
+    rows = rows_of(3000)
+    train, held_out = split(rows, valid_size, valid_rows, 0)
     assert len(held_out) in valid
-    assert len(rows) > 2999 - len(held_out) * 1.6  # a stretch of 50 leaves 10 rows at either end
-    assert len(rows) + len(held_out) + len(dropped) == 2999
+    assert len(train) > 2999 - len(held_out) * 1.6  # a stretch of 50 leaves 10 rows at either end
+    assert len(train) + len(held_out) + sum(row.rule != "" for row in rows) == 2999
 
 
 @table("window", [1, 3, 10, 60])
 @table("sizes", [(900,), (30,) * 30, (2, 500, 7, 60), (5,) * 100])
 def test_no_place_is_on_both_sides(sizes, window):
-    dropped = []
-    train, valid = split(rows_of(*sizes, window=window), 0.1, 400, 0, dropped)
+    train, valid = split(rows_of(*sizes, window=window), 0.1, 400, 0)
     assert train and valid
     assert not places(train) & places(valid)
 
@@ -80,43 +81,35 @@ def of_texts(*texts):
     return Row(texts[-1], 0, range(len(texts)), texts)
 
 
+def kept(train, valid):
+    drop_copies(train, valid)
+    return [row for row in valid if not row.rule]
+
+
 LONG = [f"message {i} of a long talk" for i in range(40)]
 TRAIN = [of_texts(*LONG[i : i + 10]) for i in range(10)]
-VALID = [of_texts(*LONG[i : i + 10]) for i in range(24, 30)]
 
 
 def test_a_row_that_shares_three_messages_on_end_with_training_does_not_validate():
     copy, other = of_texts("x", "y", *LONG[:3], "z"), of_texts("x", "y", *LONG[:2], "z")
-    dropped = []
-    assert drop_copies(TRAIN, [*VALID, copy, other], dropped) == [*VALID, other]
-    assert dropped == [("z", "split: is in train as well")]
+    assert kept(TRAIN, [copy, other]) == [other]
+    assert copy.rule == "split: is in train as well"
 
 
 @table("longest", [3, 5])
 def test_of_short_rows_two_messages_on_end_are_a_copy(longest):
     train = [of_texts(*LONG[i : i + longest]) for i in range(10)]
     copy, other = of_texts("x", *LONG[:2]), of_texts("x", "y", LONG[1])
-    assert drop_copies(train, [copy, other], []) == [other]
+    assert kept(train, [copy, other]) == [other]
 
 
 def test_what_everybody_says_is_no_copy():
     short = of_texts("gg", "lol", "gg", "wp", "so it is")
-    assert drop_copies([*TRAIN, short], [*VALID, short], []) == [*VALID, short]
+    assert kept([*TRAIN, short], [short]) == [short]
 
 
 def test_an_instruction_that_all_prompts_share_is_no_copy():
     """Ready pairs may all begin with the same lines."""
     lines = ["You are Ann, a good friend.", "Answer in Italian.", "Be as brief as you can."]
-    train = [of_texts(*lines, f"question {i}", f"answer {i}") for i in range(40)]
-    valid = [of_texts(*lines, f"question {i}", f"answer {i}") for i in range(40, 44)]
-    assert drop_copies(train, valid, []) == valid
-
-
-def test_a_chat_whose_neighbours_are_not_side_by_side_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        drop_copies(TRAIN, TRAIN[:6] + VALID[:5], [])
-    error, fix = capsys.readouterr().err.splitlines()
-    assert error.endswith(
-        "not in the order of time: 6 of 11 validation rows stand in training rows"
-    )
-    assert fix == 'FIX: # give each entry its "conversation", or sort the entries by time'
+    rows = [of_texts(*lines, f"question {i}", f"answer {i}") for i in range(44)]
+    assert kept(rows[:40], rows[40:]) == rows[40:]

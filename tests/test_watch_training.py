@@ -65,7 +65,7 @@ def test_nan_ends_the_run_and_keeps_the_checkpoints_of_before(work, capsys):
         watch_training.follow(work, lines, 0, 30)
     assert capsys.readouterr().err.splitlines()[-3:] == [
         "error: the loss became NaN or infinite by batch 2",
-        "FIX: VERSION=v1 MODEL=gemma RESUME=1 ./fine_tune.sh  # keeps the best one before it",
+        "FIX: VERSION=v1 MODEL=gemma RESUME=1 ./fine_tune.sh  # keeps the best checkpoint so far",
         "FIX: VERSION=v1 MODEL=gemma RESUME=0 LEARNING_RATE=0.0001 ./fine_tune.sh",
     ]
     assert names(work) == ["0000001.safetensors"]
@@ -116,14 +116,14 @@ ENDS = {  # the trainer, how it ended, what mends it
 def test_a_mac_that_stops_long_work_for_its_display_has_two_ways_out(work):
     (work / "0000010.safetensors").touch()
     error = "libc++abi: [METAL] (0e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
-    asleep, relaxed = watch_training.fixes(work, -6, error)
+    asleep, relaxed = watch_training.fixes_for(work, -6, error)
     assert "RESUME=1 caffeinate -s ./fine_tune.sh  # and turn the display off" in asleep
     assert "RESUME=1 AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 ./fine_tune.sh" in relaxed
 
 
 def test_a_mac_can_be_allowed_more_memory(work, monkeypatch):
     monkeypatch.setattr(watch_training.sys, "platform", "darwin")
-    less, more = watch_training.fixes(work, -6, "[METAL] Insufficient Memory (…OutOfMemory)")
+    less, more = watch_training.fixes_for(work, -6, "[METAL] Insufficient Memory (…OutOfMemory)")
     assert less.endswith(LESS) and more.startswith("sudo sysctl iogpu.wired_limit_mb=")
 
 

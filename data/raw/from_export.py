@@ -12,8 +12,7 @@ Writes  data/raw/messages_${VERSION}.json, a list with one entry a line, to be r
         {"conversation": "Ann", "time": "2026-11-24T10:44:25", "author": "Ann Lee", "message": "hi"}
         one conversation after the other, each in the order of time;
         of a training set {"prompt": "Hi!", "completion": "Hello"}
-
-What is no talk between people is left out, counted and shown: see KINDS below.
+        What is no talk between people is left out, counted and shown: see KINDS below.
 """
 
 import sys
@@ -22,11 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.raw.readers import READERS
+from data.raw.readers.dates import read_times
 from data.raw.readers.files import open_file
 from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
-from data.raw.readers.times import ORDERS, read_times
+from data.raw.readers.times import ORDERS
 from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, link, visible
 
 import argparse
@@ -36,6 +36,7 @@ import os
 import re
 import shlex
 from collections import Counter, defaultdict
+from os.path import relpath
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -90,14 +91,10 @@ class Chat(NamedTuple):
 
 def read_files(paths, dates):
     """Return ([Chat], {name: (what it is, a FIX)}) of all files that the paths hold."""
-    found = dict(file for path in paths for file in files_in(Path(path).expanduser()))
+    found = dict(file for path in paths for file in files_in(Path(path)))
     chats, not_read, names = [], {}, {}
     for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
-            if found[name] is None:
-                raise NotReadError(
-                    "a link that leads out of the folder", f"ls -l {shlex.quote(name)}"
-                )
             chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
             not_read[name] = e.args
@@ -121,14 +118,16 @@ def in_order(names):
 
 
 def read_file(file, dates):
-    reader = reader_of(file)
+    """Return the Chat of a file, read by the first reader that understands it."""
+    readers = (reader for reader in READERS if reader.understands(file) >= UNDERSTOOD)
+    reader = next(readers, None) or refuse(file)
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
         written = [text_of(m.time) for m in messages]
         times, note = read_times(written, dates, file.lines)
         check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
-        file.notes.extend(filter(None, [note]))
+        file.notes.extend([note] if note else [])
     return Chat(file.name, file.title, reader.APP, messages, file.notes)
 
 
@@ -156,14 +155,6 @@ def tidy_name(name):
     r"""Return a name on one line: "\u202a~ Ann\nLee" → "Ann Lee"."""
     name = INVISIBLE.sub("", name).encode("utf-8", "replace").decode()  # half a character: ?
     return " ".join(name.split()).removeprefix("~").strip()
-
-
-def reader_of(file):
-    """Return the first reader that understands the file."""
-    for reader in READERS:
-        if reader.understands(file) >= UNDERSTOOD:
-            return reader
-    refuse(file)
 
 
 # ---- leave out -----------------------------------------------------------------------------------
@@ -223,41 +214,40 @@ def write(target, entries, replace):
     """Write one entry a line, whole or not at all; what was there before is kept once beside it."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
+    files = target, target.with_suffix(".jsonl")  # build_train.py reads one of them
+    others = [file for file in files if file.exists() and file.read_bytes() != content]
+    if others and not replace:
+        refuse_to_replace(others[0])
+    if target.exists() and target.name not in os.listdir(target.parent):
+        what = f"{relpath(target)} is there under a name with other capitals, which a Mac mixes up"
+        fail(what, shlex.join(["python", *sys.argv, "--version", f"{target.stem[9:]}_2"]))
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_bytes(content)
     try:
-        for old in target, target.with_suffix(".jsonl"):  # build_train.py reads one of them
-            if old.exists() and old.read_bytes() != content:
-                check_replace(old, replace)
-                before = old.with_name(f"{old.name}.before")
-                before.unlink(missing_ok=True)
-                link(old, before)  # what an editor saves right now is in it
-                print(f"replaced {shown(old)}; what it was is in {before.name}")
+        partial.write_bytes(content)
+        for old in others:
+            before = old.with_name(f"{old.name}.before")
+            before.unlink(missing_ok=True)
+            link(old, before)  # what an editor saves right now is in it
+            print(f"replaced {relpath(old)}; what it was is in {before.name}")
         partial.replace(target)
         target.with_suffix(".jsonl").unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def check_replace(old, replace):
-    """Refuse to write over another export, or the work of somebody, unless told."""
+def refuse_to_replace(old):
+    """Fail, for a file that holds another export, or what a person edited."""
     again = shlex.join(["python", *sys.argv])
-    version = old.stem.removeprefix("messages_")
-    others = f"{again} --version {version}_2"
-    if not replace:
-        what = f"{shown(old)} has other content: another export, or edited by hand"
-        fail(what, others, f"{again} --replace  # the old one is then {old.name}.before")
-    if old.name not in os.listdir(old.parent):  # a Mac takes messages_Ann.json for it
-        fail(f"{shown(old)} is there under a name with other capitals", others)
+    fail(
+        f"{relpath(old)} has other content: another export, or edited by hand",
+        f"{again} --version {old.stem.removeprefix('messages_')}_2",
+        f"{again} --replace  # the old one is then {old.name}.before",
+    )
 
 
 # ---- report --------------------------------------------------------------------------------------
-def shown(path):
-    """Return a path as short as it can be: "data/raw/messages_v1.json"."""
-    return os.path.relpath(path)
-
-
 def tell(title, number, text=""):
+    """Print "authors               2", a line of the report."""
     number = f"{number:,}" if isinstance(number, int) else number
     text = visible(" ".join(text.split()))
     print(f"{title:<14}{number:>9}  {text}".rstrip())
@@ -303,26 +293,21 @@ def next_steps(entries, version):
 
 
 def keep_most(left_out):
-    """Return the command that keeps the kind of which most texts are left out."""
-    texts = {kind: len(list(filter(None, texts))) for kind, texts in left_out.items()}
-    kind = max(texts, key=texts.get, default="")
-    if not kind or not texts[kind]:
+    """Return the command that keeps the kind of which most messages are left out."""
+    kinds = [kind for kind, texts in left_out.items() if any(texts)]
+    if not kinds:
         return "# export another chat"
+    kind = max(kinds, key=lambda kind: len(left_out[kind]))
     return f"{shlex.join(['python', *sys.argv])} --keep {kind}"
 
 
 def main():
     s = arguments()
     target = RAW / f"messages_{s.version}.json"
-    try:
-        chats, not_read = read_files(s.paths, s.dates)
-    except MemoryError:
-        fail("this is more than fits into memory", "# export single chats")
+    chats, not_read = read_files(s.paths, s.dates)
     pairs = [m for chat in chats for m in chat.messages if isinstance(m, dict)]
     if pairs and len(pairs) < sum(len(chat.messages) for chat in chats):
-        names = {isinstance(chat.messages[0], dict): chat.name for chat in chats if chat.messages}
-        one_each = [shlex.join(["python", sys.argv[0], name]) for name in names.values()]
-        fail("these are chats and training sets", *one_each)
+        fail("these are chats and training sets", "# read each of them with a --version of its own")
     conversations, left_out = ({}, {}) if pairs else sort_out(chats, s.keep)
     entries = pairs or entries_of(conversations)
     if entries:
@@ -330,7 +315,7 @@ def main():
     report(chats, not_read, left_out, entries)
     if not entries:
         fail("nothing is left that people said to each other", keep_most(left_out))
-    print(f"\nwrote {shown(target)}: {len(entries):,} entries; delete what it must not learn")
+    print(f"\nwrote {relpath(target)}: {len(entries):,} entries; delete what it must not learn")
     next_steps(entries, s.version)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from models.common import read_rows
+from models.common import learning_rate, read_rows
 from models.completion_loss import encode, loss_of_replies
 
 import argparse
@@ -82,7 +82,7 @@ def measure(base, keys, rows, valid, rank, iters):
     mx.random.seed(0)
     linear_to_lora_layers(model, -1, lora)
     numbers = sum(values.size for _, values in tree_flatten(model.trainable_parameters()))
-    rate = 2e-4 * (640 / model.args.hidden_size) ** 0.78
+    rate = learning_rate(model.args.hidden_size)
     line = {"name": "linear_schedule", "arguments": [rate, 0.0, max(1, iters - 10)], "warmup": 10}
     adam = optim.Adam(learning_rate=build_schedule(line), bias_correction=True)
     started = time.time()

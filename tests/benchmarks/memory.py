@@ -1,7 +1,6 @@
 """Measure what fits: peak memory of training and fusing, beside what fine_tune.sh reckons.
 
     python tests/benchmarks/memory.py 1B 4B 12B 27B             training
-    python tests/benchmarks/memory.py 27B --reckon              what fine_tune.sh reckons, no more
     python tests/benchmarks/memory.py 1B 4B --fuse models/base/MODEL --folder /tmp    fusing
 
 The models have the shapes of Gemma 3 and random 4-bit weights, drawn and quantised matrix by
@@ -93,22 +92,12 @@ def reckon(model, weights, batch, tokens, layers, checkpointing, rank, embedding
     return int(memory_to_train(s, size, tokens))
 
 
-def bytes_of(model):
-    return sum(values.nbytes for _, values in tree_flatten(model.parameters()))
-
-
-def outline(shape, bits=4, group_size=64):
-    """Return a gemma3_text model whose random weights are drawn when somebody needs them."""
+def build(shape):
+    """Return a gemma3_text model of random 4-bit weights, drawn and quantised one by one."""
     model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(config_of(shape)))
     model.sanitize({})  # input and output embeddings are the same matrix
     model.set_dtype(mx.bfloat16)
-    nn.quantize(model, group_size=group_size, bits=bits)
-    return model
-
-
-def build(shape):
-    """Return the same with its weights, which are drawn and quantised matrix by matrix."""
-    model = outline(shape)
+    nn.quantize(model, group_size=64, bits=4)  # nothing is computed yet
     for _, module in model.named_modules():
         if not module.children():
             mx.eval(module.parameters())
@@ -245,7 +234,6 @@ def main():
     )
     add = parser.add_argument
     add("shapes", nargs="+", choices=SHAPES)
-    add("--reckon", action="store_true", help="measure nothing")
     add("--fuse", type=Path, metavar="MODEL", help="measure fusing, with the tokenizer of this")
     add("--folder", type=Path, default=Path("/tmp"), help="for the fused models: 4 to 85 GB")
     add("--settings", nargs="+", type=int, default=range(len(SETTINGS)), help="their numbers")
@@ -258,13 +246,12 @@ def main():
         if s.fuse:
             measure_fusing(shape, s.fuse, s.folder, s.out)
             continue
-        model = outline(shape) if s.reckon else build(shape)
-        weights = bytes_of(model)
+        model = build(shape)
+        weights = sum(values.nbytes for _, values in tree_flatten(model.parameters()))
         print(f"{shape}: {gigabytes(weights)} GB of weights", flush=True)
         for setting in (SETTINGS[i] for i in s.settings):
             reckoned = reckon(model, weights, *setting)
-            measured = None if s.reckon else measure_training(model, *setting)
-            peak, seconds = measured or ("", 0)
+            peak, seconds = measure_training(model, *setting) or ("out of memory", 0)
             line = dict(zip(NAMES, setting, strict=True)) | {"peak_gb": gigabytes(peak)}
             line |= {"reckoned_gb": gigabytes(reckoned), "seconds": f"{seconds:.2f}"}
             write(s.out, shape=shape, what="train", **line, disk_gb="")

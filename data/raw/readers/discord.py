@@ -19,9 +19,7 @@ from .shared import Message, blocks, dig, first, kind_of_sentence, share
 
 APP = "Discord"
 LINE = re.compile(r"\[(\d[^]\n]*\d:\d\d[^]\n]*)\] ([^\n:]{1,60}?)(?: \(pinned\))?$")
-BESIDE = re.compile(
-    r"(?ms)^(?:\{(?:Attachments|Embed|Stickers|Reactions|Forwarded Message)\}|={60}).*"
-)
+BESIDE = re.compile(r"(?ms)^(?:\{(?:Attachments|Embed|Stickers|Reactions|Forwarded \w+)\}|={60}).*")
 
 
 def understands(file):
@@ -58,8 +56,8 @@ def read_json(file):
 
 def read_csv(file):
     for m in file.entries:
-        text = m["Content"]
-        yield Message(m["Date"], m["Author"], text, kind_of_sentence(text, APP))
+        kind = kind_of_sentence(m["Content"], APP)
+        yield Message(m["Date"], m["Author"], m["Content"], kind)
 
 
 def read_text(file):

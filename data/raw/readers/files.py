@@ -2,22 +2,20 @@
 
 import contextlib
 import io
-import itertools
 import json
 import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from .decode import decode, without_mojibake
 from .not_read import refuse_bytes
-from .shared import share
 
-READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip"}
-READABLE |= {".html", ".xml", ".js"}  # to say what they are, and SMS
+READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip", ".xml"}
+READABLE |= {".html", ".js"}  # only to say what they are
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
 TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
-
-PICTURES = re.compile(rb' data="[^"]*"')  # in MMS
+PICTURES = re.compile(rb' data="[^"]*"')  # in MMS; they make gigabytes of a backup
 LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
 
 
@@ -37,15 +35,14 @@ class File(NamedTuple):
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
     refuse_bytes(name, content)
-    if name.lower().endswith(".xml"):
-        content = PICTURES.sub(b"", content)  # they make gigabytes of a backup
+    content = PICTURES.sub(b"", content) if name.lower().endswith(".xml") else content
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
+    text = without_mojibake(text)
     notes = []
     data = parse_json(text)
     if data is None:
         data = parse_csv(text, notes)
     lines = text.split("\n") if data is None else []
-    data, lines = without_mojibake(data), without_mojibake(lines)
     keys = set(data) if isinstance(data, dict) else set()
     entries = [entry for entry in messages_of(data) if isinstance(entry, dict)]
     return File(name, title_of(name), lines, data, keys, entries, names, notes)
@@ -62,25 +59,6 @@ def title_of(name):
         path = path.parent
     stem = path.stem if path.suffix.lower() in READABLE else path.name
     return re.sub(r" ?\(\d+\)$", "", stem)
-
-
-def decode(content):
-    """Return the text of a file in UTF-8, UTF-16 (as Excel writes it) or Windows' own letters."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16", "replace")
-    text = content.decode("utf-8-sig", "replace")
-    wrong, letters = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
-    if wrong <= letters / 10:  # a program may have cut a line within a letter
-        return text
-    return "\n".join(map(decode_line, content.split(b"\n")))
-
-
-def decode_line(line):
-    """Return the text of a line; in old logs each program wrote its own encoding."""
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return line.decode("windows-1252", "replace")
 
 
 def parse_json(text):
@@ -122,40 +100,3 @@ def messages_of(data):
     if isinstance(data, dict):
         data = next((data[key] for key in LISTS if data.get(key)), [data])
     return data if isinstance(data, list) else []
-
-
-# ---- UTF-8 that was written as if it were Latin-1 ------------------------------------------------
-def without_mojibake(data):
-    """Return the data with "CafÃ©" as "Café" everywhere, if most of its texts are like that."""
-    first = itertools.islice(texts_in(data), 20_000)
-    texts = [text for text in first if not text.isascii()]
-    if not texts or share(texts, lambda text: repaired(text) != text) < 1 / 2:
-        return data
-    return repaired_in(data)
-
-
-def texts_in(data):
-    """Yield all texts in lists and values."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, list | dict):
-        for value in data.values() if isinstance(data, dict) else data:
-            yield from texts_in(value)
-
-
-def repaired_in(data):
-    if isinstance(data, str):
-        return repaired(data)
-    if isinstance(data, list):
-        return [repaired_in(value) for value in data]
-    if isinstance(data, dict):
-        return {key: repaired_in(value) for key, value in data.items()}
-    return data
-
-
-def repaired(text):
-    """Return the text that was meant: "CafÃ©" → "Café"; what is no mojibake stays."""
-    for encoding in "latin-1", "windows-1252":
-        with contextlib.suppress(UnicodeError):
-            return text.encode(encoding).decode("utf-8")
-    return text

@@ -2,7 +2,6 @@
 
 from models.common import fail
 
-import os
 import shlex
 import zipfile
 from pathlib import Path
@@ -19,15 +18,14 @@ def files_in(path):
     """
     if path.is_dir():
         for file in sorted(path.rglob("*")):
-            if is_ours(file) or is_hidden(file.relative_to(path)):
+            if is_ours(file) or not is_readable(file.relative_to(path)):
                 continue
-            if file.is_symlink() and not is_inside(file, path):
+            if not file.resolve().is_relative_to(path.resolve()):
                 yield str(file), None
-            elif file.is_file() and file.suffix.lower() in READABLE:
+            elif file.is_file():
                 yield from files_in(file)
     elif not path.is_file():
-        there = next(folder for folder in path.absolute().parents if folder.is_dir())
-        fail(f"{path} is not there, or no file", f"ls {shlex.quote(str(there))}")
+        fail(f"{path} is not there, or no file", "ls ~/Downloads  # is it here?")
     elif zipfile.is_zipfile(path):
         yield from files_in_zip(path)
     elif path.stat().st_size > MOST_BYTES:
@@ -40,8 +38,7 @@ def files_in_zip(path):
     unzip = f"unzip {shlex.quote(str(path))} -d {shlex.quote(str(path.with_suffix('')))}"
     try:
         with zipfile.ZipFile(path) as archive:
-            files = [file for file in archive.infolist() if not is_hidden(Path(file.filename))]
-            files = [file for file in files if Path(file.filename).suffix.lower() in READABLE]
+            files = [file for file in archive.infolist() if is_readable(Path(file.filename))]
             if sum(file.file_size for file in files) > MOST_BYTES:
                 fail(f"{path} holds over {MOST_BYTES >> 30} GB", f"{unzip}  # then name one chat")
             for file in files:
@@ -57,9 +54,6 @@ def is_ours(file):
     return file.name.startswith("messages_") and file.with_name("from_export.py").exists()
 
 
-def is_hidden(path):
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
-
-
-def is_inside(path, folder):
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+def is_readable(path):
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in READABLE and not is_hidden

@@ -19,11 +19,10 @@ def understands(file):
 
 def read(file):
     for row in file.entries:
+        sender = row.get("Sender Name") or row.get("Sender ID")
         yield Message(
             time=row["Message Date"],
-            author="Me"
-            if row["Type"] == "Outgoing"
-            else row.get("Sender Name") or row.get("Sender ID"),
+            author="Me" if row["Type"] == "Outgoing" else sender,
             text=row["Text"],
             kind=first(
                 app=row["Type"] not in ("Incoming", "Outgoing"),

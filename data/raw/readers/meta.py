@@ -16,13 +16,11 @@ by their form: see is_notice().
 import re
 from collections import Counter, defaultdict
 
-from .files import repaired
 from .shared import Message, first, kind_of_sentence, share, text_of
 
 APP = "Instagram or Messenger"
 NOTICES = "Subscribe", "Unsubscribe", "placeholder"  # types
 EMOJI = re.compile("[\u200d\u203c-\u2bff\u3030\u303d\ufe0f\U0001f000-\U0001faff]+")
-
 REACTION = re.compile(rf"{EMOJI.pattern}.*\w.* \Z")
 
 
@@ -37,7 +35,9 @@ def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
     said = [(author_of(m), words_of(m)) for m in file.entries]
-    forms = forms_of(said)
+    forms = defaultdict(list)  # to see which sentences come back
+    for author, text in said:
+        forms[form_of(author, text)].append(text)
     people = {first_name(author) for author, _ in said}
     attached = Counter(words_of(m) for m in file.entries if "share" in m)
     for m, (author, text) in zip(file.entries, said, strict=True):
@@ -52,24 +52,16 @@ def read(file):
                 or is_notice(author, text, forms, people)
                 or (attached[text] > 1 and " " in text and "://" not in text),
             ),
-            conversation=repaired(title),
+            conversation=title,
         )
 
 
 def author_of(m):
-    return repaired(text_of(m.get("sender_name") or m.get("senderName")))
+    return text_of(m.get("sender_name") or m.get("senderName"))
 
 
 def words_of(m):
-    return repaired(text_of(m.get("content") or m.get("text")))
-
-
-def forms_of(said):
-    """Return {form: [texts]}, to see which sentences come back; see form_of()."""
-    forms = defaultdict(list)
-    for author, text in said:
-        forms[form_of(author, text)].append(text)
-    return forms
+    return text_of(m.get("content") or m.get("text"))
 
 
 def form_of(author, text):

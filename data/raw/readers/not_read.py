@@ -9,26 +9,24 @@ AS_PAIRS = '# it answers as a machine does; to learn that, write rows of {"promp
 UNPACK = "tar -xf {}  # then give the folder"
 TO_TEXT = "# save it as text or CSV, or export the chat from its app"
 AS_JSON = "# export it as JSON; in Telegram: Machine-readable JSON"
+AS_TEXT = "# run wtsexporter with --txt, and give what it writes"
 DISCORD = "# DiscordChatExporter writes what both sides said; choose its format JSON"
 
-FIRST_BYTES = {
-    b"%PDF": ("a PDF", TO_TEXT),
-    b"{\\rtf": ("a document (RTF)", TO_TEXT),
-    b"\xd0\xcf\x11\xe0": ("a document of Word or Excel", TO_TEXT),
-    b"SQLite format 3": ("a database", "# export the chat in its app"),
-    b"\x1f\x8b": ("a .gz", UNPACK),
-    b"Rar!": ("a .rar", UNPACK),
-    b"7z\xbc\xaf": ("a .7z", UNPACK),
-    b"PK": ("a .zip that is not whole", "# copy it or export the chat again"),
-    b"\xff\xd8\xff": ("a picture", AGAIN),
-    b"\x89PNG": ("a picture", AGAIN),
-}
+FIRST_BYTES = (
+    (rb"%PDF", "a PDF", TO_TEXT),
+    (rb"\xd0\xcf\x11\xe0", "a document of Word or Excel", TO_TEXT),
+    (rb"SQLite format 3", "a database", "# export the chat in its app"),
+    (rb"\x1f\x8b|(?s:.{257})ustar", "a .tar or .gz", UNPACK),
+    (rb"PK", "a .zip that is not whole", "# copy it or export the chat again"),
+    (rb"\xff\xd8\xff|\x89PNG", "a picture", AGAIN),
+    (rb"(?!\xff\xfe|\xfe\xff)(?s:.{0,1000}?)\0", "no text", AGAIN),  # those two begin UTF-16
+)
 FIRST_WORDS = (
     (r"(?i)<!doctype html|<html", "a web page", AS_JSON),
     (r"<\?xml", "XML, but no backup of SMS Backup & Restore", AGAIN),
     (r"window\.YTD", "an archive of X (Twitter)", AS_LIST),
     (r"消息记录", "an export of QQ", AS_LIST),
-    (r"(?:Received|MIME-Version|From): ", "an e-mail", "# save the file attached to it"),
+    (r"\{\\rtf", "a document (RTF)", TO_TEXT),
 )
 KEYS = (  # of the file or of its entries
     ({"mapping", "title"}, "a ChatGPT export", AS_PAIRS),
@@ -49,15 +47,15 @@ class NotReadError(Exception):
 
 def refuse_bytes(name, content):
     """Raise the error for a file that holds no text."""
+    if content is None:
+        raise NotReadError("a link that leads out of the folder", f"ls -l {shlex.quote(name)}")
     if re.search(r"\.crypt\d+$", name):
         raise NotReadError("an encrypted backup of WhatsApp", "# in the chat: Export chat")
-    for start, (what, fix) in FIRST_BYTES.items():
-        if content.startswith(start):
+    if name.endswith("[Content_Types].xml"):
+        raise NotReadError("a document of Word or Excel", TO_TEXT)
+    for start, what, fix in FIRST_BYTES:
+        if re.match(start, content):
             raise NotReadError(what, fix.replace("{}", shlex.quote(name)))
-    if content[257:262] == b"ustar":
-        raise NotReadError("a .tar", UNPACK.replace("{}", shlex.quote(name)))
-    if b"\0" in content[:1000] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16
-        raise NotReadError("no text", AGAIN)
 
 
 def understands(file):
@@ -81,21 +79,12 @@ def refuse(file):
 
 def known_as(file):
     """Return (what it is, a FIX) of an export that is known by name, else None."""
-    if "[Content_Types].xml" in file.name:
-        return "a document of Word or Excel", TO_TEXT
     keys = keys_of(file)
     if any(key.endswith(("@s.whatsapp.net", "@g.us")) for key in keys):
-        return (
-            "JSON of WhatsApp Chat Exporter",
-            "# run wtsexporter with --txt, and give what it writes",
-        )
-    for needed, *known in KEYS:
-        if needed <= keys:
-            return known
-    for words, *known in FIRST_WORDS:
-        if re.match(words, first_words(file)):
-            return known
-    return None
+        return "JSON of WhatsApp Chat Exporter", AS_TEXT
+    by_keys = (known for needed, *known in KEYS if needed <= keys)
+    by_words = (known for words, *known in FIRST_WORDS if re.match(words, first_words(file)))
+    return next(by_keys, None) or next(by_words, None)
 
 
 def keys_of(file):

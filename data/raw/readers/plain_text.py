@@ -9,7 +9,7 @@ Messages of three programs:
 
 import re
 
-from .shared import Message, blocks, sample
+from .shared import Message, blocks, sample, share
 from .times import CLOCK, DAY
 
 APP = "text with names"
@@ -20,8 +20,7 @@ LINE = re.compile(rf"(?P<when>{WHEN})[;,]?\s(?:- )?(?P<author>[^\s:;][^\n:;]{{0,
 
 def understands(file):
     """Return the share of the lines with a day that name somebody."""
-    dated = [line for line in sample(file.lines) if DATED.match(line)]
-    return sum(bool(LINE.match(line)) for line in dated) / max(len(dated), 1)
+    return share([line for line in sample(file.lines) if DATED.match(line)], LINE.match)
 
 
 def read(file):

@@ -30,7 +30,6 @@ def first(**tests):
     return next((name for name, true in tests.items() if true), "")
 
 
-# ---- how much of a file a reader understands -----------------------------------------------------
 def sample(items):
     """Return at most SAMPLE of the items of a list, evenly from all of the file."""
     return items[:: len(items) // SAMPLE + 1]
@@ -42,7 +41,6 @@ def share(items, test):
     return sum(results) / max(len(results), 1)
 
 
-# ---- values of JSON ------------------------------------------------------------------------------
 def dig(value, *keys):
     """Return value[key][key]…, or None where something on the way is missing."""
     for key in keys:
@@ -59,7 +57,6 @@ def text_of(value):
     return "" if value is None or isinstance(value, bool) else str(value)
 
 
-# ---- lines of text -------------------------------------------------------------------------------
 def blocks(lines, header):
     r"""Yield (match, words): a line with a header begins a message, the others go on.
 
@@ -77,7 +74,6 @@ def blocks(lines, header):
         yield start, "\n".join(words).strip()
 
 
-# ---- the apps' own sentences ---------------------------------------------------------------------
 def plain(sentence):
     r"""Return a sentence as it is looked up: "\u200e<Media omitted>." → "media omitted"."""
     return INVISIBLE.sub("", sentence).strip(" \n<>").rstrip(".。।").casefold()
@@ -93,12 +89,9 @@ def sentences_of(app):
     for kind, languages in PHRASES[app].items():
         sentences = [plain(sentence) for each in languages.values() for sentence in each]
         exact |= {sentence: kind for sentence in sentences if "…" not in sentence}
-        gaps = [
-            re.escape(sentence).replace("…", ".{1,100}")
-            for sentence in sentences
-            if "…" in sentence
-        ]
-        patterns |= {kind: re.compile("|".join(gaps))} if gaps else {}
+        gaps = [re.escape(sentence) for sentence in sentences if "…" in sentence]
+        if gaps:
+            patterns[kind] = re.compile("|".join(gaps).replace("…", ".{1,100}"))
     return exact, patterns
 
 

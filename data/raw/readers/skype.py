@@ -13,7 +13,7 @@ import re
 from .shared import Message, dig, first, share, text_of
 
 APP = "Skype or Teams"
-NOT_SAID = re.compile(  # quotations, who is mentioned, the mark of an edited message
+NOT_SAID = re.compile(  # quotations, the mark of an edited message
     r"(?s)<(quote|context|e_m)\b.*?</\1>|<blockquote [^<>]*Reply.*?</blockquote>"
 )
 LINE_END = re.compile(r"<br ?/?>|</p>\s*|</div>\s*")

@@ -24,9 +24,7 @@ KINDS = {  # a type begins so; all others are media
 
 
 def understands(file):
-    return share(
-        list(messages_in(file)), lambda found: {"Media Type", "Created"} <= found[1].keys()
-    )
+    return share([m for _, m in messages_in(file)], {"Media Type", "Created"}.issubset)
 
 
 def messages_in(file):

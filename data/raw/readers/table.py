@@ -37,11 +37,11 @@ def read(file):
     keys = keys_of(file.entries)
     columns = columns_of(keys)
     ignored = keys - {key for found in columns.values() for key in found}
-    for column, words in LIKE.items():
-        for key in sorted(ignored) if not columns[column] else []:
-            if words.intersection(words_in(key)) and any(entry.get(key) for entry in file.entries):
-                what = f"a list with its {column}s under {key!r}, a name that is not known"
-                raise NotReadError(what, f'# call it "{column}" and try again')
+    for column in LIKE:
+        alike = [key for key in sorted(ignored) if LIKE[column].intersection(words_in(key))]
+        if alike and not columns[column]:
+            what = f"a list with its {column}s under {alike[0]!r}, a name that is not known"
+            raise NotReadError(what, f'# call it "{column}" and try again')
     if ignored:
         file.notes.append(f"nothing was understood in {', '.join(sorted(ignored))}")
     for entry in file.entries:

@@ -1,109 +1,27 @@
-"""Times, as any app in any country writes them → datetime.
+"""One time, as any app in any country writes it → datetime; dates.py reads all of a file.
 
 The day may stand in numbers in any order, or with the name of a month in any language (cldr.py).
 """
 
 import functools
-import itertools
 import re
 from datetime import UTC, datetime, timedelta
 
-from .cldr import language_of, part_of_day, words_in, words_of
+from .cldr import part_of_day, words_in, words_of
 
 ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
 NO_YEAR = 4  # stands for it, for 29 February is a day of that year
 
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
-NUMBER = r"((?:R|H|令和|平成)?\d{1,4})"  # R4 is the fourth year of a Japanese emperor
+NUMBER = r"((?:R|令和)?\d{1,4})"  # R8 is 2026, the eighth year of the emperor of Japan
 DAY = rf"{NUMBER}{MARK}?\s?[-./年년]{MARK}?\s?(\d\d?){MARK}?\s?[-./月월]{MARK}?\s?{NUMBER}"
 NAMED_DAY = r"(?:\d\d? [^\W\d_]{3,9}\.?|[^\W\d_]{3,9}\.? \d\d?,?)(?: \d{4})?"  # 1 Feb 2014
 CLOCK = r"(\d\d?)[:.时時시]\s?(\d\d)(?:[:.분分]\s?(\d\d))?(?:\.\d+)?"
 DAY_OR_NOT = re.compile(DAY)
 CLOCK_OR_NOT = re.compile(CLOCK)
 OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)(?:\s|$)")  # from UTC
-ERAS = {"R": 2018, "令和": 2018, "H": 1988, "平成": 1988}
 
 
-# ---- all times of a file -------------------------------------------------------------------------
-def read_times(texts, order=None, lines=()):
-    """Return ([datetime or None], note); the order of day and month is found by all dates.
-
-    ["1/2/26, 9:44 PM", "13/2/26, 9:44 PM"] → the 1st and the 13th of February, at 21:44
-    """
-    language = language_of(list(dict.fromkeys(texts)))
-    stamps = {text: stamp_of(text, language) for text in dict.fromkeys(texts)}
-    dates = list(dict.fromkeys(s[:3] for s in stamps.values() if isinstance(s, tuple)))
-    note = ""
-    if dates and not order:
-        order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)), lines)
-    times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
-    return with_years([times[text] for text in texts]), note
-
-
-def order_of(dates, first_text, lines):
-    """Return (order, note) for dates like (24, 11, 26); the note is empty if something decides."""
-    faults = {order: faults_of(dates, order) for order in ORDERS}
-    order = min(faults, key=faults.get)
-    if order == "ymd" or faults["dmy"] != faults["mdy"]:
-        return order, ""
-    for test in named_in_files(lines), is_daily(dates):
-        if test:
-            return test, ""
-    has_zero_or_long_year = re.search(r"\b0\d\D+\d|\d{4}", DAY_OR_NOT.search(first_text)[0])
-    is_american = re.search("[AP]M", first_text) and not has_zero_or_long_year
-    order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
-    return order, f"dates are read as {order}, for nothing decides: else --dates {other}"
-
-
-def faults_of(dates, order):
-    """Return how many dates are impossible in an order, or go back in time.
-
-    [(1, 2, 26), (1, 13, 26)]: as mdy 0, as dmy 1, for there is no month 13.
-    """
-    days = [day for numbers in dates if (day := time_of(numbers, order))]
-    falls = sum(a > b for a, b in itertools.pairwise(days))
-    rises = sum(a < b for a, b in itertools.pairwise(days))
-    return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
-
-
-def named_in_files(lines):
-    """Return the order in which the name of a picture is the day of its line, or None.
-
-    "11/10/26, 10:44 - Ann: IMG-20261110-WA0001.jpg (file attached)" → "mdy"
-    """
-    for line in lines:
-        named = re.search(r"\b[A-Z]{3,8}-(20\d\d)-?(\d\d)-?(\d\d)(?:-WA\d|-\d\d-)", line)
-        written = named and re.search(DAY, line[: named.start()])
-        if written:
-            day = datetime(*map(int, named.groups()))
-            for order in "dmy", "mdy":
-                if time_of(tuple(numbers_of(written)), order) == day:
-                    return order if named[2] != named[3] else None
-    return None
-
-
-def is_daily(dates):
-    """Return the order in which the days follow closely, or None: 1/2 2/2 3/2 are in a row."""
-    spans = {}
-    for order in "dmy", "mdy":
-        days = [time_of(numbers, order) for numbers in dates]
-        steps = [abs(b - a) for a, b in itertools.pairwise(days) if a and b]
-        spans[order] = sum(steps, timedelta())
-    near, far = sorted(spans, key=spans.get)
-    return near if len(dates) > 2 and 2 * spans[near] < spans[far] else None
-
-
-def with_years(times):
-    """Return the times with a year where the app left it out, as old WhatsApp did for this year."""
-    last = max((time for time in times if time and time.year != NO_YEAR), default=None)
-    year = last.year if last else 1970
-    first = next((time for time in times if time and time.year == NO_YEAR), None)
-    if last and first and first.replace(year=year) < last:
-        year += 1
-    return [time.replace(year=year) if time and time.year == NO_YEAR else time for time in times]
-
-
-# ---- one time ------------------------------------------------------------------------------------
 def stamp_of(text, language="en"):
     """Return (number, number, number, hour, minute, second), whichever of the first is the day.
 
@@ -134,12 +52,10 @@ def since_1970(number):
 
 def numbers_of(day):
     """Return the three numbers of a match of DAY: "18/3/R4" → [18, 3, 2022]."""
-    return [int(text) if text.isdecimal() else year_of_emperor(text) for text in day.groups()[:3]]
-
-
-def year_of_emperor(text):
-    digits = text.lstrip("".join(ERAS))
-    return ERAS[text.removesuffix(digits)] + int(digits)
+    return [
+        int(text) if text.isdecimal() else 2018 + int(text.lstrip("R令和"))
+        for text in day.groups()[:3]
+    ]
 
 
 def named_day(text, language):
@@ -147,16 +63,13 @@ def named_day(text, language):
     clock = clock_in(text, language)
     rest = re.sub(CLOCK, " ", text, count=1)
     months = words_of("en").months | words_of(language).months
-    month = next((months[word] for word in words_in(rest) if word in months), None)
+    month = next((months[word] for word in words_in(rest) if word in months), 0)
     numbers = [int(number) for number in re.findall(r"\d+", OFFSET.sub("", rest))]
-    if month and numbers:
-        year = next((number for number in numbers if number > 99), None)
-        day, *others = [number for number in numbers if number != year] or [0]
-        year = year or (2000 + others[0] if others else NO_YEAR)
-    elif clock and not numbers:
+    year = next((number for number in numbers if number > 99), None)
+    day, *others = [number for number in numbers if number != year] or [0]
+    year = year or (2000 + others[0] if others else NO_YEAR)
+    if clock and not month and not numbers:
         year, month, day = 1970, 1, 1  # only a clock
-    else:
-        return None
     try:
         when = datetime(year, month, day, *(clock or ()))
     except ValueError:
@@ -181,11 +94,8 @@ def which_hour(hour, hours):
     """Return which hour of 24 is meant: 9 in the evening → 21, 12 AM → 0, 3 at night → 3."""
     if hour > 12 or not hours:
         return hour
+    apart = lambda a, b: min((a - b) % 24, (b - a) % 24)  # noqa: E731
     return min((hour % 12, hour % 12 + 12), key=lambda one: min(apart(one, h) for h in hours))
-
-
-def apart(hour, other):
-    return min((hour - other) % 24, (other - hour) % 24)
 
 
 def time_of(stamp, order):

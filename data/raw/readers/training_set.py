@@ -9,9 +9,8 @@ Rows; what a set marks as bad is not learned, and of two answers only the chosen
     {"text": "Q: hi?\nA: hello"}
 """
 
-import re
-
-from .shared import share, text_of
+from .shared import dig, share, text_of
+from .templates import turns_in
 
 APP = "training set"
 TALKS = "messages", "conversations", "conversation"
@@ -19,28 +18,9 @@ ASKED = "prompt", "instruction", "question", "input"
 ANSWERED = "completion", "output", "response", "answer", "chosen"
 ANSWERERS = {"assistant", "gpt", "model", "chatgpt", "bot", *ANSWERED}
 
-HEADS = "system|instruction|input|human|user|question|response|assistant|answer|output"
-
-TEMPLATES = [  # of turns in a text, each a role and its words
-    re.compile(r"(?s)<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)"),
-    re.compile(r"(?s)<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)"),
-    re.compile(r"(?s)<start_of_turn>(\w+)\n(.*?)(?:<end_of_turn>|\Z)"),
-    re.compile(rf"(?is)(?:\A|\n)### ?({HEADS}) ?:(.*?)(?=\n### ?(?:{HEADS}) ?:|\Z)"),
-    re.compile(r"(?s)\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)"),
-]
-INST = re.compile(
-    r"(?s)\[INST\](?:\s*<<SYS>>(?P<system>.*?)<</SYS>>)?(?P<user>.*?)\[/INST\]"
-    r"(?P<assistant>.*?)(?=<s>|</s>|\[INST\]|\Z)"
-)
-ASKED_AND_ANSWERED = re.compile(
-    r"(?is)(?:q|question|user|human|instruction|prompt)s? ?:\s?(?P<user>.*)"
-    r"\n(?:a|answer|assistant|bot|gpt|response|output)s? ?:\s?(?P<assistant>.*)"
-)
-
 
 def understands(file):
-    is_one_talk = "messages" in file.keys and is_talk(file.data["messages"])
-    return is_one_talk or share(file.entries, turns_of)
+    return is_talk(dig(file.data, "messages")) or share(file.entries, turns_of)
 
 
 def read(file):
@@ -75,10 +55,8 @@ def turns_of(row):
     answers = answers_in(row, asked or talk)
     if len(answers) > 1:  # the whole talk
         talk = answers
-    elif asked and answers:
-        talk = asked + answers
-    elif "chosen" in row:
-        talk = talk + answers
+    elif answers and (asked or "chosen" in row):
+        talk = (asked or talk) + answers
     talk = talk or turns_in(text_of(row.get("text")))
     return before_of(row) + talk if talk else []
 
@@ -93,10 +71,10 @@ def is_turn(value):
 
 
 def asked_in(row):
-    key = next((key for key in ASKED if row.get(key)), None)
-    if key is None or is_talk(row[key]):
-        return row[key] if key else []
-    texts = [row[key], row.get("input") if key == "instruction" else None]
+    key = next((key for key in ASKED if row.get(key)), "")
+    if is_talk(row.get(key)):
+        return row[key]
+    texts = [row.get(key), row.get("input") if key == "instruction" else None]
     return [{"role": "user", "content": text} for text in texts if text]
 
 
@@ -115,16 +93,6 @@ def before_of(row):
     for pair in row.get("history") or []:
         texts += pair if isinstance(pair, list) else [pair]
     return [{"role": "before", "content": text} for text in texts if text]
-
-
-def turns_in(text):
-    """Return the turns of a text in one of the templates of models."""
-    for template in TEMPLATES:
-        if found := template.findall(text):
-            return [{"role": role.casefold(), "content": words.strip()} for role, words in found]
-    found = list(INST.finditer(text)) or [ASKED_AND_ANSWERED.fullmatch(text)]
-    turns = [turn for part in found if part for turn in part.groupdict().items()]
-    return [{"role": role, "content": words.strip()} for role, words in turns if words]
 
 
 def pairs_of(turns):

@@ -26,7 +26,6 @@ KINDS = dict.fromkeys(["文本", "文字", "text", "1", "引用回复"], "")
 KINDS |= dict.fromkeys(["系统通知", "系统消息", "拍一拍", "撤回消息", "system", "10000"], "app")
 KINDS |= dict.fromkeys(["音视频通话", "语音通话", "视频通话", "通话", "50"], "call")
 ANSWER = re.compile(r"<title>([^<]*)</title>.*<type>57</type>", re.DOTALL)  # with a quotation
-
 QUOTED = re.compile(r"\s*\[引用\].*\Z", re.DOTALL)
 
 

@@ -1,12 +1,11 @@
 """WhatsApp: "Export chat", without media; a .txt or a .zip, in the language of the phone.
 
-Messages, and one that the app wrote:
+Messages:
 
     24/11/26, 10:44 - Ann: hi               Android
     [24/11/26, 10:44:25] Ann: hi            iPhone
     24/11/26, 10:44:25 PM: Ann: hi          old iPhone
     10:44, 24/11/26 - Ann: hi               in Vietnam
-    24/11/26, 10:45 - Bob: <Media omitted>
 """
 
 import re
@@ -25,7 +24,6 @@ ENTRY = re.compile(
     r"(?(iphone)\]|(?:\s[-\u2013]|(?P<colon>:)))(?:\s|$)"
 )
 LONG_YEAR = re.compile(r"[-/.]\s?\d{4}|\d{4}\s?[-/.年년]")
-QUOTE = re.compile('["“”„«»]')
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
 LOCATION = re.compile(r"[^:]{1,90}: https://(?:maps\.google\.com/\?q=|foursquare\.com/v/)\S+")
 POLL = re.compile(  # POLL:\nWhen?\nOPTION: Today (2 votes)\nOPTION: Later (1 vote)
@@ -60,8 +58,7 @@ def entry(line):
 
 def form_of(start):
     """Return how the messages of an export begin: with "[", with ",", with "/", with "2026"."""
-    head = start[0]
-    return "[" in head, "," in head, "/" in head, bool(LONG_YEAR.search(head))
+    return *(mark in start[0] for mark in "[,/"), bool(LONG_YEAR.search(start[0]))
 
 
 def read(file):
@@ -82,8 +79,7 @@ def read(file):
 
 def entry_of(file):
     """Return entry() for the form of this export: other dates stand in somebody's words."""
-    starts = [start for line in sample(file.lines) if (start := entry(line))]
-    forms = Counter(map(form_of, starts))
+    forms = Counter(form_of(start) for line in sample(file.lines) if (start := entry(line)))
     most = max(forms.values())
     of_app = {form for form, count in forms.items() if count >= min(20, most)}
     return lambda line: (start := entry(line)) and (form_of(start) in of_app and start)
@@ -93,7 +89,7 @@ def author_and_words(text):
     """Return the parts of "Ann: hi" → ("Ann", "hi"); the notices of the app have no author."""
     found = AUTHOR.match(text)
     # subtle: 'Ann named the group "a: b"' is a notice; nobody's name has one quotation mark
-    if not found or len(QUOTE.findall(found[1])) % 2:
+    if not found or len(re.findall('["“”„«»]', found[1])) % 2:
         return "", text
     return found[1], text[found.end() :]
 

@@ -3,8 +3,8 @@
     python test_on_validation.py        # then open data/results/${VERSION}_${MODEL}/report.html
 
 Reads   data/for_train/${VERSION}/: valid.jsonl, train.jsonl and settings.json
-        models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/ and,
-        if it is there, models/fused/fused-${VERSION}_${MODEL}/
+        models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/ and, if it is there,
+        models/fused/fused-${VERSION}_${MODEL}/
 Writes  data/results/${VERSION}_${MODEL}/: report.html (to look at), generations.csv (every reply),
         metrics.json (every figure)
 Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
@@ -54,6 +54,7 @@ add("--reply-batch", type=int, default=8, help="replies written at a time; less 
 add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
 
 TALK = 10  # turns of the sample talk
+FEWEST = 20  # replies of which can be said how they sound
 # ---- end of the settings ------------------------------------------------------------------------
 
 
@@ -139,10 +140,11 @@ def read_data(at):
     made = SimpleNamespace(**UNKNOWN | settings)
     train = at.data / "train.jsonl"
     chats = common.read_rows(train, at.build) if train.is_file() else []
+    learned = [transcript(chat, made) for chat in chats]
     rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)
     if not rows:
         fail(f"{at.data}/valid.jsonl is empty", at.build)
-    return SimpleNamespace(rows=rows, train=[transcript(chat, made) for chat in chats], made=made)
+    return SimpleNamespace(rows=rows, train=learned, made=made)
 
 
 def encode_rows(chats, made, base):
@@ -229,7 +231,7 @@ def find_figures(data, asked, nats, replies, args):
         figures.add_style(table, who, texts[who])
         figures.add_by_heart(table, who, texts[who], learned)
         table["unfinished"][who] = 1 - sum(ended[who][row.line] for row in asked) / len(asked)
-    if len(asked) >= 20:
+    if len(asked) >= FEWEST:
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
         real = texts.pop("reference")
         for who in texts:
@@ -245,7 +247,7 @@ def add_told_apart(table, data, real, made, asked):
     from themselves. Replies of train.jsonl cannot show it, as they come from other talks.
     """
     count = min(len(asked), len(data.rows) // 2)
-    if count < 20:
+    if count < FEWEST:
         count = len(asked)
     lines = {row.line for row in asked[:count]}
     texts = made | {"reference": [row.reply() for row in data.rows if row.line not in lines]}

@@ -67,6 +67,14 @@ def test_the_error_covers_what_another_seed_gives():
     assert np.std(shares) < 1.2 * np.mean(errors)
 
 
+def test_that_the_person_is_told_from_themselves_is_never_better_than_chance(monkeypatch):
+    monkeypatch.setattr(figures, "told_apart", lambda real, made: (0.4, 0.05))
+    table = defaultdict(dict)
+    for who in "base", "reference":
+        figures.add_told_apart(table, who, ["hi"], ["ho"])
+    assert table["told apart"] == {"base": 0.4, "reference": 0.5}
+
+
 # ---- style ---------------------------------------------------------------------------------------
 STYLE = {
     "looping": (["sa sa sa sa", "boh\nboh\nboh\nboh"], ["no no no", "hahahaha", "ok"]),

@@ -1,4 +1,4 @@
-"""Stage 1: make the training data from a chat.
+"""Step 4 of the guide: make the training data from a chat.
 
     python build_train.py                            # your own chat, data/raw/messages_v1.json
     VERSION=sample python build_train.py             # the sample that comes with the guide
@@ -57,7 +57,7 @@ add("--shape", choices=["prompt", "turns"], help="turns, of --only-author: a tal
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
     help="messages from one trained reply to the next; 0: as --window")
-add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0 none do")
+add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0: none")
 add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
 add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
 add("--block", type=os.path.abspath, help="file of words, one a line, that become […] everywhere")
@@ -192,9 +192,10 @@ def rows_of_talk(messages, talk, place, s):
 
 
 def overlap(before, texts):
-    """Return how many texts at the end of `before` begin `texts`: (a b c, b c d) → 2.
+    """Return how far back into `before` the texts begin: (a b c, b c d) → 2.
 
-    The last of `before` may be another: (a b c R, b c d) → 3; some contexts lack the replies.
+    The last of `before` may differ, since some contexts leave out the replies:
+    (a b c R, b c d) → 3.
     """
     for size in range(min(len(before), len(texts)), 1, -1):
         if before[-size] == texts[0] and before[-size:-1] == texts[: size - 1]:
@@ -256,16 +257,19 @@ RULES = {
     "same character": lambda row, s: re.search(r"(.)\1{14}", row.reply),
     "same words":     lambda row, s: repetition(row.reply) >= 3,
     "no letters":     lambda row, s: len(row.reply) >= 40 and share(str.isalpha, row.reply) < 0.3,
-    "numbers":        lambda row, s: share(is_number, row.texts[:-1]) >= 0.8,  # a crowd votes
+    "numbers":        lambda row, s: share(is_number, row.texts[:-1]) >= 0.8,  # a crowd that votes
 }
 # fmt: on
 ALL_RULES = [*RULES, "duplicate", "pasted again", "stock reply"]  # these: in choose()
-STOCK_SHARE = 0.02  # at most this share of rows may have the same reply; five always may
+STOCK_SHARE = 0.02  # of rows that may have the same reply; five may in any case
 PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0] in "PZ"}
 
 
 def repetition(text):
-    """Return how often a word is there, on average: "gg gg GG gg gg gg" → 3.0, of 2 at least."""
+    """Return the words per different word, of which at least two count; 0 for under six words.
+
+    "gg gg GG gg gg gg" → 3.0
+    """
     words = text.count(" ") + 1
     return words / max(2, len(set(text.casefold().split()))) if words >= 6 else 0
 
@@ -306,7 +310,7 @@ def choose(rows, s):
 def thin_out(rows, s):
     """Drop training rows so that replies are --stride messages apart, from the end of each talk.
 
-    Of replies at 1, 2, … 20 with windows of ten stay 10 (its window is 0 to 10) and 20 (10 to 20).
+    Of the replies 1 to 20, with windows of ten, 10 and 20 are kept: they show 0 to 10 and 10 to 20.
     """
     after = None
     for row in reversed(rows):
@@ -387,7 +391,7 @@ def fit(rows, s, tokenizer):
 
 
 def shorten(row, s, tokenizer):
-    """Leave a row that is too long as many of its newest messages as fit, if any do."""
+    """Cut a row that is too long down to as many of its newest messages as fit."""
     context = row.context
     fewest = 1 if s.shape == "turns" else 0
     for size in range(fewest, len(context)):
@@ -407,9 +411,10 @@ def drop_repeated(train, valid, s):
 
 
 def order(rows, seed):
-    """Return the rows the longest first: mlx-lm makes batches of them in this order.
+    """Return the rows, longest first: mlx-lm makes batches of neighbours, so little is padding.
 
-    subtle: it never uses the last rows if they do not fill a batch, so these are drawn at random.
+    subtle: it drops the last rows where they fill no batch. So that these are no biased sample, as
+    many as a batch of up to 16 may leave over stand at the end, drawn at random.
     """
     rest = max((len(rows) % batch for batch in range(1, min(16, len(rows)) + 1)), default=0)
     rows = shuffled(rows, seed)
@@ -472,7 +477,7 @@ def tell_who(train, s):
 
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
-    """Write {name: lines} to the folder, whole or not at all; return where the old one is now."""
+    """Write {name: lines} to the folder, whole or not at all; return where the old one went."""
     parent = common.beside(folder, "work").parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as work:
@@ -485,7 +490,7 @@ def write(folder, files):
 
 
 def tell_replaced(before, version):
-    """Say what the data of before were, and which adapters were trained on them."""
+    """Say which data were replaced, and which adapters were trained on them."""
     train, settings = before / "train.jsonl", before / "settings.json"
     if not (train.is_file() and settings.is_file()):
         return

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2: train a LoRA adapter with mlx_lm.lora, and keep its best checkpoint.
+# Step 5 of the guide: train a LoRA adapter with mlx_lm.lora, and keep its best checkpoint.
 #
 #   ./fine_tune.sh                                with the settings below
 #   ITERS=60 LEARNING_RATE=1e-4 ./fine_tune.sh    with other settings, for this run only
@@ -97,7 +97,8 @@ fi
 
 # ---- train ---------------------------------------------------------------------------------------
 # What mlx_lm.lora has no flags for. The rate rises for a few batches, then falls to 0 in a straight
-# line; a resumed run rejoins that line where it stopped.
+# line; a resumed run rejoins that line where it
+# stopped. With such a schedule the flag --learning-rate is only written down.
 left=$((ITERS - batches_done))
 warmup=$((left < 20 ? left / 2 : 10))
 rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
@@ -111,13 +112,13 @@ lr_schedule:
   name: linear_schedule
   arguments: [$rate, 0.0, $((left > warmup ? left - warmup : 1))]
   warmup: $warmup
-optimizer_config: {adam: {bias_correction: true}} # else the first updates are 6 times too large
+optimizer_config: {adam: {bias_correction: true}} # else early updates are up to 6 times too large
 grad_checkpoint: $GRAD_CHECKPOINT
 mask_prompt: $MASK_PROMPT
 YAML
 
 interrupted() {
-  echo "interrupted: an older adapter stays as it was
+  echo "interrupted: an earlier adapter is unchanged
 FIX: RESUME=1 $again  # goes on from the last checkpoint, if there is one" >&2
   exit 130
 }
@@ -125,7 +126,7 @@ trap interrupted INT
 if [ "$(uname)" = Darwin ]; then
   caffeinate -i -w $$ 9>&- & # a Mac does not fall asleep while this script runs
 fi
-# A checkpoint to resume from every 50 batches, which take 27B about ten minutes.
+# A checkpoint to resume from every 50 batches: about ten minutes at 27B.
 save_every=$((EVAL_EVERY % 50 == 0 ? 50 : EVAL_EVERY))
 if [ "$left" -gt 0 ]; then
   # Links to the files of the base model, with a chat template that does not ask it to think.

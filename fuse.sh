@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 3: fuse the adapter into the base model with mlx_lm.fuse: one folder that needs no adapter.
+# Step 6 of the guide: fuse the adapter into the base model with mlx_lm.fuse: one folder that needs no adapter.
 #
 #   ./fuse.sh                  keeps as much of what was learned as this machine can
 #   FUSED_BITS=16 ./fuse.sh    exact and large

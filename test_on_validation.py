@@ -1,4 +1,4 @@
-"""Stage 4: does it work, and does it sound like them? Test the models on the validation rows.
+"""Step 7 of the guide: test the models on the validation rows, and say whether it worked.
 
     python test_on_validation.py        # then open data/results/${VERSION}_${MODEL}/report.html
 

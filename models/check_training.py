@@ -110,7 +110,7 @@ def fill_in(s, size, rows):
     if 2 * epoch < s.ITERS:
         measured = "(8,000 rows at 1, 2, 4 epochs: 3.33, 3.39, 3.86; 500 rows: 3.66, 3.78, 5.47)"
         fix = rerun("./fine_tune.sh", ITERS=epoch)
-        warn(f"more than one epoch made held-out chats worse {measured}", fix)
+        warn(f"more than two epochs made held-out chats worse {measured}", fix)
 
 
 # ---- the base model and the rows -----------------------------------------------------------------
@@ -160,8 +160,8 @@ def check_sizes(s, size, rows, longest):
     if longest > s.MAX_SEQ_LENGTH:
         what = f"a row has {longest} tokens: MAX_SEQ_LENGTH={s.MAX_SEQ_LENGTH} cuts off its reply"
         fail(what, rerun("./fine_tune.sh", MAX_SEQ_LENGTH=longest))
-    # Seen on CUDA from 1.5 times 2^31 logits: a wrong loss, NaN gradients, no error.
-    most = min(rows, 2**31 // size.vocabulary // longest)
+    # At 1.5 times 2^31 logits CUDA gave a wrong loss and NaN gradients without an error.
+    most = max(1, min(rows, 2**31 // size.vocabulary // longest))
     if most < s.BATCH_SIZE:
         what = f"BATCH_SIZE={s.BATCH_SIZE}: a batch can have at most {most} of these rows"
         fail(what, rerun("./fine_tune.sh", BATCH_SIZE=most))

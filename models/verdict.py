@@ -13,17 +13,17 @@ import shlex
 import textwrap
 
 FEW = 30  # fewer rows are too few to be sure of a loss
-CLOSE = 0.1  # told apart so much more often than the person's own replies: as good as they
+CLOSE = 0.1  # up to this much easier to tell than the person's own replies still counts as "yes"
 
 
 # ---- did it learn? -------------------------------------------------------------------------------
 def chance(loss):
-    """Return how likely a model finds a token, on average: a loss of 2.3 is "10%", 6 "0.25%"."""
+    """Return the probability that a model gives a token: a loss of 2.3 is "10%", 6 "0.25%"."""
     return f"{float(f'{100 * math.exp(-loss):.2g}'):g}%"
 
 
 def learned(table, facts):
-    """Return the answer of the losses, of the first trained model beside the base."""
+    """Answer it from the losses of the first trained model and the base model."""
     answer = {"question": "Did it learn?", "word": "unsure", "figure": "", "bars": [], "more": []}
     if is_broken(table):
         return answer | {"word": "no", "means": "A loss is not a number: the training went wrong."}
@@ -58,12 +58,16 @@ def is_broken(table):
 
 # ---- does it sound like them? --------------------------------------------------------------------
 def sounds(table, facts):
-    """Return the answer of the replies of the judged model."""
+    """Answer it from the replies of the judged model.
+
+    told apart:  50 %      floor: the person    half way      ceiling: somebody else   100 %
+                   |  yes   | + CLOSE:  nearly  |    no          |                        |
+    """
     who = facts["judged"]
     question = f"Does it sound like {facts['name']}?"
     answer = {"question": question, "word": "unsure", "figure": "", "bars": [], "more": []}
     if who not in table["told apart"]:
-        return answer | {"means": "Only 20 replies or more can tell."}
+        return answer | {"means": "It takes at least 20 replies to tell."}
     told, error = table["told apart"][who], table["told apart error"][who]
     answer["figure"] = f"{1 - told:.0%}"
     answer["means"] = (
@@ -84,7 +88,7 @@ def sounds(table, facts):
     if told > (floor + ceiling) / 2:
         answer["word"] = "no"
     elif error > CLOSE:
-        answer["more"].append("So few replies cannot tell more; 100 would do.")
+        answer["more"].append("That is too few replies to say more; 100 would do.")
     elif told > floor + CLOSE or far or recites(table, who):
         answer["word"] = "nearly"
     else:

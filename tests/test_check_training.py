@@ -90,7 +90,7 @@ def test_the_learning_rate_follows_the_size_of_the_model(hidden, rate):
 
 def test_more_than_two_epochs_are_warned_of(check):  # 8 rows, 2 in a batch: 4 batches are one
     assert "warning" not in check(ITERS=8).said
-    assert "warning: more than one epoch" in check(ITERS=9).said
+    assert "warning: more than two epochs" in check(ITERS=9).said
 
 
 UNFIT = [

@@ -6,8 +6,9 @@ To add an app, write readers/APP.py with a docstring (how to export, what a mess
     understands(file)        the share of its entries or lines that the app writes so
     read(file)               the messages, each a shared.Message with the app's own values
 
-put it into the list below, and a table of its cases into tests/test_readers.py. What the app itself
-writes into a chat goes into phrases.json: app, kind, language, a sentence a line; "…" is a gap.
+put its name into ORDER, before not_read, and a table of its cases into tests/test_readers.py. What
+the app itself writes into a chat goes into phrases.json: app, kind, language, a sentence a line, in
+which "…" is a gap. files.py finds the messages in a file: see LISTS there for those of a JSON.
 """
 
 from importlib import import_module
@@ -15,6 +16,7 @@ from importlib import import_module
 ORDER = (  # the first that understands nine tenths of a file reads it
     "telegram discord meta twitch matrix google_chat slack rocketchat reddit skype teams snapchat "
     "wechat imazing sms line kakaotalk imessage pidgin log signal whatsapp_exporter whatsapp "
-    "not_read plain_text training_set table"  # the last three take any text or list
+    "not_read "  # refuses by name; the three behind it take any text or list
+    "plain_text training_set table"
 )
 READERS = [import_module(f".{name}", __name__) for name in ORDER.split()]

@@ -31,7 +31,7 @@ BASE, DATA = "models/base/tiny-gemma-3", "data/for_train/sample"
 TRAIN = [("ciao raga", "tutto bene bro"), ("che gioco fai stasera", "sempre lo stesso LULW")] * 4
 VALID = [("ciao raga", "ZQ{7%}#WX&9+K~<J8"), ("che gioco fai stasera", "7%^Y=|Qz&3@Kx;9*HJ")]
 FAST = {"ITERS": "6", "EVAL_EVERY": "3", "LEARNING_RATE": "1e-3", "RANK": "8", "SCALE": "20.0"}
-OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "8e-3", "DROPOUT": "0.1"}
+OVERFIT = {"ITERS": "25", "EVAL_EVERY": "6", "LEARNING_RATE": "1.6e-2", "DROPOUT": "0.1"}
 LONG = {"ITERS": "4000", "EVAL_EVERY": "4"}
 
 
@@ -124,7 +124,7 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(project, tra
     assert f"TRAIN_SHA256={checksum(project / DATA / 'train.jsonl')}" in settings
     config = json.loads((project / ADAPTER / "adapter_config.json").read_text())
     assert config["project_name"] == "mine"
-    schedule = {"name": "linear_schedule", "arguments": [8e-3, 0.0, 15], "warmup": 10}
+    schedule = {"name": "linear_schedule", "arguments": [1.6e-2, 0.0, 15], "warmup": 10}
     assert config["lr_schedule"] == schedule
     assert config["optimizer_config"]["adam"] == {"bias_correction": True}
 

@@ -224,6 +224,20 @@ def test_a_step_that_failed_is_told_by_its_cause(tmp_path, capsys, monkeypatch, 
     assert error in first and fix in second
 
 
+@pytest.mark.parametrize(
+    ("bits", "here", "whole", "memory", "chosen"),
+    [
+        ("auto", 16e9, 50e9, 96e9, "8"),
+        ("auto", 16e9, 50e9, 64e9, "base"),  # it would take 73 GB
+        ("auto", 50e9, 50e9, 512e9, "base"),  # not quantized
+        ("16", 16e9, 50e9, 64e9, "16"),
+    ],
+)
+def test_auto_is_8_bits_where_that_helps_and_fits(monkeypatch, bits, here, whole, memory, chosen):
+    monkeypatch.setattr(check_fusing, "memory_for_mlx", lambda: memory)
+    assert check_fusing.choose_bits(bits, here, whole) == chosen
+
+
 def test_the_disk_is_looked_at_before_it_fills_up(tmp_path, capsys, monkeypatch):
     """A base of 16 GB at 4 bits, and 50 GB at 16 bits: to 8 bits it goes by way of 16."""
     (tmp_path / "fused.before").mkdir()

@@ -2,11 +2,11 @@
 
 from models import watch_training
 
+import os
 import subprocess
 import time
 
 import pytest
-from tqdm import tqdm
 
 
 def loss(batch, loss, speed="1,528"):
@@ -51,11 +51,14 @@ def test_an_error_outlasts_what_is_said_after_it(work):
     assert watch_training.follow(work, lines, 0, 9) == (0, "ValueError: the batch is too large")
 
 
-def test_the_time_left_is_said_once_it_can_be_told(capsys):
-    with tqdm(disable=True) as bar:
-        watch_training.say_time_left(2400, bar)
-        watch_training.say_time_left(40, bar)
-    assert capsys.readouterr().out == "time        about 40 minutes more, then the scoring\n"
+def test_the_time_left_is_said_once_it_can_be_told(work, capsys, monkeypatch):
+    clock = iter([0, 100, 700, 0, 100, 101])  # at the start, after one batch, after ten more
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    for _ in range(2):
+        watch_training.follow(work, [loss(n, 3.0) for n in range(1, 12)], 0, iters=51)
+    said = capsys.readouterr().out
+    assert said.count("time  ") == 1  # four seconds are not worth a line
+    assert "time        about 40 minutes more, then the scoring\n" in said
 
 
 def test_nan_ends_the_run_and_keeps_the_checkpoints_of_before(work, capsys):
@@ -147,6 +150,14 @@ def test_what_a_launcher_has_started_ends_with_the_watcher(work):
             return
         time.sleep(0.05)
     pytest.fail("it still runs")
+
+
+def test_the_trainer_holds_what_is_open_for_it(work):
+    """As the lock of fine_tune.sh, which nobody else may have as long as the trainer lives."""
+    with open(work / "lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        watch_training.start(["sh", "-c", f"echo held >/dev/fd/{lock.fileno()}"]).wait()
+    assert (work / "lock").read_text() == "held\n"
 
 
 def is_running(pid):

@@ -92,8 +92,14 @@ def test_a_fused_model_says_what_was_learned_without_tags_and_ends(family, base,
     assert reply("fused") == ("yes, why?", "stop")
 
 
+BY_HAND = [
+    pytest.param(family, marks=pytest.mark.faults)
+    for family in ("nemotron_h", "lfm2", "qwen3_moe", "glm4_moe")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h", "lfm2", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_5", *BY_HAND])
 def test_all_scripts_take_a_base_of_another_family(family, project, run):
     model = f"tiny-{family}"
     tiny_families.build(family, project / "models/base" / model)

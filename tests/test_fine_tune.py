@@ -74,7 +74,7 @@ def test_settings_go_in_front_and_help_is_the_head_of_the_script(project, run):
         "FIX: ./fine_tune.sh --help",
     ]
     result = run(project, "fine_tune.sh", "--help")
-    assert result.returncode == 0 and result.stdout.startswith("Stage 2: train a LoRA adapter")
+    assert result.returncode == 0 and result.stdout.startswith("Step 5 of the guide: train")
     assert "RESUME=1 ./fine_tune.sh" in result.stdout and "ITERS=${" not in result.stdout
 
 

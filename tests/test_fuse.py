@@ -254,4 +254,4 @@ def test_the_disk_is_looked_at_before_it_fills_up(tmp_path, capsys, monkeypatch)
 def test_settings_go_in_front(template, run):
     result = run(template, "fuse.sh", "FUSED_BITS=8")
     assert result.returncode == 2 and result.stderr.endswith("FIX: ./fuse.sh --help\n")
-    assert run(template, "fuse.sh", "--help").stdout.startswith("Stage 3: fuse the adapter")
+    assert run(template, "fuse.sh", "--help").stdout.startswith("Step 6 of the guide: fuse")

@@ -1,7 +1,7 @@
 """Figures → sentences: two questions, each with a word, a figure and what it means; what to do.
 
-    Did it learn?             yes      10%   The chance that it gives, on average, to each next …
-    Does it sound like Ann?   nearly   37%   How often a classifier, shown a real reply and the …
+    Did it learn?             yes      2.5 times   It gives the next token of 60 real replies …
+    Does it sound like Ann?   nearly   37%         How often a classifier, shown a real reply …
 
 The headline follows the worse of the two. The table of figures comes from models/figures.py.
 """
@@ -22,6 +22,11 @@ def chance(loss):
     return f"{float(f'{100 * math.exp(-loss):.2g}'):g}%"
 
 
+def times_as_likely(gain):
+    """Return how many times as likely a token became: a gain of 0.96 nats is "2.6 times"."""
+    return f"{float(f'{math.exp(gain):.2g}'):g} times"
+
+
 def learned(table, facts):
     """Answer it from the losses of the first trained model and the base model."""
     answer = {"question": "Did it learn?", "word": "unsure", "figure": "", "bars": [], "more": []}
@@ -32,11 +37,12 @@ def learned(table, facts):
     who = next(iter(table["gain"]))
     new, old = table["loss"][who], table["loss"]["base"]
     is_chance = abs(old - new) < 2 * table["gain error"][who]
-    answer["figure"] = chance(new)
+    times = times_as_likely(old - new)
+    answer["figure"] = times
     answer["means"] = (
-        "The chance that it gives, on average, to each next token (a word or a piece of one) of "
-        f"{facts['rows']} real replies that it never saw. "
-        f"As a loss: {new:.2f} instead of {old:.2f}."
+        f"It gives the next token (a word or a piece of one) of {facts['rows']} real replies that "
+        f"it never saw {times} the chance that the base model gives: {chance(new)} on average "
+        f"instead of {chance(old)}. As a loss: {new:.2f} instead of {old:.2f}."
     )
     best = min(table["loss"].values())
     for model, loss in table["loss"].items():

@@ -17,6 +17,8 @@ from models.memory import changes_to_fit, memory_for_mlx
 from functools import cache
 from types import SimpleNamespace
 
+import mlx.core as mx
+
 MACS = 8, 16, 24, 32, 48, 64, 96, 128  # gigabytes
 TOKENS = 512
 
@@ -62,8 +64,10 @@ COMMON |= {"tie_word_embeddings": True}
 def main():
     allowed = memory_for_mlx()
     here = closest_mac(allowed)
-    print(f"this machine lets MLX use {allowed / 1e9:.1f} GB, as a Mac of {here} GB does\n")
-    print("memory  base model                            download  adapts    on this machine")
+    print(f"this machine lets MLX use {allowed / 1e9:.1f} GB, as a Mac of {here} GB does")
+    if mx.default_device() == mx.cpu:
+        print("MLX finds no GPU here: on a CPU a model of 1B takes hours, a larger one days")
+    print("\nmemory  base model                            download  adapts    on this machine")
     lines = sorted(line_of(*base, allowed) for base in BASES)
     for_here = [line for line in lines if line[0] <= here]
     for mac, _, line in for_here[::-1] + lines[len(for_here) :]:

@@ -79,7 +79,9 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $adapter" "# wait until it is done, or end it"
 
 # ---- start, or go on -----------------------------------------------------------------------------
-full() { fail "cannot write to $work" "df -h models/adapters  # free space, then: $again"; }
+full() {
+  fail "cannot write to $work" "df -h models/adapters  # free space" "RESUME=$RESUME $again"
+}
 if [ "$RESUME" = 1 ]; then
   batches_done=$((10#$(basename "$newest" .safetensors))) # 10#: 0000200 is not octal
   echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"

@@ -67,7 +67,7 @@ fuse() { step mlx_lm.fuse --model "$base" --adapter-path "$work/adapter" --save-
 rm -rf "$work"
 mkdir -p "$work/adapter"
 cp "$adapter/adapters.safetensors" "$adapter/adapter_config.json" "$work/adapter" ||
-  fail "cannot write to $work" "df -h models/fused  # free space, then: ./fuse.sh"
+  fail "cannot write to $work" "df -h models/fused  # free space"
 # Links to the files of the base model, with the chat template that the adapter was trained with.
 python -m models.chat_template "models/base/$MODEL" "$base"
 echo "fusing      $MODEL and adapter-${VERSION}_$MODEL, FUSED_BITS=$FUSED_BITS"

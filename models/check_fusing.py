@@ -102,7 +102,7 @@ def explain(log):
     if not said or "emory" in why:
         fixes = [rerun("./fuse.sh", FUSED_BITS="base") + "  # or use the adapter as it is"]
     if re.search("unable to write|no space|too large", why, re.IGNORECASE):
-        fixes = ["df -h models/fused  # free space, then:", rerun("./fuse.sh")]
+        fixes = ["df -h models/fused  # free space", rerun("./fuse.sh")]
     fail(f"fusing failed: {why[:200]}", *fixes)
 
 

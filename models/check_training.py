@@ -102,7 +102,7 @@ def fill_in(s, size, rows):
         s.ITERS = min(epoch, max(1, 1200 // s.BATCH_SIZE))
     if s.LEARNING_RATE == "auto":
         s.LEARNING_RATE = float(f"{learning_rate(size.hidden):.1e}")
-        say("rate", f"{s.LEARNING_RATE} = 2e-4 x (640 / {size.hidden})^0.78, by the hidden size")
+        say("rate", f"{s.LEARNING_RATE}, by the hidden size of the base, {size.hidden}")
     say("run", f"{s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
     if epoch > s.ITERS:
         say("", f"more lowers the loss, up to one epoch: ITERS={epoch}")

@@ -113,6 +113,11 @@ def learning_rate(hidden):
     return 2e-4 * (640 / hidden) ** 0.78
 
 
+def lower_rate(rate):
+    """Return a third of a learning rate: "3e-4" → 0.0001."""
+    return float(f"{float(rate) / 3:.1e}")
+
+
 # ---- what was made from what ---------------------------------------------------------------------
 def checksum(path):
     """Return the SHA-256 of a file, '' if there is none."""

@@ -6,6 +6,7 @@
 The headline follows the worse of the two. The table of figures comes from models/figures.py.
 """
 
+from models.common import lower_rate
 from models.figures import LABELS, STYLE
 
 import math
@@ -142,23 +143,30 @@ def headline(table, facts, learned, sounds):
     return f"It learned, and it {'' if sounds['word'] == 'yes' else 'nearly '}sounds like {name}."
 
 
+def how_to_train(table, facts, learned):
+    """Yield how to train the next time, (sentence, command), if it should be otherwise."""
+    run, trained, curve = facts["run"], facts["training"], dict(facts["curve"])
+    iterations = int(trained.get("ITERS", 0))
+    best = min(list(curve)[1:], key=curve.get, default=math.inf)
+    train = slower = less = longer = f"{run} ./fine_tune.sh"
+    if trained:  # else PEFT has trained the adapter, and models/peft.py does not know how
+        slower = f"{run} LEARNING_RATE={lower_rate(trained['LEARNING_RATE'])} ./fine_tune.sh"
+        less = f"{run} ITERS={min(best, iterations // 2)} ./fine_tune.sh"
+        longer = f"{run} ITERS={2 * iterations} ./fine_tune.sh"
+    if is_broken(table) or max(table["gain"].values(), default=0) < 0:
+        yield "Train with a third of the learning rate.", slower
+    elif not table["gain"]:
+        yield "Train an adapter.", train
+    elif best <= iterations / 2 or recites(table, facts["judged"]):
+        yield "Train less: it begins to learn by heart.", less
+    elif learned["word"] == "no":
+        yield "Train longer.", longer
+
+
 def next_steps(table, facts, learned, sounds):
     """Return what to do next, [(sentence, command)]: at most three, the most urgent first."""
-    run, curve = facts["run"], dict(facts["curve"])
-    rate = float(facts["training"].get("LEARNING_RATE", 1e-4))
-    iterations = int(facts["training"].get("ITERS", 300))
-    best = min(list(curve)[1:], key=curve.get, default=iterations)
-    steps = []
-    if is_broken(table) or max(table["gain"].values(), default=0) < 0:
-        slower = f"{run} LEARNING_RATE={rate / 3:.1g} ./fine_tune.sh"
-        steps.append(("Train with a third of the learning rate.", slower))
-    elif not table["gain"]:
-        steps.append(("Train an adapter.", f"{run} ./fine_tune.sh"))
-    elif best <= iterations / 2 or recites(table, facts["judged"]):
-        fewer = f"{run} ITERS={min(best, iterations // 2)} ./fine_tune.sh"
-        steps.append(("Train less: it begins to learn by heart.", fewer))
-    elif learned["word"] == "no":
-        steps.append(("Train longer.", f"{run} ITERS={2 * iterations} ./fine_tune.sh"))
+    run = facts["run"]
+    steps = [*how_to_train(table, facts, learned)]
     if table["kept"].get("fused", 1) < 0.9:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))
     pairs = table["pairs"].get(facts["judged"], 0)

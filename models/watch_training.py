@@ -12,7 +12,7 @@ The trainer ends when this program or fine_tune.sh ends. To close the pipe would
 mlx.launch goes on when nobody reads its output.
 """
 
-from models.common import checkpoints, fail, rerun
+from models.common import checkpoints, fail, lower_rate, rerun
 
 import math
 import os
@@ -145,7 +145,7 @@ def keep(work, name, batch):
 def stop_at_nan(work, batch):
     """End a training whose loss is NaN; RESUME=1 then trains no more, and only scores."""
     saved = max(checkpoints(work), default=0)
-    rate = float(f"{float(os.environ['LEARNING_RATE']) / 3:.1e}")
+    rate = lower_rate(os.environ["LEARNING_RATE"])
     fixes = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
     if saved:
         with open(work / "settings", "a") as file:

@@ -100,6 +100,12 @@ def test_a_base_model_alone_cannot_be_judged():
     assert told(table, judged="base")[2][0] == "VERSION=v1 MODEL=m ./fine_tune.sh"
 
 
+def test_of_an_adapter_of_peft_the_settings_are_unknown():
+    for table in table_of(adapter=3.6), table_of(adapter=3.15), table_of(adapter=NAN):
+        commands = told(table, training={}, curve=[])[2]
+        assert commands[0] == "VERSION=v1 MODEL=m ./fine_tune.sh"
+
+
 def test_a_fused_model_that_lost_something_is_fused_again():
     table = table_of()
     table["kept"] = {"fused": 0.5}

@@ -110,7 +110,7 @@ def find_models(args, at):
 
 # ---- the validation rows ------------------------------------------------------------------------
 # What settings.json would say of rows that build_train.py did not make:
-UNKNOWN = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
+UNKNOWN = SimpleNamespace(shape="turns", names=False, prompt="", question_prompt="", authors=[])
 
 
 @dataclass
@@ -133,12 +133,8 @@ class Row:
 
 def read_data(at):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
-    try:
-        settings = json.loads((at.data / "settings.json").read_bytes())
-    except (OSError, ValueError):  # valid.jsonl can be tested without
-        settings = {}
-    made = SimpleNamespace(**UNKNOWN | settings)
-    train = at.data / "train.jsonl"
+    settings, train = at.data / "settings.json", at.data / "train.jsonl"
+    made = common.read_settings(settings, at.build) if settings.is_file() else UNKNOWN
     chats = common.read_rows(train, at.build) if train.is_file() else []
     learned = [transcript(chat, made) for chat in chats]
     rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)

@@ -28,11 +28,9 @@ from models.sampling import sampling_of
 
 import argparse
 import contextlib
-import json
 import os
 import select
 import termios
-from types import SimpleNamespace
 
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
@@ -72,10 +70,7 @@ def read_settings(version):
     path = Path("data/for_train", version, "settings.json")
     build = f"VERSION={version} python build_train.py"
     folders.need(path, "VERSION", build)
-    try:
-        return SimpleNamespace(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        fail(f"{path} cannot be used: {error}", build)
+    return common.read_settings(path, build)
 
 
 def find_model(version, model):

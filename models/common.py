@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import category
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,23 @@ def read_rows(path, command):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             fail(f"{path}, line {number}: {error!r}", command)
     return chats
+
+
+# What data/prompt.py, data/transcript.py and models/chat.py need of it.
+HOW_MADE = ["shape", "names", "authors", "prompt", "question_prompt", "window"]
+HOW_MADE += ["max_context_chars", "max_seq_length"]
+
+
+def read_settings(path, command):
+    """Return how the rows were made, s.window and so on, from the settings.json beside them."""
+    try:
+        settings = json.loads(path.read_bytes())
+        missing = [name for name in HOW_MADE if name not in settings]
+    except (ValueError, TypeError) as error:
+        fail(f"{path}: {error!r}", command)
+    if missing:
+        fail(f"{path} lacks {', '.join(missing)}", command)
+    return SimpleNamespace(**settings)
 
 
 # ---- how fast to learn ---------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def arguments():
     """Return the settings of this run; end it if one of them cannot be."""
     parser.error = lambda what: fail(what, "python models/chat.py --help", code=2)
     args = parser.parse_args()
-    if not (args.temperature or 0) >= 0:
+    if args.temperature is not None and not args.temperature >= 0:  # nor NaN
         parser.error("--temperature is 0 or more")
     common.check_names(args.version, args.model)
     return args
@@ -98,7 +98,9 @@ def speakers(args, settings):
     author = args.author or learned[0]
     if author not in learned:
         fail(f"this model did not learn to reply as {author}", "python models/chat.py")
-    return author, args.me if args.me != author else f"{args.me}_"
+    if args.me == author:
+        return author, f"{author}_"
+    return author, args.me
 
 
 # ---- the talk ------------------------------------------------------------------------------------
@@ -139,7 +141,8 @@ def silent_keys():
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO  # the local modes
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
@@ -150,8 +153,8 @@ def silent_keys():
 def show(parts, indent):
     """Print a reply as it comes and return it: all of it or, at a terminal, up to Ctrl-C."""
     text, shown, end = "", 0, "\n"
-    stops = KeyboardInterrupt if sys.stdin.isatty() else ()
-    with silent_keys(), contextlib.suppress(stops):
+    stops = [KeyboardInterrupt] if sys.stdin.isatty() else []
+    with silent_keys(), contextlib.suppress(*stops):
         for part in parts:
             text += part.text
             new = visible(text.strip()[shown:])
@@ -165,13 +168,15 @@ def show(parts, indent):
 def talk(answer, tidy, author, me):
     """Read messages and answer them until the input ends."""
     typed = sys.stdin.isatty()
-    before, after = (f"{visible(name)}: " if typed else "" for name in (me, author))
+    before = f"{visible(me)}: " if typed else ""
+    after = f"{visible(author)}: " if typed else ""
     log = []  # [("me", "hi"), ("ann", "hello"), …]
     while True:
         try:
             message = tidy(read_message(before))
         except EOFError:
-            print(end="\n" if typed else "")
+            if typed:
+                print()
             return
         except KeyboardInterrupt:
             if not typed:
@@ -184,7 +189,8 @@ def talk(answer, tidy, author, me):
             log.append((me, message))
             print(after, end="", flush=True)
             reply = tidy(show(answer(log), " " * len(after)))
-            log += [(author, reply)] if reply else []
+            if reply:
+                log.append((author, reply))
 
 
 def main():

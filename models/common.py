@@ -142,14 +142,6 @@ def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def checksums_of_data(version):
-    """Return the lines of an adapter's `settings` that tell its data: {"TRAIN_SHA256": "3b0c…"}."""
-    data = Path("data/for_train", version)
-    return {
-        f"{name.upper()}_SHA256": checksum(data / f"{name}.jsonl") for name in ("train", "valid")
-    }
-
-
 def settings_of(adapter):
     """Return how an adapter was trained, {"ITERS": "600", …}, from its file `settings`."""
     file = adapter / "settings"
@@ -159,10 +151,13 @@ def settings_of(adapter):
 
 def data_changed(version, adapter):
     """Say whether the data, and so window, names and author, may differ from what was trained."""
-    trained = settings_of(adapter)
-    return any(
-        now and trained.get(name, now) != now for name, now in checksums_of_data(version).items()
-    )
+    settings = settings_of(adapter)
+    for name in "train", "valid":
+        then = settings.get(f"{name.upper()}_SHA256")
+        now = checksum(Path("data/for_train", version, f"{name}.jsonl"))
+        if then and now and then != now:
+            return True
+    return False
 
 
 def is_stale(adapter, fused):

@@ -32,7 +32,6 @@ def learned(table, facts):
         return answer | {"means": "To tell, test the base model and a trained one together."}
     who = next(iter(table["gain"]))
     new, old = table["loss"][who], table["loss"]["base"]
-    is_chance = abs(old - new) < 2 * table["gain error"][who]
     answer["figure"] = chance(new)
     answer["means"] = (
         "The chance that it gives, on average, to each next token (a word or a piece of one) of "
@@ -43,10 +42,12 @@ def learned(table, facts):
     for model, loss in table["loss"].items():
         answer["bars"].append((model, math.exp(best - loss), chance(loss)))
     if facts["rows"] < FEW:
-        answer["more"] = [f"That is too few replies to be sure; {FEW} would do."]
+        answer["more"].append(f"That is too few replies to be sure; {FEW} would do.")
+    elif abs(new - old) < 2 * table["gain error"][who]:
+        answer["word"] = "no"
+        answer["more"].append("The difference may be chance.")
     else:
-        answer["word"] = "yes" if new < old and not is_chance else "no"
-        answer["more"] = ["The difference may be chance."] if is_chance else []
+        answer["word"] = "yes" if new < old else "no"
     for kept in table["kept"].values():
         answer["more"].append(f"The fused model keeps {kept:.0%} of what the adapter learned.")
     return answer
@@ -129,9 +130,10 @@ def headline(table, facts, learned, sounds):
         return "The training went wrong: a loss is not a number."
     if not table["gain"]:
         return "There is nothing to compare."
+    if learned["word"] == "no" and max(table["gain"].values()) < 0:
+        return "It became worse than the base model."
     if learned["word"] == "no":
-        worse = max(table["gain"].values()) < 0
-        return f"It {'became worse' if worse else 'is no better'} than the base model."
+        return "It is no better than the base model."
     if table["kept"].get("fused", 1) < 0.9:
         return "The adapter learned, but the fused model has lost part of it."
     if sounds["word"] == "no":
@@ -140,7 +142,9 @@ def headline(table, facts, learned, sounds):
         return "There are too few replies to say whether it learned."
     if sounds["word"] == "unsure":
         return f"It learned; there are too few replies to say whether it sounds like {name}."
-    return f"It learned, and it {'' if sounds['word'] == 'yes' else 'nearly '}sounds like {name}."
+    if sounds["word"] == "nearly":
+        return f"It learned, and it nearly sounds like {name}."
+    return f"It learned, and it sounds like {name}."
 
 
 def how_to_train(table, facts, learned):

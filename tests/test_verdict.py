@@ -70,6 +70,9 @@ VERDICTS = {
         table_of(adapter=NAN), {}, "The training went wrong: a loss is not a number.",
         ["no", "yes"], TRAIN.format("LEARNING_RATE=0.0001")),
     "few rows": (table_of(), {"rows": 7}, FEW, ["unsure", "yes"], BUILD),
+    "few rows that became worse": (
+        table_of(adapter=3.6), {"rows": 7}, FEW,
+        ["unsure", "yes"], TRAIN.format("LEARNING_RATE=0.0001")),
     "few replies": (
         table_of(error=0.12), {},
         "It learned; there are too few replies to say whether it sounds like Ann.",

@@ -24,12 +24,11 @@ def date_of(path):
 
 
 def learning_curve(path):
-    """Return [(iteration, loss), …] of losses.csv; [] if it cannot be read."""
-    try:
-        curve = pd.read_csv(path)[["iteration", "val_loss"]].dropna()
-        return [(int(iteration), float(loss)) for iteration, loss in curve.to_numpy()]
-    except (OSError, ValueError, KeyError):
+    """Return [(iteration, loss), …] of losses.csv; [] if PEFT has trained the adapter."""
+    if not path.exists():
         return []
+    losses = pd.read_csv(path, index_col="iteration")["val_loss"].dropna()
+    return list(losses.items())
 
 
 def chart(curve):

@@ -36,14 +36,13 @@ def fail(what, *fixes, code=1):
 
     A fix is a command that can be pasted as it stands; a remark stands behind a "#".
     """
-    lines = [f"error: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
-    print(visible("\n".join(lines)), file=sys.stderr)
+    warn(what, *fixes, kind="error")
     sys.exit(code)
 
 
-def warn(what, *fixes):
+def warn(what, *fixes, kind="warning"):
     """Print what a person should know, and go on."""
-    lines = [f"warning: {' '.join(what.split())}", *(f"FIX: {fix}" for fix in fixes)]
+    lines = [f"{kind}: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
     print(visible("\n".join(lines)), file=sys.stderr)
 
 
@@ -162,10 +161,10 @@ def data_changed(version, adapter):
 
 def is_stale(adapter, fused):
     """Say whether the fused model was made from another adapter than the one there now."""
-    try:
-        made_from = json.loads((fused / "fused_from.json").read_bytes())["adapter_sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    file = fused / "fused_from.json"
+    if not file.is_file():
         return False
+    made_from = json.loads(file.read_bytes())["adapter_sha256"]
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 

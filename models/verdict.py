@@ -107,15 +107,16 @@ def far_figures(table, who):
 
 def recites(table, who):
     """Say whether it repeats the training data more often than real replies do."""
-    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
-    return table["long replies"].get(who, 0) >= FEW and mine > real + CLOSE
+    if table["long replies"].get(who, 0) < FEW:
+        return False
+    return table["by heart"][who] > table["by heart"].get("reference", 0) + CLOSE
 
 
 def by_heart(table, who):
     """Return the sentence about replies that stand in the training data, "" if all are short."""
-    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
     if who not in table["by heart"]:
         return ""
+    mine, real = table["by heart"][who], table["by heart"].get("reference", 0)
     return (
         f"{mine:.0%} of its replies of 20 characters or more stand word for word in the training "
         f"data, {real:.0%} of the real replies to the same rows."

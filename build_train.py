@@ -16,7 +16,7 @@ from data.messages import Message, bar, find_raw, read
 from data.personal import looks_private
 from data.prompt import make_chat
 from data.split import COPY, drop_copies, split
-from models import common
+from models import common, folders
 from models.common import fail, visible
 
 # ruff: noqa: RUF001 (chat is in many scripts)
@@ -478,7 +478,7 @@ def tell_who(train, s):
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
     """Write {name: lines} to the folder, whole or not at all; return where the old one went."""
-    parent = common.beside(folder, "work").parent
+    parent = folders.place_of(folder).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as work:
         new = Path(work, folder.name)
@@ -486,7 +486,7 @@ def write(folder, files):
         for name, lines in files.items():
             with (new / name).open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        return common.into_place(new, folder, ours=list(files))
+        return folders.into_place(new, folder, ours=list(files))
 
 
 def tell_replaced(before, version):

@@ -12,7 +12,7 @@ Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 
 from data import report
 from data.transcript import as_text, longest_talk, transcript, what_others_said
-from models import common, figures, verdict
+from models import common, figures, folders, verdict
 from models.chat_template import load_model, load_tokenizer
 from models.common import check_names, fail, from_environment, visible
 from models.completion_loss import encode, nats_of_replies
@@ -67,7 +67,7 @@ def settings():
         parser.error(f"--models is {args.models!a}, not made of base,adapter,fused")
     for name, value in vars(args).items():
         least = 1 if name in ("max_tokens", "reply_batch", "batch_tokens") else 0
-        if isinstance(value, int | float) and not value >= least:
+        if isinstance(value, int | float) and not value >= least:  # nor NaN
             parser.error(f"--{name.replace('_', '-')} cannot be {value}")
     return args
 
@@ -89,15 +89,15 @@ def places(args):
 # ---- what is there ------------------------------------------------------------------------------
 def find_models(args, at):
     """Return the models to test, {"base": (folder, adapter or None, how to make it), …}."""
-    common.need(at.data / "valid.jsonl", "VERSION", at.build)
-    common.need(at.base / "config.json", "MODEL", common.download(args.model))
+    folders.need(at.data / "valid.jsonl", "VERSION", at.build)
+    folders.need(at.base / "config.json", "MODEL", common.download(args.model))
     models = {
         "base": (at.base, None, common.download(args.model)),
         "adapter": (at.base, at.adapter, f"{at.run} ./fine_tune.sh"),
         "fused": (at.fused, None, f"{at.run} ./fuse.sh"),
     }
-    for folder in at.adapter, at.fused:
-        common.finish_move(folder)
+    for folder in at.adapter, at.fused, at.results:
+        folders.finish_move(folder)
     asked = args.models.split(",")
     if args.models == parser.get_default("models") and not at.fused.exists():
         asked.remove("fused")
@@ -110,7 +110,7 @@ def find_models(args, at):
 
 # ---- the validation rows ------------------------------------------------------------------------
 # What settings.json would say of rows that build_train.py did not make:
-UNKNOWN = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
+UNKNOWN = SimpleNamespace(shape="turns", names=False, prompt="", question_prompt="", authors=[])
 
 
 @dataclass
@@ -133,12 +133,9 @@ class Row:
 
 def read_data(at):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
-    try:
-        settings = json.loads((at.data / "settings.json").read_bytes())
-    except (OSError, ValueError):  # valid.jsonl can be tested without
-        settings = {}
-    made = SimpleNamespace(**UNKNOWN | settings)
-    train = at.data / "train.jsonl"
+    made, train = UNKNOWN, at.data / "train.jsonl"
+    if (at.data / "settings.json").is_file():
+        made = common.read_settings(at.data / "settings.json", at.build)
     chats = common.read_rows(train, at.build) if train.is_file() else []
     learned = [transcript(chat, made) for chat in chats]
     rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)
@@ -262,11 +259,11 @@ def add_told_apart(table, data, real, made, asked):
 
 def find_facts(args, at, data, models, warnings):
     """Return what the verdict and the page need besides the figures."""
-    [author] = data.made.authors if len(data.made.authors) == 1 else [""]
+    author = data.made.authors[0] if len(data.made.authors) == 1 else ""
     return {
         "author": author,
         "name": visible(author) or "them",
-        "judged": [*models][-1],
+        "judged": list(models)[-1],
         "rows": len(data.rows),
         "tokens": sum(row.length() for row in data.rows),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
@@ -295,17 +292,19 @@ def defuse(text):
 def write(final, page, facts, asked, said):
     """Write the three files beside the final folder, then put them in its place."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
-    (work / "report.html").write_text(page, encoding="utf-8")
     known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
-    (work / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
     columns = {"line": [row.line for row in asked]}
     columns["prompt"] = [defuse(as_text(row.messages[:-1])) for row in asked]
     for who, texts in said.items():
         columns[who] = [defuse(texts[row.line]) for row in asked]
     options = {"encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL}  # -sig is a mark for Excel
-    pd.DataFrame(columns).to_csv(work / "generations.csv", index=False, **options)
-    return common.into_place(work, final, ["report.html", "metrics.json", "generations.csv"])
+    with tempfile.TemporaryDirectory(dir=folders.place_of(final).parent) as work:
+        new = Path(work, "new")
+        new.mkdir()
+        (new / "report.html").write_text(page, "utf-8")
+        (new / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
+        pd.DataFrame(columns).to_csv(new / "generations.csv", index=False, **options)
+        return folders.into_place(new, final, [file.name for file in new.iterdir()])
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -317,7 +316,7 @@ def main():
     data = read_data(at)
     vars(args).update(sampling_of(at.base, args.temperature))
     warnings = []
-    if [*models] != ["base"]:
+    if list(models) != ["base"]:
         warnings = common.warn_of_changes(args.version, at.adapter, at.fused, at.run)
     print(f"testing     {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
@@ -325,7 +324,7 @@ def main():
     asked = [data.rows[place] for place in order[: args.replies]]
     places_of_talk = longest_talk([row.messages for row in data.rows], TALK) if asked else []
     talk = [data.rows[place] for place in places_of_talk]
-    answered = list({row.line: row for row in asked + talk}.values())
+    answered = list({row.line: row for row in asked + talk}.values())  # each row once
     nats, replies = measure(models, data.rows, answered, args)
 
     table, said = find_figures(data, asked, nats, replies, args)

@@ -21,18 +21,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.clean import cleaners, control_tokens
 from data.prompt import make_chat
-from models import common
+from models import common, folders
 from models.chat_template import load_model
 from models.common import fail, from_environment, visible
 from models.sampling import sampling_of
 
 import argparse
 import contextlib
-import json
 import os
 import select
 import termios
-from types import SimpleNamespace
 
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
@@ -60,7 +58,7 @@ def arguments():
     """Return the settings of this run; end it if one of them cannot be."""
     parser.error = lambda what: fail(what, "python models/chat.py --help", code=2)
     args = parser.parse_args()
-    if not (args.temperature or 0) >= 0:
+    if args.temperature is not None and not args.temperature >= 0:  # nor NaN
         parser.error("--temperature is 0 or more")
     common.check_names(args.version, args.model)
     return args
@@ -71,11 +69,8 @@ def read_settings(version):
     """Return what build_train.py wrote down about the training data."""
     path = Path("data/for_train", version, "settings.json")
     build = f"VERSION={version} python build_train.py"
-    common.need(path, "VERSION", build)
-    try:
-        return SimpleNamespace(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        fail(f"{path} cannot be used: {error}", build)
+    folders.need(path, "VERSION", build)
+    return common.read_settings(path, build)
 
 
 def find_model(version, model):
@@ -84,12 +79,12 @@ def find_model(version, model):
     base = Path("models/base", model)
     adapter = Path("models/adapters", f"adapter-{name}")
     fused = Path("models/fused", f"fused-{name}")
-    common.finish_move(adapter)
-    common.finish_move(fused)
+    folders.finish_move(adapter)
+    folders.finish_move(fused)
     common.warn_of_changes(version, adapter, fused, run)
     if fused.is_dir():
         return fused, None, f"{run} ./fuse.sh"
-    common.need(base / "config.json", "MODEL", common.download(model))
+    folders.need(base / "config.json", "MODEL", common.download(model))
     if not adapter.is_dir():
         fail(f"there is no {adapter}, and no {fused}", f"{run} ./fine_tune.sh")
     return base, adapter, f"{run} ./fine_tune.sh"
@@ -103,7 +98,9 @@ def speakers(args, settings):
     author = args.author or learned[0]
     if author not in learned:
         fail(f"this model did not learn to reply as {author}", "python models/chat.py")
-    return author, args.me if args.me != author else f"{args.me}_"
+    if args.me == author:
+        return author, f"{author}_"
+    return author, args.me
 
 
 # ---- the talk ------------------------------------------------------------------------------------
@@ -144,7 +141,8 @@ def silent_keys():
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO  # the local modes
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
@@ -155,8 +153,8 @@ def silent_keys():
 def show(parts, indent):
     """Print a reply as it comes and return it: all of it or, at a terminal, up to Ctrl-C."""
     text, shown, end = "", 0, "\n"
-    stops = KeyboardInterrupt if sys.stdin.isatty() else ()
-    with silent_keys(), contextlib.suppress(stops):
+    stops = [KeyboardInterrupt] if sys.stdin.isatty() else []
+    with silent_keys(), contextlib.suppress(*stops):
         for part in parts:
             text += part.text
             new = visible(text.strip()[shown:])
@@ -170,13 +168,15 @@ def show(parts, indent):
 def talk(answer, tidy, author, me):
     """Read messages and answer them until the input ends."""
     typed = sys.stdin.isatty()
-    before, after = (f"{visible(name)}: " if typed else "" for name in (me, author))
+    before = f"{visible(me)}: " if typed else ""
+    after = f"{visible(author)}: " if typed else ""
     log = []  # [("me", "hi"), ("ann", "hello"), …]
     while True:
         try:
             message = tidy(read_message(before))
         except EOFError:
-            print(end="\n" if typed else "")
+            if typed:
+                print()
             return
         except KeyboardInterrupt:
             if not typed:
@@ -189,7 +189,8 @@ def talk(answer, tidy, author, me):
             log.append((me, message))
             print(after, end="", flush=True)
             reply = tidy(show(answer(log), " " * len(after)))
-            log += [(author, reply)] if reply else []
+            if reply:
+                log.append((author, reply))
 
 
 def main():

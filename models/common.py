@@ -1,14 +1,12 @@
-"""What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
+"""What the scripts share: how they fail, names, rows, what was made from what."""
 
-import contextlib
-import filecmp
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import category
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +36,13 @@ def fail(what, *fixes, code=1):
 
     A fix is a command that can be pasted as it stands; a remark stands behind a "#".
     """
-    lines = [f"error: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
-    print(visible("\n".join(lines)), file=sys.stderr)
+    warn(what, *fixes, kind="error")
     sys.exit(code)
 
 
-def warn(what, *fixes):
+def warn(what, *fixes, kind="warning"):
     """Print what a person should know, and go on."""
-    lines = [f"warning: {' '.join(what.split())}", *(f"FIX: {fix}" for fix in fixes)]
+    lines = [f"{kind}: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
     print(visible("\n".join(lines)), file=sys.stderr)
 
 
@@ -80,19 +77,6 @@ def rerun(script, **settings):
     return " ".join([*(f"{name}={value}" for name, value in (names | settings).items()), script])
 
 
-def need(file, variable, command):
-    """Refuse a folder without its file; the fixes are the command, and the folders that have it.
-
-    need(Path("models/base/gemma/config.json"), "MODEL", "hf download …")
-    """
-    finish_move(file.parent)
-    if file.is_file():
-        return
-    others = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
-    exports = [f"export {variable}={name}" for name in others if re.fullmatch(NAME, name)]
-    fail(f"there is no {file}", command, *exports)
-
-
 # ---- rows of the training data -------------------------------------------------------------------
 def chat_of(row):
     """Return a row of the data as a chat; ValueError, LookupError or TypeError if it is none.
@@ -119,6 +103,23 @@ def read_rows(path, command):
     return chats
 
 
+# What data/prompt.py, data/transcript.py and models/chat.py need of it.
+HOW_MADE = ["shape", "names", "authors", "prompt", "question_prompt", "window"]
+HOW_MADE += ["max_context_chars", "max_seq_length"]
+
+
+def read_settings(path, command):
+    """Return how the rows were made, s.window and so on, from the settings.json beside them."""
+    try:
+        settings = json.loads(path.read_bytes())
+        missing = [name for name in HOW_MADE if name not in settings]
+    except (ValueError, TypeError) as error:
+        fail(f"{path}: {error!r}", command)
+    if missing:
+        fail(f"{path} lacks {', '.join(missing)}", command)
+    return SimpleNamespace(**settings)
+
+
 # ---- how fast to learn ---------------------------------------------------------------------------
 def learning_rate(hidden):
     """Return the learning rate for a hidden size: 2e-4 for 640, 3.8e-5 for 5376.
@@ -129,18 +130,15 @@ def learning_rate(hidden):
     return 2e-4 * (640 / hidden) ** 0.78
 
 
+def lower_rate(rate):
+    """Return a third of a learning rate: "3e-4" → 0.0001."""
+    return float(f"{float(rate) / 3:.1e}")
+
+
 # ---- what was made from what ---------------------------------------------------------------------
 def checksum(path):
     """Return the SHA-256 of a file, '' if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def checksums_of_data(version):
-    """Return the lines of an adapter's `settings` that tell its data: {"TRAIN_SHA256": "3b0c…"}."""
-    data = Path("data/for_train", version)
-    return {
-        f"{name.upper()}_SHA256": checksum(data / f"{name}.jsonl") for name in ("train", "valid")
-    }
 
 
 def settings_of(adapter):
@@ -152,18 +150,21 @@ def settings_of(adapter):
 
 def data_changed(version, adapter):
     """Say whether the data, and so window, names and author, may differ from what was trained."""
-    trained = settings_of(adapter)
-    return any(
-        now and trained.get(name, now) != now for name, now in checksums_of_data(version).items()
-    )
+    settings = settings_of(adapter)
+    for name in "train", "valid":
+        then = settings.get(f"{name.upper()}_SHA256")
+        now = checksum(Path("data/for_train", version, f"{name}.jsonl"))
+        if then and now and then != now:
+            return True
+    return False
 
 
 def is_stale(adapter, fused):
     """Say whether the fused model was made from another adapter than the one there now."""
-    try:
-        made_from = json.loads((fused / "fused_from.json").read_bytes())["adapter_sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    file = fused / "fused_from.json"
+    if not file.is_file():
         return False
+    made_from = json.loads(file.read_bytes())["adapter_sha256"]
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
@@ -182,85 +183,3 @@ def warn_of_changes(version, adapter, fused, run):
 def checkpoints(work):
     """Return {batch: file} of the checkpoints of a training, in the order of time."""
     return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
-
-
-# ---- outputs appear whole or not at all ----------------------------------------------------------
-def beside(folder, word):
-    """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.
-
-    An output may be a link to another disk: the work is done beside its target.
-    """
-    target = Path(os.path.realpath(folder))
-    return target.with_name(f".{target.name}.{word}")
-
-
-def is_same(new, old):
-    """Say whether two folders hold the same files."""
-    names = sorted(path.name for path in new.iterdir())
-    if names != sorted(path.name for path in old.iterdir()):
-        return False
-    return not any(filecmp.cmpfiles(new, old, names, shallow=False)[1:])
-
-
-def link(source, target):
-    """Make one file two, without a copy where the disk can: an exFAT disk knows no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def carry_over(old, new, ours):
-    """Put into the new folder what a person has put into the old one."""
-    written = {path.name for pattern in ours for path in old.glob(pattern)}
-    for path in old.iterdir():
-        if path.name in written or (new / path.name).exists():
-            continue
-        if path.is_dir():
-            shutil.copytree(path, new / path.name, copy_function=link, symlinks=True)
-        else:
-            link(path, new / path.name)
-
-
-def before(folder):
-    """Return where the output of before is kept: models/fused/fused-v1_gemma.before."""
-    target = Path(os.path.realpath(folder))
-    return target.with_name(f"{target.name}.before")
-
-
-def into_place(new, folder, ours):
-    """Put a finished folder into its place; return where the one of before is, None if nowhere.
-
-    `ours` are the files that scripts write there ("*.jsonl", …): all others are a person's own.
-    Killed at any moment this leaves the folder of before or the new one; see finish_move().
-    """
-    folder = Path(os.path.realpath(folder))
-    finish_move(folder)  # of a run that was killed
-    if folder.exists() and is_same(new, folder):
-        shutil.rmtree(new)
-        return None
-    if folder.exists():
-        carry_over(folder, new, ours)
-    was_there = folder.exists()
-    new.rename(beside(folder, "new"))
-    finish_move(folder)
-    if not was_there:
-        return None
-    kept, here = before(folder), Path.cwd()
-    return kept.relative_to(here) if kept.is_relative_to(here) else kept
-
-
-def finish_move(folder):
-    """Do the last two renames, also those of a run that was killed between them.
-
-    v1 → v1.before, .v1.new → v1
-    """
-    folder = Path(os.path.realpath(folder))
-    new = beside(folder, "new")
-    if not new.exists():
-        return
-    with contextlib.suppress(FileNotFoundError):  # another script has just done it
-        if folder.exists():
-            shutil.rmtree(before(folder), ignore_errors=True)
-            folder.rename(before(folder))
-        new.rename(folder)

@@ -96,7 +96,8 @@ TRAIN = "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"
 WRONG = {
     "no data": (remove(DATA), "", BUILD),
     "no settings": ((DATA / "settings.json").unlink, "", BUILD),
-    "settings damaged": (settings([1]), "", BUILD),
+    "settings are a list": (settings([1]), "", BUILD),
+    "settings are incomplete": (settings({"shape": "turns"}), "", BUILD),
     "no name": (None, "--version ../x", "export VERSION=v1"),
     "not trained": (remove(FUSED), "", TRAIN),
     "no base": (remove(FUSED, BASE), "", "python tests/tiny_base.py"),

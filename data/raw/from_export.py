@@ -27,7 +27,8 @@ from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS
-from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, link, visible
+from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, visible
+from models.folders import link
 
 import argparse
 import functools

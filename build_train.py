@@ -28,7 +28,6 @@ import random
 import re
 import shlex
 import sys
-import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -478,15 +477,11 @@ def tell_who(train, s):
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
     """Write {name: lines} to the folder, whole or not at all; return where the old one went."""
-    parent = common.beside(folder, "work").parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as work:
-        new = Path(work, folder.name)
-        new.mkdir()
+    with common.work_folder(folder) as work:
         for name, lines in files.items():
-            with (new / name).open("w", encoding="utf-8", newline="\n") as file:
+            with (work / name).open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        return common.into_place(new, folder, ours=list(files))
+        return common.into_place(work, folder, ours=list(files))
 
 
 def tell_replaced(before, version):

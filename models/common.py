@@ -1,6 +1,7 @@
 """What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import filecmp
 import hashlib
 import json
@@ -192,6 +193,24 @@ def beside(folder, word):
     """
     target = Path(os.path.realpath(folder))
     return target.with_name(f".{target.name}.{word}")
+
+
+@contextlib.contextmanager
+def work_folder(output):
+    """Give an empty folder beside an output, for a run of seconds; a second run waits its turn.
+
+    What a killed run has left in it goes with the next run.
+    """
+    work = beside(output, "work")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with beside(output, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def is_same(new, old):

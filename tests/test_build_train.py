@@ -11,6 +11,8 @@ import random
 import re
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -570,7 +572,26 @@ def test_too_few_rows_are_refused_and_the_output_stays_as_it_was(chat, entries):
     error, fix = chat.fail(entries)
     assert "rows are left, too few to split" in error and fix.startswith("FIX: # use a longer chat")
     assert chat.content() == before
-    assert [path.name for path in chat.out.parent.iterdir()] == ["v1"]
+    assert {path.name for path in chat.out.parent.iterdir()} == {"v1", ".v1.lock"}
+
+
+def test_what_a_killed_build_left_goes_with_the_next(chat):
+    left = chat.out.parent / ".v1.work"
+    left.mkdir(parents=True)
+    (left / "train.jsonl").write_text("half a ro")
+    chat.build(talk(60))
+    assert {path.name for path in chat.out.parent.iterdir()} == {"v1", ".v1.lock"}
+
+
+def test_of_two_builds_at_once_the_second_waits(tmp_path):
+    def build(number):
+        with common.work_folder(tmp_path / "v1") as work:
+            (work / number).touch()
+            time.sleep(0.05)
+            return [path.name for path in work.iterdir()]
+
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(build, "abcd")] == [["a"], ["b"], ["c"], ["d"]]
 
 
 def test_chat_text_cannot_write_to_the_terminal(chat):

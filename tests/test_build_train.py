@@ -237,9 +237,9 @@ def test_windows_are_laid_end_to_end_by_what_they_share():
     messages = [Message(t.split()[-1], context=[Message(u) for u in t.split()[:-1]]) for t in texts]
     rows = build_train.rows_of_ready(messages, 0, 0, False, s)
     places = [(0, 0, 1, 2), (0, 1, 2, 3), (0, 2, 3, 4), (0, 2, 3, 4), (1, 15, 16)]
-    assert [(row.talk, *row.places) for row in rows] == places
+    assert [(row.talk_number, *row.places) for row in rows] == places
     rows = build_train.rows_of_ready(messages, 0, 0, True, s)
-    assert {row.talk for row in rows} == {0}  # all of one conversation
+    assert {row.talk_number for row in rows} == {0}  # all of one conversation
 
 
 # ---- rules ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
 from data.clean import cleaners, control_tokens
-from data.messages import Message, bar, find_raw, read
+from data.messages import BOTS, Message, bar, find_raw, read
 from data.personal import looks_private
 from data.prompt import make_chat
 from data.split import COPY, drop_copies, split
@@ -254,7 +254,6 @@ def next_free(rows):
 
 
 # ---- choose: a row is dropped by the first rule that is true; remove a line, change it, add one --
-BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot"}
 is_number = cache(re.compile(r"[\s.,:+%-]*\d[\d\s.,:+%-]*").fullmatch)
 # fmt: off
 RULES = {

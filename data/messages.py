@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
 bar = partial(tqdm, delay=1, leave=False, disable=None)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data.messages import BOTS
 from data.raw.readers import READERS
 from data.raw.readers.dates import read_times
 from data.raw.readers.files import open_file
@@ -57,7 +58,6 @@ KINDS = {
     "alone": "chats in which one person alone speaks",
     "copy": "already in a file read before",
 }
-BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
 NAMES = "users.json", "channels.json"  # of Slack
 UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
 RAW = common.ROOT / "data/raw"

@@ -103,7 +103,7 @@ def cost(script, export, text):
 
 def project_in(folder):
     """Copy what the script needs into a folder of its own; return the copy of the script."""
-    for name in "models/__init__.py", "models/common.py", "data/__init__.py":
+    for name in "models/__init__.py", "models/common.py", "data/__init__.py", "data/messages.py":
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(SCRIPT.parent / "readers", folder / "data/raw/readers")

@@ -499,12 +499,9 @@ def write(folder, files):
 
 def tell_replaced(before, version):
     """Say which data were replaced, and which adapters were trained on them."""
-    train, settings = before / "train.jsonl", before / "settings.json"
-    if not (train.is_file() and settings.is_file()):
-        return
-    author = json.loads(settings.read_bytes())["only_author"] or "everybody"
-    rows = len(train.read_bytes().splitlines())
-    say("replaced", f"the data of {author} ({rows:,} rows to train); they are in {before}")
+    train = before / "train.jsonl"
+    rows = len(train.read_bytes().splitlines()) if train.is_file() else 0
+    say("replaced", f"{rows:,} rows to train; they are in {before}")
     for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
         if common.settings_of(adapter).get("TRAIN_SHA256") == common.checksum(train):
             say("", f"{adapter} was trained on them")

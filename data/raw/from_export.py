@@ -107,7 +107,8 @@ def read_files(paths, dates):
         what, fix = not_read[name]
         fail(f"{name} is {what}", fix)
     if not chats:
-        fail(f"{paths[0]} holds no chat", f"ls {shlex.quote(paths[0])}")
+        look = f"ls {shlex.quote(paths[0])}  # is there a .txt, .json, .csv or .zip?"
+        fail(f"{paths[0]} holds no chat", look)
     return chats, not_read
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .decode import decode, without_mojibake
-from .not_read import refuse_bytes
+from .not_read import refuse_unread
 
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip", ".xml"}
 READABLE |= {".html", ".js"}  # only to say what they are
@@ -34,7 +34,7 @@ class File(NamedTuple):
 
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
-    refuse_bytes(name, content)
+    refuse_unread(name, content)
     content = PICTURES.sub(b"", content) if name.lower().endswith(".xml") else content
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
     text = without_mojibake(text)

@@ -16,13 +16,12 @@ which "…" is a gap. files.py finds the messages in a file: see LISTS there for
 from . import (
     discord, google_chat, imazing, imessage, kakaotalk, line, log, matrix, meta, not_read, pidgin,
     plain_text, reddit, rocketchat, signal, skype, slack, sms, snapchat, table, teams, telegram,
-    training_set, twitch, wechat, whatsapp, whatsapp_exporter,
+    training_set, twitch, wechat, whatsapp,
 )
 
 READERS = [  # the first that understands nine tenths of a file reads it
     telegram, discord, meta, twitch, matrix, google_chat, slack, rocketchat, reddit, skype, teams,
-    snapchat, wechat, imazing, sms, line, kakaotalk, imessage, pidgin, log, signal,
-    whatsapp_exporter, whatsapp,
+    snapchat, wechat, imazing, sms, line, kakaotalk, imessage, pidgin, log, signal, whatsapp,
     not_read,  # refuses what it knows by name; those behind it take any text or list
     plain_text, training_set, table,
 ]

@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.messages import BOTS
 from data.raw.readers import READERS
-from data.raw.readers.dates import read_times
 from data.raw.readers.files import open_file
 from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
-from data.raw.readers.times import ORDERS
+from data.raw.readers.times import ORDERS, read_times
 from models import common
 from models.common import fail, visible
 
@@ -126,7 +125,7 @@ def read_file(file, dates):
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
         written = [text_of(m.time) for m in messages]
-        times, note = read_times(written, dates, file.lines)
+        times, note = read_times(written, dates)
         check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
         file.notes.extend([note] if note else [])

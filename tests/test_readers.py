@@ -239,7 +239,7 @@ META = {  # who, and the app's sentences as messages of theirs
         *["Ann Lee hat einen Anhang gesendet.", "annlee liked a message"],
         *["Ann sent an attachment.", "Nick sent an attachment.", "Le ha gustado un mensaje"],
         *["anni.3 started an audio call"],
-        *["Ann csatolt fájlt küldött"] * 3,  # in no table, but it comes back
+        *["Ann bixu zorla mendi"] * 3,  # in no table, but it comes back
     ],
     "Bob": [
         *["You named the group Cakes.", "Enviaste um anexo.", "Hai inviato un allegato."],

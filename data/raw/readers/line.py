@@ -17,6 +17,7 @@ A PC writes one space, so that nothing shows where a name ends:
 
 import re
 from collections import defaultdict
+from os.path import commonprefix
 
 from .shared import Message, blocks, first, sample, share
 
@@ -57,10 +58,11 @@ def read(file):
         day = start["day"] or start["other_day"] or day
         if start["clock"]:
             messages.append((f"{day} {start['clock']}", start["author"], words))
-    if form is PC:
-        names = names_in([words for *_, words in messages])
-        messages = [(when, *split_off(words, names)) for when, _, words in messages]
+    names = names_in([words for *_, words in messages])
     for when, author, words in messages:
+        if form is PC:
+            author = names[first_words(words)[0]]
+            words = words.removeprefix(author).strip()
         if re.fullmatch(r'"[^\n]*\n(?s:.*)"', words):  # around several lines
             words = words[1:-1]
         yield Message(when, author, words, kind_of(author, words, form))
@@ -71,27 +73,18 @@ def names_in(texts):
 
     ["Ann Lee hi", "Bob yes", "Ann Lee so", "Bob no"] → {"Ann": "Ann Lee", "Bob": "Bob"}
     """
-    lines = defaultdict(list)
-    for text in texts:
-        words = text.split("\n")[0].split(" ")
-        lines[words[0]].append(words)
-    return {word: common_start(lines) for word, lines in lines.items()}
+    starts = defaultdict(list)
+    for words in map(first_words, texts):
+        starts[words[0]].append(words)
+    return {
+        word: " ".join(commonprefix(same) if len(same) > 1 else [word])
+        for word, same in starts.items()
+    }
 
 
-def common_start(lines):
-    """Return the words with which all lines begin, at most three; of one line the first."""
-    words = []
-    for same in zip(*lines, strict=False):
-        if len(set(same)) > 1 or len(words) == 3 or (words and len(lines) == 1):
-            break
-        words.append(same[0])
-    return " ".join(words)
-
-
-def split_off(text, names):
-    """Return (name, words) of "Ann Lee are you coming?"."""
-    name = names[re.split(r"[ \n]", text)[0]]
-    return name, text.removeprefix(name).strip()
+def first_words(text):
+    """Return the first three words of the first line: a name has no more."""
+    return text.split("\n")[0].split(" ")[:3]
 
 
 def kind_of(author, words, form):

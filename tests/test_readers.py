@@ -655,6 +655,13 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
     assert (entries[0]["time"][:10], notes) == (first, [])
 
 
+def test_days_in_a_row_decide_before_capitals_do(convert):
+    days = "03/04/26", "05/04/26", "06/04/26"
+    lines = [f"{day}, 9:44 AM - {name}: hi\n" for day in days for name in "AB"]
+    entries, _, notes = convert({"a.txt": "".join(lines)})
+    assert (entries[0]["time"][:10], notes) == ("2026-04-03", [])
+
+
 @table(
     ("clock", "dates", "day"),
     [

@@ -17,7 +17,7 @@ A PC writes one space, so that nothing shows where a name ends:
 
 import re
 from collections import defaultdict
-from os.path import commonprefix
+from itertools import takewhile
 
 from .shared import Message, blocks, first, sample, share
 
@@ -76,10 +76,14 @@ def names_in(texts):
     starts = defaultdict(list)
     for words in map(first_words, texts):
         starts[words[0]].append(words)
-    return {
-        word: " ".join(commonprefix(same) if len(same) > 1 else [word])
-        for word, same in starts.items()
-    }
+    return {word: common_start(same) for word, same in starts.items()}
+
+
+def common_start(starts):
+    """Return the words with which all begin; of one line the first."""
+    columns = zip(*starts, strict=False)
+    words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, columns)]
+    return " ".join(words if len(starts) > 1 else words[:1])
 
 
 def first_words(text):

@@ -25,16 +25,14 @@ REACTION = re.compile(rf"{EMOJI.pattern}.*\w.* \Z")
 
 
 def understands(file):
-    if not {"participants", "messages"} <= file.keys:
-        return 0
-    known = share(file.entries, lambda m: "sender_name" in m or "senderName" in m)
-    return known or not file.data["messages"]
+    is_known = lambda m: "sender_name" in m or "senderName" in m  # noqa: E731
+    return "participants" in file.keys and share(file.entries, is_known)
 
 
 def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
-    said = [(author_of(m), words_of(m)) for m in file.entries]
+    said = [author_and_words(m) for m in file.entries]
     forms = defaultdict(list)  # to see which sentences come back
     for author, text in said:
         forms[form_of(author, text)].append(text)
@@ -53,12 +51,9 @@ def read(file):
         )
 
 
-def author_of(m):
-    return text_of(m.get("sender_name") or m.get("senderName"))
-
-
-def words_of(m):
-    return text_of(m.get("content") or m.get("text"))
+def author_and_words(m):
+    author = m.get("sender_name") or m.get("senderName")
+    return text_of(author), text_of(m.get("content") or m.get("text"))
 
 
 def form_of(author, text):

@@ -7,7 +7,7 @@ of a month in any language (cldr.py).
 import functools
 import itertools
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from .cldr import language_of, part_of_day, words_in, words_of
 
@@ -45,6 +45,8 @@ def order_of(dates, first_text):
     order = min(faults, key=faults.get)
     if order == "ymd" or faults["dmy"] != faults["mdy"]:
         return order, ""
+    if in_a_row := order_in_a_row(dates):
+        return in_a_row, ""
     has_zero_or_long_year = re.search(r"\b0\d\D+\d|\d{4}", DAY_OR_NOT.search(first_text)[0])
     is_american = re.search("[AP]M", first_text) and not has_zero_or_long_year
     order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
@@ -60,6 +62,17 @@ def faults_of(dates, order):
     falls = sum(a > b for a, b in itertools.pairwise(days))
     rises = sum(a < b for a, b in itertools.pairwise(days))
     return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
+
+
+def order_in_a_row(dates):
+    """Return the order in which the days follow closely, or None: 1/2 2/2 3/2 are in a row."""
+    spans = {}
+    for order in "dmy", "mdy":
+        days = [time_of(numbers, order) for numbers in dates]
+        steps = [abs(b - a) for a, b in itertools.pairwise(days) if a and b]
+        spans[order] = sum(steps, timedelta())
+    near, far = sorted(spans, key=spans.get)
+    return near if len(dates) > 2 and 2 * spans[near] < spans[far] else None
 
 
 # ---- one time ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import re
 from collections import defaultdict
 from itertools import takewhile
 
-from .shared import Message, blocks, first, sample, share
+from .shared import Message, blocks, kind_of_sentence, sample, share
 
 APP = "LINE"
 DATE = r"(?:\d{4}|R\d\d?)[./年]\d\d?[./月]\d\d?日?"
@@ -31,11 +31,6 @@ PHONE = re.compile(rf"(?P<clock>{CLOCK})(?:\t| {{4}})(?:(?P<author>.{{0,60}}?)(?
 PC = re.compile(rf"(?P<clock>{CLOCK}) (?P<author>)")
 
 TAG = re.compile(r"\[[^\[\]\n]{1,30}\](?: \(null\)| \S+\.\w+)?")  # [Photo], [File] plan.pdf
-PC_TAGS = {"Photos", "Videos", "Stickers", "Audio", "Files", "画像", "写真", "動画", "スタンプ"}
-PC_TAGS |= {"圖片", "照片", "影片", "貼圖", "已傳送圖片", "已傳送貼圖"}
-UNSENT = re.compile(
-    r".*(?:unsent a message|Message unsent|送信を取り消しました|已收回訊息|撤回了一条消息)\W?"
-)
 
 
 def understands(file):
@@ -92,9 +87,10 @@ def first_words(text):
 
 
 def kind_of(author, words, form):
-    return first(
-        call=words.startswith("☎"),
-        app=not author,
-        deleted=UNSENT.fullmatch(words),
-        media=TAG.fullmatch(words) or (form is PC and words in PC_TAGS),
-    )
+    if words.startswith("☎"):
+        return "call"
+    if not author:
+        return "app"
+    if TAG.fullmatch(words):
+        return "media"
+    return kind_of_sentence(words, APP) or (form is PC and kind_of_sentence(words, "LINE of a PC"))

@@ -482,9 +482,9 @@ def tell_who(train, authors, s):
         who = f"everybody (as one of them: add --only-author {shlex.quote(authors[0])})"
     else:
         who = "everybody (the chat does not say who wrote what)"
-    [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
     say("it learns", f"to reply as {who}")
-    say("enough?", enough)
+    verdicts = [text for least, text in ENOUGH if len(train) >= least]
+    say("enough?", verdicts[-1])
 
 
 # ---- write ---------------------------------------------------------------------------------------

@@ -57,7 +57,6 @@ KINDS = {
     "alone": "chats in which one person alone speaks",
     "copy": "already in a file read before",
 }
-NAMES = "users.json", "channels.json"  # of Slack
 UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
 RAW = common.ROOT / "data/raw"
 EXAMPLE = 'python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip"'
@@ -115,7 +114,7 @@ def in_order(names):
     """Return the names as they are read: Slack's users first, and Signal's chats only once."""
     twins = {str(Path(name).with_name("data.json")) for name in names if name.endswith("chat.md")}
     once = [name for name in names if name not in twins]
-    return sorted(once, key=lambda name: not name.endswith(NAMES))
+    return sorted(once, key=lambda name: not name.endswith(("users.json", "channels.json")))
 
 
 def read_file(file, dates):

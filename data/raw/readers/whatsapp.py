@@ -24,7 +24,7 @@ START = re.compile(rf"{MARK}{{0,3}}\[?{MARK}?(?:{DATE}\D{{1,20}}?{CLOCK}|{CLOCK}
 ENTRY = re.compile(
     rf"{MARK}{{0,3}}(?P<iphone>\[)?{MARK}?"
     rf"(?P<when>{DATE}\D{{1,20}}?{CLOCK}[^]\d:;,]{{0,24}}?|{CLOCK}\D{{1,3}}{DATE})"
-    r"(?(iphone)\]|(?:\s[-\u2013]|(?:(?<=\d)|(?<=\s[AP]M)):))(?:\s|$)"
+    r"(?(iphone)\]|(?:\s[-\u2013]|(?:(?<=\d)|(?<=\s[AaPp][Mm])):))(?:\s|$)"
 )
 LONG_YEAR = re.compile(r"[-/.]\s?\d{4}|\d{4}\s?[-/.年년]")
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")

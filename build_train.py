@@ -16,7 +16,7 @@ from data.messages import BOTS, Message, bar, find_raw, read
 from data.personal import looks_private
 from data.prompt import make_chat
 from data.split import COPY, drop_copies, split
-from models import common
+from models import common, folders
 from models.common import fail, visible
 
 # ruff: noqa: RUF001 (chat is in many scripts)
@@ -490,11 +490,11 @@ def tell_who(train, authors, s):
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
     """Write {name: lines} to the folder, whole or not at all; return where the old one went."""
-    with common.work_folder(folder) as work:
+    with folders.work_folder(folder) as work:
         for name, lines in files.items():
             with (work / name).open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        return common.into_place(work, folder, ours=list(files))
+        return folders.into_place(work, folder, ours=list(files))
 
 
 def tell_replaced(before, version):

@@ -54,15 +54,15 @@ umask 077                                                # chats are private
 export HF_HUB_OFFLINE=1                                  # nothing leaves this machine
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # MLX 0.32 fails where it sees several
 
+command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
 adapter=models/adapters/adapter-${VERSION}_$MODEL
-if [ -L "$adapter" ]; then adapter=$(cd "$adapter" && pwd -P); fi # it may be on another disk
-hidden=$(dirname "$adapter")/.$(basename "$adapter")
-work=$hidden.partial # everything is made here; the adapter itself changes at the very end
+# All work is done beside the adapter, on its disk; the adapter itself changes at the very end.
+hidden=$(python -m models.folders "$adapter") # models/adapters/.adapter-v1_gemma
+work=$hidden.partial
 train=data/for_train/$VERSION/train.jsonl valid=data/for_train/$VERSION/valid.jsonl
 again="VERSION=$VERSION MODEL=$MODEL ./fine_tune.sh"
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
 newest=$(find "$work" -maxdepth 1 -name '0*' 2>/dev/null | sort | tail -n 1) # checkpoint, if any
 if [ "$RESUME" = 1 ]; then
   [ "$newest" ] || fail "there is no interrupted run to go on with" "RESUME=0 $again"
@@ -79,7 +79,9 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $adapter" "# wait until it is done, or end it"
 
 # ---- start, or go on -----------------------------------------------------------------------------
-full() { fail "cannot write to $work" "df -h models/adapters  # free space, then: $again"; }
+full() {
+  fail "cannot write to $work" "df -h models/adapters  # free space" "RESUME=$RESUME $again"
+}
 if [ "$RESUME" = 1 ]; then
   batches_done=$((10#$(basename "$newest" .safetensors))) # 10#: 0000200 is not octal
   echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 6 of the guide: fuse the adapter into the base model with mlx_lm.fuse: one folder that needs no adapter.
+# Step 6 of the guide: make one model of base model and adapter, with mlx_lm.fuse.
 #
 #   ./fuse.sh                  keeps as much of what was learned as this machine can
 #   FUSED_BITS=16 ./fuse.sh    exact and large
@@ -32,15 +32,15 @@ cd "$(dirname "$0")"
 umask 077               # what a chat has taught is private, too
 export HF_HUB_OFFLINE=1 # nothing leaves this machine
 
+command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
-if [ -L "$fused" ]; then fused=$(cd "$fused" && pwd -P); fi # it may be on another disk
-hidden=$(dirname "$fused")/.$(basename "$fused")
-work=$hidden.partial # everything is made here; the fused model changes at the very end
+# All work is done beside the fused model, on its disk; that itself changes at the very end.
+hidden=$(python -m models.folders "$fused") # models/fused/.fused-v1_gemma
+work=$hidden.partial
 base=$work/base/$MODEL
 
 # ---- checks, before a model is loaded ------------------------------------------------------------
-command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
 FUSED_BITS=$(python -m models.check_fusing check) # in place of auto
 
 # The lock ends with the last process that holds descriptor 9, however it ends: this one or a child.
@@ -67,7 +67,7 @@ fuse() { step mlx_lm.fuse --model "$base" --adapter-path "$work/adapter" --save-
 rm -rf "$work"
 mkdir -p "$work/adapter"
 cp "$adapter/adapters.safetensors" "$adapter/adapter_config.json" "$work/adapter" ||
-  fail "cannot write to $work" "df -h models/fused  # free space, then: ./fuse.sh"
+  fail "cannot write to $work" "df -h models/fused  # free space"
 # Links to the files of the base model, with the chat template that the adapter was trained with.
 python -m models.chat_template "models/base/$MODEL" "$base"
 echo "fusing      $MODEL and adapter-${VERSION}_$MODEL, FUSED_BITS=$FUSED_BITS"

@@ -12,7 +12,7 @@ Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 
 from data import report
 from data.transcript import as_text, longest_talk, transcript, what_others_said
-from models import common, figures, verdict
+from models import common, figures, folders, verdict
 from models.chat_template import load_model, load_tokenizer
 from models.common import check_names, fail, from_environment, visible
 from models.completion_loss import encode, nats_of_replies
@@ -89,15 +89,15 @@ def places(args):
 # ---- what is there ------------------------------------------------------------------------------
 def find_models(args, at):
     """Return the models to test, {"base": (folder, adapter or None, how to make it), …}."""
-    common.need(at.data / "valid.jsonl", "VERSION", at.build)
-    common.need(at.base / "config.json", "MODEL", common.download(args.model))
+    folders.need(at.data / "valid.jsonl", "VERSION", at.build)
+    folders.need(at.base / "config.json", "MODEL", common.download(args.model))
     models = {
         "base": (at.base, None, common.download(args.model)),
         "adapter": (at.base, at.adapter, f"{at.run} ./fine_tune.sh"),
         "fused": (at.fused, None, f"{at.run} ./fuse.sh"),
     }
-    for folder in at.adapter, at.fused:
-        common.finish_move(folder)
+    for folder in at.adapter, at.fused, at.results:
+        folders.finish_move(folder)
     asked = args.models.split(",")
     if args.models == parser.get_default("models") and not at.fused.exists():
         asked.remove("fused")
@@ -295,17 +295,19 @@ def defuse(text):
 def write(final, page, facts, asked, said):
     """Write the three files beside the final folder, then put them in its place."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
-    (work / "report.html").write_text(page, encoding="utf-8")
     known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
-    (work / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
     columns = {"line": [row.line for row in asked]}
     columns["prompt"] = [defuse(as_text(row.messages[:-1])) for row in asked]
     for who, texts in said.items():
         columns[who] = [defuse(texts[row.line]) for row in asked]
     options = {"encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL}  # -sig is a mark for Excel
-    pd.DataFrame(columns).to_csv(work / "generations.csv", index=False, **options)
-    return common.into_place(work, final, ["report.html", "metrics.json", "generations.csv"])
+    with tempfile.TemporaryDirectory(dir=folders.place_of(final).parent) as work:
+        new = Path(work, "new")
+        new.mkdir()
+        (new / "report.html").write_text(page, "utf-8")
+        (new / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
+        pd.DataFrame(columns).to_csv(new / "generations.csv", index=False, **options)
+        return folders.into_place(new, final, [file.name for file in new.iterdir()])
 
 
 # ---- the run ------------------------------------------------------------------------------------

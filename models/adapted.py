@@ -4,12 +4,11 @@ Layers have other names in each family of models, and mlx-lm skips names that a 
 names come from the model itself, loaded lazily: it has its shapes, and its weights stay on disk.
 """
 
-from models.common import Path
-
 import copy
 import importlib
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx

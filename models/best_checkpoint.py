@@ -8,8 +8,9 @@ Exit    0 done, 1 no checkpoint is any good, 130 Ctrl-C
 """
 
 from models.chat_template import load_model
-from models.common import checkpoints, fail, into_place, read_rows, rerun, warn
+from models.common import checkpoints, fail, read_rows, rerun, warn
 from models.completion_loss import encode, loss_of_replies
+from models.folders import into_place
 
 import json
 import math

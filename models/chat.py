@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.clean import cleaners, control_tokens
 from data.prompt import make_chat
-from models import common
+from models import common, folders
 from models.chat_template import load_model
 from models.common import fail, from_environment, visible
 from models.sampling import sampling_of
@@ -71,7 +71,7 @@ def read_settings(version):
     """Return what build_train.py wrote down about the training data."""
     path = Path("data/for_train", version, "settings.json")
     build = f"VERSION={version} python build_train.py"
-    common.need(path, "VERSION", build)
+    folders.need(path, "VERSION", build)
     try:
         return SimpleNamespace(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
@@ -84,12 +84,12 @@ def find_model(version, model):
     base = Path("models/base", model)
     adapter = Path("models/adapters", f"adapter-{name}")
     fused = Path("models/fused", f"fused-{name}")
-    common.finish_move(adapter)
-    common.finish_move(fused)
+    folders.finish_move(adapter)
+    folders.finish_move(fused)
     common.warn_of_changes(version, adapter, fused, run)
     if fused.is_dir():
         return fused, None, f"{run} ./fuse.sh"
-    common.need(base / "config.json", "MODEL", common.download(model))
+    folders.need(base / "config.json", "MODEL", common.download(model))
     if not adapter.is_dir():
         fail(f"there is no {adapter}, and no {fused}", f"{run} ./fine_tune.sh")
     return base, adapter, f"{run} ./fine_tune.sh"

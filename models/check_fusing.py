@@ -7,7 +7,7 @@
 Exit    0 done, 1 it cannot be fused, or a step has failed
 """
 
-from models import common
+from models import common, folders
 from models.chat_template import load_tokenizer
 from models.common import fail, from_environment, rerun
 from models.memory import memory_for_mlx, memory_to_fuse, size_at_16_bits
@@ -29,12 +29,11 @@ OURS = ("model*.safetensors*", "tokenizer*", "*.jinja")
 # ---- before --------------------------------------------------------------------------------------
 def check():
     version, model = from_environment("VERSION"), from_environment("MODEL")
-    common.check_names(version, model)
     bits = os.environ["FUSED_BITS"]
     if bits not in ("auto", "base", "16", "8"):
         fail(f"FUSED_BITS={bits} is not auto, base, 16 or 8", rerun("./fuse.sh", FUSED_BITS="auto"))
     base = Path("models/base", model)
-    common.need(base / "config.json", "MODEL", common.download(model))
+    folders.need(base / "config.json", "MODEL", common.download(model))
     check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), version, model)
     try:
         here, whole = size_at_16_bits(base)
@@ -49,7 +48,7 @@ def check():
 
 def check_adapter(adapter, version, model):
     """Refuse an adapter that is missing, of another base, damaged, or has learned NaN."""
-    common.finish_move(adapter)
+    folders.finish_move(adapter)
     if not (adapter / "adapters.safetensors").is_file():
         names = sorted(path.name for path in adapter.parent.glob(f"adapter-*_{model}"))
         others = [name.removeprefix("adapter-").removesuffix(f"_{model}") for name in names]
@@ -83,7 +82,7 @@ def choose_bits(bits, here, whole):
 def check_disk(fused, bits, here, whole):
     """Refuse what the disk has no room for; an older fused model, NAME.before, makes room."""
     eight = whole + whole * 8.5 / 16  # the way to 8 bits leads over 16
-    old, needed = common.before(fused), {"base": here, "16": whole, "8": eight}[bits]
+    old, needed = folders.before(fused), {"base": here, "16": whole, "8": eight}[bits]
     if shutil.disk_usage(old.parent).free < needed and old.exists():
         print(f"deleting    {old}: the disk has no room for it", file=sys.stderr)
         shutil.rmtree(old)
@@ -102,7 +101,7 @@ def explain(log):
     if not said or "emory" in why:
         fixes = [rerun("./fuse.sh", FUSED_BITS="base") + "  # or use the adapter as it is"]
     if re.search("unable to write|no space|too large", why, re.IGNORECASE):
-        fixes = ["df -h models/fused  # free space, then:", rerun("./fuse.sh")]
+        fixes = ["df -h models/fused  # free space", rerun("./fuse.sh")]
     fail(f"fusing failed: {why[:200]}", *fixes)
 
 
@@ -122,7 +121,7 @@ def finish(work, fused):
         "adapter_sha256": common.checksum(work / "adapter/adapters.safetensors"),
     }
     (work / "model/fused_from.json").write_text(json.dumps(origin, indent=2))
-    replaced = common.into_place(work / "model", fused, OURS)
+    replaced = folders.into_place(work / "model", fused, OURS)
     if replaced:
         print(f"replaced    a fused model; it is in {replaced}")
     print(f"wrote       {fused}, with fused_from.json")

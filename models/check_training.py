@@ -8,7 +8,7 @@ Exit    0 it can be trained, 1 it cannot
 """
 
 from data.clean import control_token_in
-from models import common
+from models import common, folders
 from models.chat_template import check_template, load_tokenizer
 from models.common import fail, learning_rate, rerun, warn
 from models.completion_loss import encode
@@ -47,13 +47,12 @@ OTHER_BASE = "python -m models.which_model  # lists others; their names have -it
 
 def main(train, valid):
     version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
-    common.check_names(version, model)
     s = read_settings()
     build, download = rerun("python build_train.py"), common.download(model)
     base, train, valid = Path("models/base", model), Path(train), Path(valid)
-    common.need(base / "config.json", "MODEL", download)
+    folders.need(base / "config.json", "MODEL", download)
     for file in train, valid:
-        common.need(file, "VERSION", build)
+        folders.need(file, "VERSION", build)
     size, tokenizer = read_base(base, s.EMBEDDINGS, download)
     train_rows, valid_rows = common.read_rows(train, build), common.read_rows(valid, build)
     longest = check_rows(train_rows, valid_rows, tokenizer, build)

@@ -1,13 +1,9 @@
-"""What the scripts share: how they fail, names, rows, outputs that appear whole or not at all."""
+"""What the scripts share: how they fail, names, rows, what was made from what."""
 
-import contextlib
-import fcntl
-import filecmp
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from unicodedata import category
@@ -79,19 +75,6 @@ def rerun(script, **settings):
     """
     names = {name: from_environment(name) for name in DEFAULTS}
     return " ".join([*(f"{name}={value}" for name, value in (names | settings).items()), script])
-
-
-def need(file, variable, command):
-    """Refuse a folder without its file; the fixes are the command, and the folders that have it.
-
-    need(Path("models/base/gemma/config.json"), "MODEL", "hf download …")
-    """
-    finish_move(file.parent)
-    if file.is_file():
-        return
-    others = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
-    exports = [f"export {variable}={name}" for name in others if re.fullmatch(NAME, name)]
-    fail(f"there is no {file}", command, *exports)
 
 
 # ---- rows of the training data -------------------------------------------------------------------
@@ -183,103 +166,3 @@ def warn_of_changes(version, adapter, fused, run):
 def checkpoints(work):
     """Return {batch: file} of the checkpoints of a training, in the order of time."""
     return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}
-
-
-# ---- outputs appear whole or not at all ----------------------------------------------------------
-def beside(folder, word):
-    """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot.
-
-    An output may be a link to another disk: the work is done beside its target.
-    """
-    target = Path(os.path.realpath(folder))
-    return target.with_name(f".{target.name}.{word}")
-
-
-@contextlib.contextmanager
-def work_folder(output):
-    """Give an empty folder beside an output, for a run of seconds; a second run waits its turn.
-
-    What a killed run has left in it goes with the next run.
-    """
-    work = beside(output, "work")
-    work.parent.mkdir(parents=True, exist_ok=True)
-    with beside(output, "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def is_same(new, old):
-    """Say whether two folders hold the same files."""
-    names = sorted(path.name for path in new.iterdir())
-    if names != sorted(path.name for path in old.iterdir()):
-        return False
-    return not any(filecmp.cmpfiles(new, old, names, shallow=False)[1:])
-
-
-def link(source, target):
-    """Make one file two, without a copy where the disk can: an exFAT disk knows no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def carry_over(old, new, ours):
-    """Put into the new folder what a person has put into the old one."""
-    written = {path.name for pattern in ours for path in old.glob(pattern)}
-    for path in old.iterdir():
-        if path.name in written or (new / path.name).exists():
-            continue
-        if path.is_dir():
-            shutil.copytree(path, new / path.name, copy_function=link, symlinks=True)
-        else:
-            link(path, new / path.name)
-
-
-def before(folder):
-    """Return where the output of before is kept: models/fused/fused-v1_gemma.before."""
-    target = Path(os.path.realpath(folder))
-    return target.with_name(f"{target.name}.before")
-
-
-def into_place(new, folder, ours):
-    """Put a finished folder into its place; return where the one of before is, None if nowhere.
-
-    `ours` are the files that scripts write there ("*.jsonl", …): all others are a person's own.
-    Killed at any moment this leaves the folder of before or the new one; see finish_move().
-    """
-    folder = Path(os.path.realpath(folder))
-    finish_move(folder)  # of a run that was killed
-    if folder.exists() and is_same(new, folder):
-        shutil.rmtree(new)
-        return None
-    if folder.exists():
-        carry_over(folder, new, ours)
-    was_there = folder.exists()
-    new.rename(beside(folder, "new"))
-    finish_move(folder)
-    if not was_there:
-        return None
-    kept, here = before(folder), Path.cwd()
-    return kept.relative_to(here) if kept.is_relative_to(here) else kept
-
-
-def finish_move(folder):
-    """Do the last two renames, also those of a run that was killed between them.
-
-    v1 → v1.before, .v1.new → v1
-    """
-    folder = Path(os.path.realpath(folder))
-    new = beside(folder, "new")
-    if not new.exists():
-        return
-    with contextlib.suppress(FileNotFoundError):  # another script has just done it
-        if folder.exists():
-            shutil.rmtree(before(folder), ignore_errors=True)
-            folder.rename(before(folder))
-        new.rename(folder)

@@ -16,7 +16,7 @@ Writes  in models/adapters/, export: peft-${VERSION}_${MODEL}/; trl: trl-${VERSI
 Exit    0 done, 1 something is missing or does not fit, 2 wrong usage
 """
 
-from models import common
+from models import common, folders
 from models.adapted import read_model, shape_of, token_embeddings
 from models.chat_template import load_tokenizer
 
@@ -176,7 +176,7 @@ def for_mlx(folder, base):
 
 def write(folder, files):
     """Write {name: text or tensors} to the folder, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=common.beside(folder, "work").parent) as work:
+    with tempfile.TemporaryDirectory(dir=folders.place_of(folder).parent) as work:
         new = Path(work, "new")
         new.mkdir()
         for name, content in files.items():
@@ -184,7 +184,7 @@ def write(folder, files):
                 mx.save_safetensors(str(new / name), content, {"format": "pt"})
             else:
                 (new / name).write_text(content, "utf-8")
-        common.into_place(new, folder, OURS)
+        folders.into_place(new, folder, OURS)
     print(f"wrote       {folder}")
 
 
@@ -200,7 +200,7 @@ def main():
     version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
     common.check_names(version, model)
     base, adapter = Path("models/base", model), Path(f"models/adapters/adapter-{version}_{model}")
-    common.need(base / "config.json", "MODEL", common.download(model))
+    folders.need(base / "config.json", "MODEL", common.download(model))
     if args.command == "import":
         return write(adapter, for_mlx(args.folder, base))
     if not (adapter / "settings").is_file():
@@ -211,7 +211,7 @@ def main():
     if not (large / "config.json").is_file():
         common.fail(f"there is no {large}/config.json", common.download(large.name))
     build = common.rerun("python build_train.py")
-    common.need(train, "VERSION", build)
+    folders.need(train, "VERSION", build)
     files = for_trl(adapter, common.read_rows(train, build), large)
     write(adapter.with_name(f"trl-{version}_{large.name}"), files)
 

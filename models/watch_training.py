@@ -166,7 +166,7 @@ def fixes_for(work, code, error):
             f"{relaxed}  # helps on many Macs, and the display stutters",
         ]
     if re.search("unable to write|no space", error, re.IGNORECASE):
-        return ["df -h models/adapters  # free space, then:", again]
+        return ["df -h models/adapters  # free space", again]
     if re.search("memory|alloc|wired", error, re.IGNORECASE) or code == -signal.SIGKILL:
         less = rerun("./fine_tune.sh", RESUME=0, GRAD_CHECKPOINT=1, BATCH_SIZE=1)
         megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100 // 2**20

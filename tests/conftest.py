@@ -27,6 +27,14 @@ def last_error(result):
     return result.stderr.strip().splitlines()[-1]
 
 
+def failure(capsys, function, *arguments):
+    """Return what a person reads when it fails."""
+    with pytest.raises(SystemExit) as end:
+        function(*arguments)
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
 def is_over(lock):
     """Say whether no process of a run lives any more: each holds the lock."""
     with lock.open("a") as file:

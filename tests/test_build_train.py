@@ -4,7 +4,7 @@
 import build_train
 from data.clean import cleaners
 from data.messages import Message, parse
-from models import common
+from models import common, folders
 
 import json
 import random
@@ -585,7 +585,7 @@ def test_what_a_killed_build_left_goes_with_the_next(chat):
 
 def test_of_two_builds_at_once_the_second_waits(tmp_path):
     def build(number):
-        with common.work_folder(tmp_path / "v1") as work:
+        with folders.work_folder(tmp_path / "v1") as work:
             (work / number).touch()
             time.sleep(0.05)
             return [path.name for path in work.iterdir()]

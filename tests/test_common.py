@@ -1,4 +1,4 @@
-"""models/common.py and models/__init__.py: how a script fails; outputs that are always whole."""
+"""models/common.py and models/__init__.py: how a script fails, names, rows."""
 
 from models import common
 
@@ -6,20 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, contents
-
-OURS = ("*.jsonl",)
-
-
-def failure(capsys, function, *arguments):
-    """Return what a person reads when it fails."""
-    with pytest.raises(SystemExit) as end:
-        function(*arguments)
-    assert end.value.code == 1
-    return capsys.readouterr().err
+from conftest import REPOSITORY, failure
 
 
 # ---- how a script fails --------------------------------------------------------------------------
@@ -41,23 +30,6 @@ def test_a_version_or_model_is_one_plain_folder(capsys, name):
     )
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it_and_with_what_is_there(
-    capsys, tmp_path
-):
-    for name in "v1", "family", "v1.before":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").touch()
-    common.need(tmp_path / "v1/train.jsonl", "VERSION", "python build_train.py")
-    file = tmp_path / "v2/train.jsonl"
-    said = failure(capsys, common.need, file, "VERSION", "python build_train.py")
-    assert said.splitlines()[1:] == [
-        "FIX: python build_train.py",
-        "FIX: export VERSION=family",
-        "FIX: export VERSION=v1",
-        "FIX: export VERSION=v1.before",
-    ]
-
-
 def test_rows_are_read_as_chats_and_a_line_that_is_none_is_named(capsys, tmp_path):
     file = tmp_path / "train.jsonl"
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -74,82 +46,6 @@ def test_rows_are_read_as_chats_and_a_line_that_is_none_is_named(capsys, tmp_pat
         file.write_text('{"prompt": "hi", "completion": "ho"}\n' + bad)
         said = failure(capsys, common.read_rows, file, "python build_train.py")
         assert "line 2" in said and "FIX: python build_train.py" in said
-
-
-# ---- outputs appear whole or not at all ----------------------------------------------------------
-@pytest.fixture
-def folder(tmp_path):
-    """An output that is there, with a file of a person's own in it."""
-    folder = tmp_path / "v1"
-    write(folder, "old")
-    (folder / "my notes.txt").write_text("hours")
-    (folder / "plots").mkdir()
-    (folder / "plots/loss.png").write_text("picture")
-    return folder
-
-
-def write(folder, words):
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(words)
-    return folder
-
-
-def put(folder, words):
-    """Make a new output beside the folder and put it into place."""
-    return common.into_place(write(common.beside(folder, "partial"), words), folder, OURS)
-
-
-def test_the_output_of_before_is_kept_beside_the_new_one_and_ones_own_files_stay(folder):
-    before = put(folder, "new")
-    assert before.resolve() == folder.with_name("v1.before")
-    assert (before / "train.jsonl").read_text() == "old"
-    own = {"my notes.txt": b"hours", "plots/loss.png": b"picture"}
-    assert contents(folder) == {"train.jsonl": b"new"} | own
-    put(folder, "newer")
-    assert (before / "train.jsonl").read_text() == "new"
-    assert contents(folder) == {"train.jsonl": b"newer"} | own
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["v1", "v1.before"]
-
-
-def test_the_first_output_replaces_nothing(tmp_path):
-    assert put(tmp_path / "v1", "new") is None
-    assert [path.name for path in tmp_path.iterdir()] == ["v1"]
-
-
-def test_the_same_output_again_leaves_what_was_kept(tmp_path):
-    put(tmp_path / "v1", "edited by hand")
-    put(tmp_path / "v1", "built anew")
-    assert put(tmp_path / "v1", "built anew") is None
-    assert (tmp_path / "v1.before/train.jsonl").read_text() == "edited by hand"
-
-
-def test_an_output_that_is_a_link_is_replaced_where_it_leads(tmp_path, folder):
-    (tmp_path / "disk").mkdir()
-    folder.rename(tmp_path / "disk/moved")
-    folder.symlink_to(tmp_path / "disk/moved")
-    for words in "new", "newer":
-        assert common.beside(folder, "partial").parent == tmp_path / "disk"
-        put(folder, words)
-        assert folder.is_symlink() and (folder / "train.jsonl").read_text() == words
-
-
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_killed_between_two_renames_it_is_the_old_or_the_new_one(folder, monkeypatch, renames):
-    rename, done = Path.rename, []
-
-    def killed(self, target):
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        done.append(target)
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        put(folder, "new")
-    monkeypatch.undo()
-    common.finish_move(folder)  # as each script does that needs the folder
-    assert (folder / "train.jsonl").read_text() == ("new" if renames else "old")
-    assert (folder / "my notes.txt").read_text() == "hours"
 
 
 # ---- models/__init__.py --------------------------------------------------------------------------

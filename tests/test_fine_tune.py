@@ -131,7 +131,7 @@ def test_the_checkpoint_with_the_lowest_loss_of_the_replies_is_kept(project, tra
 
 @pytest.mark.slow
 def test_the_settings_reach_the_trainer(project, train):
-    settings = {"DROPOUT": "0.1", "SCALE": "5", "NUM_LAYERS": "4", "BATCH_SIZE": "4", "SEED": "7"}
+    settings = {"DROPOUT": "0.1", "SCALE": "5", "NUM_LAYERS": "3", "BATCH_SIZE": "4", "SEED": "7"}
     losses = []
     for mask in "0", "1":
         assert train(**settings, ITERS="1", GRAD_CHECKPOINT="1", MASK_PROMPT=mask).returncode == 0
@@ -142,7 +142,7 @@ def test_the_settings_reach_the_trainer(project, train):
     assert (lora["rank"], lora["scale"], lora["dropout"]) == (8, 5.0, 0.1)
     assert {"self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"} < set(lora["keys"])
     names = "num_layers", "batch_size", "grad_checkpoint", "mask_prompt", "seed", "iters"
-    assert [config[name] for name in names] == [4, 4, 1, 1, 7, 1]
+    assert [config[name] for name in names] == [3, 4, 1, 1, 7, 1]
 
 
 # As ssh does, this one starts anew without the environment of who calls it, and with a terminal.
@@ -223,6 +223,7 @@ def start_and_kill(project, run, number):
 @pytest.mark.slow
 def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     assert start_and_kill(project, run, signal.SIGKILL) == -signal.SIGKILL
+    assert (project / WORK).stat().st_mode & 0o077 == 0  # private
     again = train(**LONG)  # would begin at the beginning
     assert "error: an interrupted run has left a checkpoint" in again.stderr
     assert "FIX: RESUME=1 VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh  #" in again.stderr
@@ -240,6 +241,7 @@ def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     first, last, updates = config["lr_schedule"]["arguments"]  # the rest of the line
     assert (first, last) == (pytest.approx(1e-3 * 8 / 4000), 0)
     assert updates + config["lr_schedule"]["warmup"] == 8
+    assert config["resume_adapter_file"].endswith("0003992.safetensors")
     assert config["seed"] == 3992  # other batches than the first again
 
 

@@ -108,6 +108,9 @@ WRONG = {
         lambda p: cut_off(p / BASE / "model.safetensors"), "--models base",
         BASE, "python tests/tiny_base.py"),
     "no adapter": (None, "", ADAPTER, f"{RUN} ./fine_tune.sh"),
+    "no disk": (
+        lambda p: (p / RESULTS).symlink_to(p / "away/disk"), "--models base",
+        "/away/disk, which is not there", "# attach its disk"),
     "no fused": (None, "--models base,fused", FUSED, f"{RUN} ./fuse.sh"),
     "empty": (rows(), "--models base", VALID, BUILD),
     "no reply": (rows({"prompt": "a"}), "--models base", "line 1", BUILD),

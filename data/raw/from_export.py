@@ -27,7 +27,7 @@ from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS, read_times
-from models import common
+from models import common, folders
 from models.common import fail, visible
 
 import argparse
@@ -214,7 +214,7 @@ def write(target, entries, replace):
     """Write one entry a line, whole or not at all; what was there before is kept once beside it."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
-    with common.work_folder(target) as work:
+    with folders.work_folder(target) as work:
         files = target, target.with_suffix(".jsonl")  # build_train.py reads one of them
         others = [file for file in files if file.exists() and file.read_bytes() != content]
         if others and not replace:
@@ -227,7 +227,7 @@ def write(target, entries, replace):
         for old in others:
             before = old.with_name(f"{old.name}.before")
             before.unlink(missing_ok=True)
-            common.link(old, before)  # what an editor saves right now is in it
+            folders.link(old, before)  # what an editor saves right now is in it
             print(f"replaced {relpath(old)}; what it was is in {before.name}")
         new.replace(target)
         target.with_suffix(".jsonl").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ Exit    0 done, 1 something is missing or wrong, 2 wrong usage, 130 Ctrl-C
 """
 
 from data.clean import cleaners, control_tokens
-from data.messages import Message, bar, find_raw, read
+from data.messages import BOTS, Message, bar, find_raw, read
 from data.personal import looks_private
 from data.prompt import make_chat
 from data.split import COPY, drop_copies, split
@@ -28,13 +28,27 @@ import random
 import re
 import shlex
 import sys
-import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+
+
+# ---- how a setting is typed ----------------------------------------------------------------------
+def yes_or_no(digit):
+    return bool(int(digit))
+
+
+def template(text):
+    return text.replace("\\n", "\n")
+
+
+def list_of_names(text):
+    """Return the names in "Link, too short": ["link", "too short"]."""
+    return [name.strip() for name in text.casefold().split(",")]
+
 
 # ---- settings: edit a default here, or give the flag for a single run ----------------------------
 parser = argparse.ArgumentParser(
@@ -47,19 +61,22 @@ add, env = parser.add_argument, common.from_environment
 # fmt: off
 add("--version", default=env("VERSION"), help="which data: data/raw/messages_VERSION.json")
 add("--model", default=env("MODEL"), help="whose tokenizer to use")
-add("--prompt", default="{context}\n\nWrite the next message of this chat[, as {author}].",
+add("--prompt", type=template,
+    default="{context}\n\nWrite the next message of this chat[, as {author}].",
     help="template of a prompt; what stands in [] goes if the model does not see names")
-add("--question-prompt", default="{context}\n\nAsk the next question in this chat[, as {author}].",
+add("--question-prompt", type=template,
+    default="{context}\n\nAsk the next question in this chat[, as {author}].",
     help="the same, where the reply is a question")
-add("--names", type=int, default=1, help="1: the model sees who says what; 0: it does not")
-add("--only-author", action="append", default=[], help="learn this author's replies alone")
+add("--names", type=yes_or_no, default="1", help="1: the model sees who says what; 0: it does not")
+add("--only-author", default="", help="learn this author's replies alone")
 add("--shape", choices=["prompt", "turns"], help="turns, of --only-author: a talk with the others")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
     help="messages from one trained reply to the next; 0: as --window")
 add("--gap", type=float, default=6.0, help="hours of silence that end a talk; 0: none")
 add("--burst", type=float, default=0.0, help="join an author's messages within so many minutes")
-add("--off", default="", help="names of rules to switch off, with commas: 'link,too short'")
+add("--off", type=list_of_names, default=[], metavar="RULES",
+    help="names of rules to switch off, with commas: 'link,too short'")
 add("--block", type=os.path.abspath, help="file of words, one a line, that become […] everywhere")
 add("--max-context-chars", type=int, default=300, help="of a message before a reply; the rest is …")
 add("--max-seq-length", type=int, default=os.environ.get("MAX_SEQ_LENGTH", 1024),
@@ -75,14 +92,10 @@ def read_settings(words):
     """Return the settings of this run; end it if one of them is wrong."""
     s = parser.parse_args(words)
     common.check_names(s.version, s.model)
-    if len(s.only_author) > 1:
+    if sum(word.startswith("--only-author") for word in words) > 1:
         parser.error("--only-author takes one name; leave it out to learn everybody")
-    s.only_author = "".join(s.only_author)
-    s.prompt = s.prompt.replace("\\n", "\n")
-    s.question_prompt = s.question_prompt.replace("\\n", "\n")
     s.shape = s.shape or ("turns" if s.only_author else "prompt")
     s.stride = s.stride or s.window
-    s.off = [name.strip().casefold() for name in s.off.split(",") if name.strip()]
     if "{context}" not in s.prompt or "{context}" not in s.question_prompt:
         parser.error("--prompt and --question-prompt need {context}")
     if s.shape == "turns" and not s.only_author:
@@ -103,7 +116,7 @@ class Row:
 
     context: list[Message]  # oldest first
     message: Message
-    talk: int  # the number of its talk
+    talk_number: int
     places: range  # of its messages, counted through all talks
     tokens: int = 0
     rule: str = ""  # the name of the rule that dropped it
@@ -178,16 +191,16 @@ def joined(turn):
     return replace(turn[0], text="\n".join(message.text for message in turn))
 
 
-def rows_of_talk(messages, talk, place, s):
+def rows_of_talk(talk, number, place, s):
     """Return a row for each message; its context is the --window messages before it.
 
     a b c, --window 1 → (nothing) a, at the first place; a b; b c
     """
     rows = []
-    for end, message in enumerate(messages):
+    for end, message in enumerate(talk):
         start = max(0, end - s.window)
         places = range(place + start, place + end + 1)
-        rows.append(Row(messages[start:end], message, talk, places))
+        rows.append(Row(talk[start:end], message, number, places))
     return rows
 
 
@@ -203,7 +216,7 @@ def overlap(before, texts):
     return int(before[-1:] == texts[:1])
 
 
-def rows_of_ready(messages, talk, place, is_one_talk, s):
+def rows_of_ready(messages, number, place, is_one_talk, s):
     """Return the rows of messages that have their contexts, laid end to end where these overlap.
 
     a b → c,  b c → d,  x → y        a at place 0, b 1, c 2, d 3; x far away, in a talk of its own
@@ -214,10 +227,10 @@ def rows_of_ready(messages, talk, place, is_one_talk, s):
         shared = overlap(before, texts)
         if rows and not shared:
             place += s.stride  # far enough for --stride to keep both
-            talk += not is_one_talk
+            number += not is_one_talk
         places = range(place - shared, place - shared + len(texts))
         place = places.stop
-        rows.append(Row(message.context, message, talk, places))
+        rows.append(Row(message.context, message, number, places))
         before = texts
     return rows
 
@@ -237,11 +250,10 @@ def lay_out(conversations, s):
 
 def next_free(rows):
     """Return the number of the next talk, and its first place."""
-    return (rows[-1].talk + 1, rows[-1].places.stop) if rows else (0, 0)
+    return (rows[-1].talk_number + 1, rows[-1].places.stop) if rows else (0, 0)
 
 
 # ---- choose: a row is dropped by the first rule that is true; remove a line, change it, add one --
-BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot"}
 is_number = cache(re.compile(r"[\s.,:+%-]*\d[\d\s.,:+%-]*").fullmatch)
 # fmt: off
 RULES = {
@@ -314,7 +326,7 @@ def thin_out(rows, s):
     """
     after = None
     for row in reversed(rows):
-        is_same = after and after.talk == row.talk and not row.message.prompt
+        is_same = after and after.talk_number == row.talk_number and not row.message.prompt
         if is_same and after.places.stop - row.places.stop < s.stride:
             row.rule = "between rows (--stride)"
         else:
@@ -327,7 +339,7 @@ def settle_names(rows, s):
     authors = [message.author for row in rows for message in (*row.context, row.message)]
     others = set(authors) - {s.only_author}
     is_known = sum(map(bool, authors)) > len(authors) / 2
-    s.names = bool(s.names and is_known and (s.shape == "prompt" or len(others) > 1))
+    s.names = s.names and is_known and (s.shape == "prompt" or len(others) > 1)
     optional = r"\[([^\[\]]*\{author\}[^\[\]]*)\]"
     for name in "prompt", "question_prompt":
         setattr(s, name, re.sub(optional, r"\1" if s.names else "", getattr(s, name)))
@@ -462,41 +474,34 @@ ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the 
 ]
 
 
-def tell_who(train, s):
+def tell_who(train, authors, s):
     """Print whose replies are learned, and whether they are enough."""
     if s.only_author:
         who = s.only_author
-    elif s.authors:
-        who = f"everybody (as one of them: add --only-author {shlex.quote(s.authors[0])})"
+    elif authors:
+        who = f"everybody (as one of them: add --only-author {shlex.quote(authors[0])})"
     else:
         who = "everybody (the chat does not say who wrote what)"
-    [*_, enough] = [text for least, text in ENOUGH if len(train) >= least]
     say("it learns", f"to reply as {who}")
-    say("enough?", enough)
+    verdicts = [text for least, text in ENOUGH if len(train) >= least]
+    say("enough?", verdicts[-1])
 
 
 # ---- write ---------------------------------------------------------------------------------------
 def write(folder, files):
     """Write {name: lines} to the folder, whole or not at all; return where the old one went."""
-    parent = folders.place_of(folder).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as work:
-        new = Path(work, folder.name)
-        new.mkdir()
+    with folders.work_folder(folder) as work:
         for name, lines in files.items():
-            with (new / name).open("w", encoding="utf-8", newline="\n") as file:
+            with (work / name).open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        return folders.into_place(new, folder, ours=list(files))
+        return folders.into_place(work, folder, ours=list(files))
 
 
 def tell_replaced(before, version):
     """Say which data were replaced, and which adapters were trained on them."""
-    train, settings = before / "train.jsonl", before / "settings.json"
-    if not (train.is_file() and settings.is_file()):
-        return
-    author = json.loads(settings.read_bytes())["only_author"] or "everybody"
-    rows = len(train.read_bytes().splitlines())
-    say("replaced", f"the data of {author} ({rows:,} rows to train); they are in {before}")
+    train = before / "train.jsonl"
+    rows = len(train.read_bytes().splitlines()) if train.is_file() else 0
+    say("replaced", f"{rows:,} rows to train; they are in {before}")
     for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
         if common.settings_of(adapter).get("TRAIN_SHA256") == common.checksum(train):
             say("", f"{adapter} was trained on them")
@@ -515,7 +520,7 @@ def make_rows(raw, s, tokenizer):
     choose(rows, s)
     good = kept(rows)
     settle_names(good, s)
-    talks, seen = len({row.talk for row in good}), "sees" if s.names else "does not see"
+    talks, seen = len({row.talk_number for row in good}), "sees" if s.names else "does not see"
     say("rows", f"{len(good):,} (talks: {talks:,}); the model {seen} who says what")
 
     train, valid = split(good, s.valid_size, s.valid_rows, s.seed) if good else ([], [])
@@ -546,9 +551,9 @@ def main():
         fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")
     tell_sizes(train, valid)
     tell_private(train + valid)
-    authors = Counter(row.author for row in train if row.author)
-    s.authors = [author for author, _ in authors.most_common(100)]
-    tell_who(train, s)
+    counts = Counter(row.author for row in train if row.author)
+    authors = [author for author, _ in counts.most_common(100)]
+    tell_who(train, authors, s)
 
     files = {
         "train.jsonl": [training_row(row, s) for row in train],
@@ -556,7 +561,7 @@ def main():
         "dropped.jsonl": [
             {"entry": row.message.entry, "rule": row.rule, "message": row.reply} for row in dropped
         ],
-        "settings.json": [vars(s)],
+        "settings.json": [vars(s) | {"authors": authors}],
     }
     before = write(folder, files)
     if before:

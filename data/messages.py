@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
 bar = partial(tqdm, delay=1, leave=False, disable=None)
 
 
@@ -96,12 +97,11 @@ def read_lines(path):
 
 
 # ---- its entries ---------------------------------------------------------------------------------
-UNKNOWN = type(None)
 KINDS = {  # key of an entry: what its value may be
     "message": str,
-    "author": (str, int, UNKNOWN),
-    "time": (str, int, float, UNKNOWN),
-    "conversation": (str, int, UNKNOWN),
+    "author": str | int | None,
+    "time": str | int | float | None,
+    "conversation": str | int | None,
     "previous_messages": list,
     "prompt": str,
     "completion": str,

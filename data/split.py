@@ -1,7 +1,7 @@
 """Rows → rows to train with and rows to validate with: no message stands in both.
 
-A row has .texts (its own last), .talk (a number), .places (of its messages, in all talks laid end
-to end) and .rule, the name of the rule that dropped it.
+A row has .texts (its own last), .talk_number, .places (of its messages, in all talks laid end to
+end) and .rule, the name of the rule that dropped it.
 """
 
 from bisect import bisect_left
@@ -29,7 +29,7 @@ def stretches(rows):
     longest = max(len(row.places) for row in rows)
     length = min(max(50, 2 * longest), max(longest + 2, len(rows) // 4))
     begins = set()
-    for _, talk in groupby(rows, lambda row: row.talk):
+    for _, talk in groupby(rows, lambda row: row.talk_number):
         talk = list(talk)
         begins.add(talk[0].places[0])
         begins.update(row.places[-1] for row in talk[length : len(talk) - length // 2 : length])

@@ -9,6 +9,7 @@ link to another disk: then the work is done there.
 from models.common import NAME, check_names, fail, from_environment
 
 import contextlib
+import fcntl
 import filecmp
 import os
 import re
@@ -44,6 +45,24 @@ def beside(folder, word):
     """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot."""
     place = place_of(folder)
     return place.with_name(f".{place.name}.{word}")
+
+
+@contextlib.contextmanager
+def work_folder(output):
+    """Give an empty folder beside an output, for a run of seconds; a second run waits its turn.
+
+    What a killed run has left in it goes with the next run.
+    """
+    work = beside(output, "work")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with beside(output, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def before(folder):

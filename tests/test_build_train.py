@@ -4,13 +4,15 @@
 import build_train
 from data.clean import cleaners
 from data.messages import Message, parse
-from models import common
+from models import common, folders
 
 import json
 import random
 import re
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -235,9 +237,9 @@ def test_windows_are_laid_end_to_end_by_what_they_share():
     messages = [Message(t.split()[-1], context=[Message(u) for u in t.split()[:-1]]) for t in texts]
     rows = build_train.rows_of_ready(messages, 0, 0, False, s)
     places = [(0, 0, 1, 2), (0, 1, 2, 3), (0, 2, 3, 4), (0, 2, 3, 4), (1, 15, 16)]
-    assert [(row.talk, *row.places) for row in rows] == places
+    assert [(row.talk_number, *row.places) for row in rows] == places
     rows = build_train.rows_of_ready(messages, 0, 0, True, s)
-    assert {row.talk for row in rows} == {0}  # all of one conversation
+    assert {row.talk_number for row in rows} == {0}  # all of one conversation
 
 
 # ---- rules ---------------------------------------------------------------------------------------
@@ -557,7 +559,7 @@ def test_what_is_replaced_is_told_and_kept(chat):
     (chat.out / "notes.txt").write_text("mine")
     printed = chat.build(log, "--only-author", "bob")
     kept = "data/for_train/v1.before"
-    assert re.search(rf"replaced   the data of ann \(\d+ rows to train\); they are in {kept}\n"
+    assert re.search(rf"replaced   \d+ rows to train; they are in {kept}\n"
         r" +models/adapters/adapter-v1_tiny was trained on them\nwritten", printed)  # fmt: skip
     assert before == {name: (chat.root / kept / name).read_bytes() for name in before}
     assert (chat.out / "notes.txt").read_text() == "mine"
@@ -570,7 +572,26 @@ def test_too_few_rows_are_refused_and_the_output_stays_as_it_was(chat, entries):
     error, fix = chat.fail(entries)
     assert "rows are left, too few to split" in error and fix.startswith("FIX: # use a longer chat")
     assert chat.content() == before
-    assert [path.name for path in chat.out.parent.iterdir()] == ["v1"]
+    assert {path.name for path in chat.out.parent.iterdir()} == {"v1", ".v1.lock"}
+
+
+def test_what_a_killed_build_left_goes_with_the_next(chat):
+    left = chat.out.parent / ".v1.work"
+    left.mkdir(parents=True)
+    (left / "train.jsonl").write_text("half a ro")
+    chat.build(talk(60))
+    assert {path.name for path in chat.out.parent.iterdir()} == {"v1", ".v1.lock"}
+
+
+def test_of_two_builds_at_once_the_second_waits(tmp_path):
+    def build(number):
+        with folders.work_folder(tmp_path / "v1") as work:
+            (work / number).touch()
+            time.sleep(0.05)
+            return [path.name for path in work.iterdir()]
+
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(build, "abcd")] == [["a"], ["b"], ["c"], ["d"]]
 
 
 def test_chat_text_cannot_write_to_the_terminal(chat):

@@ -86,7 +86,8 @@ def finished(template, tmp_path_factory):
     """A project in which all stages have run."""
     project = tmp_path_factory.mktemp("finished") / "project"
     shutil.copytree(template, project)
-    lines = [f"[{1 + n // 60:02}/11/26, 10:{n % 60:02}:00] Ann: word {n}\n" for n in range(300)]
+    times = [f"{1 + n // 60:02}/11/26, 10:{n % 60:02}:00" for n in range(300)]
+    lines = [f"[{time}] {'AB'[n % 2]}: word {n}\n" for n, time in enumerate(times)]
     (project / "chat.txt").write_text("".join(lines))
     for name, stage in STAGES.items():
         began = time.monotonic()

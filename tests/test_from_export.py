@@ -192,14 +192,14 @@ def test_another_export_replaces_only_if_told_and_what_was_there_is_kept(home, m
 def test_what_an_editor_saves_at_the_last_moment_is_kept(home, main, monkeypatch):
     main("chat.txt")
     (home / "chat.txt").write_text(CHAT.replace("soup", "cake"))
-    target, link = home / "my project/data/raw/messages_sample.json", from_export.link
+    target, link = home / "my project/data/raw/messages_sample.json", from_export.folders.link
 
     def link_and_save(old, new):
         link(old, new)
         with open(old, "r+") as file:
             file.write("[ // mine")
 
-    monkeypatch.setattr(from_export, "link", link_and_save)
+    monkeypatch.setattr(from_export.folders, "link", link_and_save)
     assert "replaced" in main("chat.txt", "--replace")
     assert "cake" in target.read_text()
     assert target.with_name("messages_sample.json.before").read_text().startswith("[ // mine")

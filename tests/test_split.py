@@ -12,7 +12,7 @@ table = pytest.mark.parametrize
 @dataclass
 class Row:
     message: str
-    talk: int
+    talk_number: int
     places: range
     texts: tuple = ()
     rule: str = ""

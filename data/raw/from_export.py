@@ -20,15 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data.messages import BOTS
 from data.raw.readers import READERS
-from data.raw.readers.dates import read_times
 from data.raw.readers.files import open_file
 from data.raw.readers.find import files_in
 from data.raw.readers.not_read import AGAIN, NotReadError, refuse
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
-from data.raw.readers.times import ORDERS
-from models.common import DEFAULTS, ROOT, check_names, fail, from_environment, visible
-from models.folders import link
+from data.raw.readers.times import ORDERS, read_times
+from models import common, folders
+from models.common import fail, visible
 
 import argparse
 import functools
@@ -57,25 +57,23 @@ KINDS = {
     "alone": "chats in which one person alone speaks",
     "copy": "already in a file read before",
 }
-BOTS = {"nightbot", "streamelements", "streamlabs", "moobot", "fossabot", "wizebot", "sery_bot"}
-NAMES = "users.json", "channels.json"  # of Slack
 UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
-RAW = ROOT / "data/raw"
+RAW = common.ROOT / "data/raw"
 EXAMPLE = 'python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip"'
 
 
 def arguments():
     what = "Make data/raw/messages_VERSION.json of what an app exported."
     parser = argparse.ArgumentParser(description=what)
-    add = parser.add_argument
+    add, version = parser.add_argument, common.from_environment("VERSION")
     add("paths", nargs="+", metavar="PATH", help="file, folder or .zip that an app exported")
-    add("--version", default=from_environment("VERSION"), help="name of the data; $VERSION, or v1")
+    add("--version", default=version, help="name of the data; $VERSION, or v1")
     add("--keep", action="append", choices=KINDS, default=[], help="a kind not to leave out")
     add("--dates", choices=list(ORDERS), help="order of day, month, year; else found by itself")
     add("--replace", action="store_true", help="write over the messages of another export")
     parser.error = lambda what: fail(what, EXAMPLE, code=2)
     s = parser.parse_args()
-    check_names(s.version, DEFAULTS["MODEL"])
+    common.check_names(s.version, common.DEFAULTS["MODEL"])
     return s
 
 
@@ -107,7 +105,8 @@ def read_files(paths, dates):
         what, fix = not_read[name]
         fail(f"{name} is {what}", fix)
     if not chats:
-        fail(f"{paths[0]} holds no chat", f"ls {shlex.quote(paths[0])}")
+        look = f"ls {shlex.quote(paths[0])}  # is there a .txt, .json, .csv or .zip?"
+        fail(f"{paths[0]} holds no chat", look)
     return chats, not_read
 
 
@@ -115,7 +114,7 @@ def in_order(names):
     """Return the names as they are read: Slack's users first, and Signal's chats only once."""
     twins = {str(Path(name).with_name("data.json")) for name in names if name.endswith("chat.md")}
     once = [name for name in names if name not in twins]
-    return sorted(once, key=lambda name: not name.endswith(NAMES))
+    return sorted(once, key=lambda name: not name.endswith(("users.json", "channels.json")))
 
 
 def read_file(file, dates):
@@ -125,7 +124,7 @@ def read_file(file, dates):
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
         written = [text_of(m.time) for m in messages]
-        times, note = read_times(written, dates, file.lines)
+        times, note = read_times(written, dates)
         check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
         file.notes.extend([note] if note else [])
@@ -215,25 +214,23 @@ def write(target, entries, replace):
     """Write one entry a line, whole or not at all; what was there before is kept once beside it."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     content = f"[\n{lines}\n]\n".encode("utf-8", "replace")
-    files = target, target.with_suffix(".jsonl")  # build_train.py reads one of them
-    others = [file for file in files if file.exists() and file.read_bytes() != content]
-    if others and not replace:
-        refuse_to_replace(others[0])
-    if target.exists() and target.name not in os.listdir(target.parent):
-        what = f"{relpath(target)} is there under a name with other capitals, which a Mac mixes up"
-        fail(what, shlex.join(["python", *sys.argv, "--version", f"{target.stem[9:]}_2"]))
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
+    with folders.work_folder(target) as work:
+        files = target, target.with_suffix(".jsonl")  # build_train.py reads one of them
+        others = [file for file in files if file.exists() and file.read_bytes() != content]
+        if others and not replace:
+            refuse_to_replace(others[0])
+        if target.exists() and target.name not in os.listdir(target.parent):
+            what = f"{relpath(target)} is there under a name with other capitals"
+            fail(what, shlex.join(["python", *sys.argv, "--version", f"{target.stem[9:]}_2"]))
+        new = work / target.name
+        new.write_bytes(content)
         for old in others:
             before = old.with_name(f"{old.name}.before")
             before.unlink(missing_ok=True)
-            link(old, before)  # what an editor saves right now is in it
+            folders.link(old, before)  # what an editor saves right now is in it
             print(f"replaced {relpath(old)}; what it was is in {before.name}")
-        partial.replace(target)
+        new.replace(target)
         target.with_suffix(".jsonl").unlink(missing_ok=True)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def refuse_to_replace(old):

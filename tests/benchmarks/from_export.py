@@ -103,7 +103,8 @@ def cost(script, export, text):
 
 def project_in(folder):
     """Copy what the script needs into a folder of its own; return the copy of the script."""
-    for name in "models/__init__.py", "models/common.py", "models/folders.py", "data/__init__.py":
+    names = "__init__.py", "common.py", "folders.py"
+    for name in [*(f"models/{name}" for name in names), "data/__init__.py", "data/messages.py"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(SCRIPT.parent / "readers", folder / "data/raw/readers")

@@ -68,13 +68,6 @@ def language_of(texts):
 
 
 @functools.cache
-def is_part_of_day(text):
-    """Say whether a text is nothing but the part of a day in some language: " PM", "nachm."."""
-    name = letters(text)
-    return not name or any(name in words_of(language).parts for language in LANGUAGES.split())
-
-
-@functools.cache
 def part_of_day(before, after, language):
     """Return the hours of the part of the day beside a clock, an empty set if none is named."""
     parts = words_of("en").parts | words_of(language).parts

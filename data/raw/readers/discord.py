@@ -24,7 +24,7 @@ BESIDE = re.compile(r"(?ms)^(?:\{(?:Attachments|Embed|Stickers|Reactions|Forward
 
 def understands(file):
     if {"guild", "channel"} <= file.keys:
-        return share(file.entries, {"timestamp", "author"}.issubset) or not file.data["messages"]
+        return share(file.entries, {"timestamp", "author"}.issubset)
     if file.entries:
         return share(file.entries, {"AuthorID", "Author", "Date", "Content"}.issubset)
     dated = [line for line in file.lines if line.startswith("[")]

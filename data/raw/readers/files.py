@@ -8,13 +8,14 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .decode import decode, without_mojibake
-from .not_read import refuse_bytes
+from .not_read import refuse_unread
+from .shared import share
 
 READABLE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".log", ".md", ".zip", ".xml"}
 READABLE |= {".html", ".js"}  # only to say what they are
 TABLES = {"message", "text", "content", "body", "msg", "contents", "strcontent", "内容"}
 TABLES |= {"completion", "response", "output", "answer"}  # one of these heads a column
+FOREIGN = re.compile(r"[^\x00-\x7f]+")
 PICTURES = re.compile(rb' data="[^"]*"')  # in MMS; they make gigabytes of a backup
 LISTS = "messages", "comments", "value"  # keys under which an app puts its messages
 
@@ -34,7 +35,7 @@ class File(NamedTuple):
 
 def open_file(name, content, names):
     """Return a File of the bytes, which may be anything."""
-    refuse_bytes(name, content)
+    refuse_unread(name, content)
     content = PICTURES.sub(b"", content) if name.lower().endswith(".xml") else content
     text = decode(content).replace("\r\n", "\n").replace("\r", "\n")
     text = without_mojibake(text)
@@ -61,6 +62,45 @@ def title_of(name):
     return re.sub(r" ?\(\d+\)$", "", stem)
 
 
+# ---- bytes → text --------------------------------------------------------------------------------
+def decode(content):
+    """Return the text of a file in UTF-8, UTF-16 (as Excel writes it) or Windows' own letters."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace")
+    text = content.decode("utf-8-sig", "replace")
+    wrong, foreign = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+    if wrong <= foreign / 10:  # a program may have cut a line within a letter
+        return text
+    return "\n".join(map(decode_line, content.split(b"\n")))
+
+
+def decode_line(line):
+    """Return the text of a line; in an old log each line may have its own encoding."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return line.decode("windows-1252", "replace")
+
+
+def without_mojibake(text):
+    """Return the text with "CafÃ©" as "Café", if most of its foreign letters are like that."""
+    escaped = r"(?<!\\)\\u00([89a-f][0-9a-f])"  # as JSON may write them
+    text = re.sub(escaped, lambda letter: chr(int(letter[1], 16)), text)
+    letters = FOREIGN.findall(text[:1_000_000])
+    if share(letters, lambda run: repaired(run) != run) < 1 / 2:
+        return text
+    return FOREIGN.sub(lambda run: repaired(run[0]), text)
+
+
+def repaired(letters):
+    """Return the letters that were meant: "Ã©" → "é"; what is no mojibake stays."""
+    for encoding in "latin-1", "windows-1252":
+        with contextlib.suppress(UnicodeError):
+            return letters.encode(encoding).decode("utf-8")
+    return letters
+
+
+# ---- text → JSON or CSV --------------------------------------------------------------------------
 def parse_json(text):
     """Return what the JSON holds (of JSON lines a list), or None if it is none."""
     if not text.lstrip().startswith(("{", "[")):

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 from .files import READABLE
+from .not_read import known_by_name
 
 MOST_BYTES = 2 << 30  # of a file, or of the chats in a .zip
 
@@ -26,7 +27,7 @@ def files_in(path):
                 yield from files_in(file)
     elif not path.is_file():
         fail(f"{path} is not there, or no file", "ls ~/Downloads  # is it here?")
-    elif zipfile.is_zipfile(path):
+    elif zipfile.is_zipfile(path) and not known_by_name(path.name):  # as a .docx is
         yield from files_in_zip(path)
     elif path.stat().st_size > MOST_BYTES:
         fail(f"{path} holds over {MOST_BYTES >> 30} GB", "# export single chats")

@@ -13,7 +13,7 @@ Messages, and what the app wrote; in a PC's file the day stands in a line of its
 
 import re
 
-from .shared import Message, blocks, first, sample, share
+from .shared import Message, blocks, kind_of_sentence, sample, share
 
 APP = "KakaoTalk"
 CLOCK = r"(?:오전|오후)?\s?\d\d?:\d\d(?:\s?[AaPp]\.?[Mm]\.?)?"
@@ -28,16 +28,9 @@ HEADER = re.compile(
 )
 STARTS = re.compile(rf"{DAY}|{CLOCK}|\[.{{1,100}}?\] \[|-{{5,}} ")  # no other line begins so
 
-EMOTICON = re.compile(r"\((?:이모티콘|emoticon)(?:_[^()\n]*)?\)")  # words may stand behind it
-KINDS = {  # of messages that are these words alone
-    "media": re.compile(
-        r"<?(?:사진|동영상|음성 ?메시지|photo|video|voice message)(?: 읽지 않음)?>?"
-        r"|이모티콘|emoticons?|사진 \d+장|photos \d+|(?:파일|file): .+",
-        re.IGNORECASE,
-    ),
-    "call": re.compile(r"(?:보이스톡|페이스톡|그룹콜) (?:해요|취소|부재중|종료)[ \d:]*"),
-    "deleted": re.compile(r"삭제된 메시지입니다\.?|This message was deleted\.?"),
-}
+NOT_SAID = re.compile(  # words may stand behind an emoticon
+    r"(?i)\((?:이모티콘|emoticon)(?:_[^()\n]*)?\)|\A사진 \d+장\Z|\Aphotos \d+\Z"
+)
 
 
 def understands(file):
@@ -62,7 +55,6 @@ def read(file):
 
 
 def message(when, author, words):
-    words = EMOTICON.sub("", words).strip()
-    kinds = {kind: pattern.fullmatch(words) for kind, pattern in KINDS.items()}
+    words = NOT_SAID.sub("", words).strip()
     is_notice = not author or re.fullmatch(NOTICE, words)
-    return Message(when, author, words, first(app=is_notice, **kinds))
+    return Message(when, author, words, "app" if is_notice else kind_of_sentence(words, APP))

@@ -17,8 +17,9 @@ A PC writes one space, so that nothing shows where a name ends:
 
 import re
 from collections import defaultdict
+from itertools import takewhile
 
-from .shared import Message, blocks, first, sample, share
+from .shared import Message, blocks, kind_of_sentence, sample, share
 
 APP = "LINE"
 DATE = r"(?:\d{4}|R\d\d?)[./年]\d\d?[./月]\d\d?日?"
@@ -30,11 +31,6 @@ PHONE = re.compile(rf"(?P<clock>{CLOCK})(?:\t| {{4}})(?:(?P<author>.{{0,60}}?)(?
 PC = re.compile(rf"(?P<clock>{CLOCK}) (?P<author>)")
 
 TAG = re.compile(r"\[[^\[\]\n]{1,30}\](?: \(null\)| \S+\.\w+)?")  # [Photo], [File] plan.pdf
-PC_TAGS = {"Photos", "Videos", "Stickers", "Audio", "Files", "画像", "写真", "動画", "スタンプ"}
-PC_TAGS |= {"圖片", "照片", "影片", "貼圖", "已傳送圖片", "已傳送貼圖"}
-UNSENT = re.compile(
-    r".*(?:unsent a message|Message unsent|送信を取り消しました|已收回訊息|撤回了一条消息)\W?"
-)
 
 
 def understands(file):
@@ -57,10 +53,11 @@ def read(file):
         day = start["day"] or start["other_day"] or day
         if start["clock"]:
             messages.append((f"{day} {start['clock']}", start["author"], words))
-    if form is PC:
-        names = names_in([words for *_, words in messages])
-        messages = [(when, *split_off(words, names)) for when, _, words in messages]
+    names = names_in([words for *_, words in messages])
     for when, author, words in messages:
+        if form is PC:
+            author = names[first_words(words)[0]]
+            words = words.removeprefix(author).strip()
         if re.fullmatch(r'"[^\n]*\n(?s:.*)"', words):  # around several lines
             words = words[1:-1]
         yield Message(when, author, words, kind_of(author, words, form))
@@ -71,33 +68,29 @@ def names_in(texts):
 
     ["Ann Lee hi", "Bob yes", "Ann Lee so", "Bob no"] → {"Ann": "Ann Lee", "Bob": "Bob"}
     """
-    lines = defaultdict(list)
-    for text in texts:
-        words = text.split("\n")[0].split(" ")
-        lines[words[0]].append(words)
-    return {word: common_start(lines) for word, lines in lines.items()}
+    starts = defaultdict(list)
+    for words in map(first_words, texts):
+        starts[words[0]].append(words)
+    return {word: common_start(same) for word, same in starts.items()}
 
 
-def common_start(lines):
-    """Return the words with which all lines begin, at most three; of one line the first."""
-    words = []
-    for same in zip(*lines, strict=False):
-        if len(set(same)) > 1 or len(words) == 3 or (words and len(lines) == 1):
-            break
-        words.append(same[0])
-    return " ".join(words)
+def common_start(starts):
+    """Return the words with which all begin; of one line the first."""
+    columns = zip(*starts, strict=False)
+    words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, columns)]
+    return " ".join(words if len(starts) > 1 else words[:1])
 
 
-def split_off(text, names):
-    """Return (name, words) of "Ann Lee are you coming?"."""
-    name = names[re.split(r"[ \n]", text)[0]]
-    return name, text.removeprefix(name).strip()
+def first_words(text):
+    """Return the first three words of the first line: a name has no more."""
+    return text.split("\n")[0].split(" ")[:3]
 
 
 def kind_of(author, words, form):
-    return first(
-        call=words.startswith("☎"),
-        app=not author,
-        deleted=UNSENT.fullmatch(words),
-        media=TAG.fullmatch(words) or (form is PC and words in PC_TAGS),
-    )
+    if words.startswith("☎"):
+        return "call"
+    if not author:
+        return "app"
+    if TAG.fullmatch(words):
+        return "media"
+    return kind_of_sentence(words, APP) or (form is PC and kind_of_sentence(words, "LINE of a PC"))

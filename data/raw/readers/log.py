@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from .shared import Message, share
-from .times import NO_YEAR, stamp_of, time_of
+from .times import stamp_of, time_of
 
 APP = "log"
 ISO = r"\d{4}-\d\d-\d\d"
@@ -69,9 +69,9 @@ def clock_of(parts):
 
 def day_in(text, otherwise):
     """Return the midnight of the day in a text, as in "--- Day changed Tue Jan 02 2024"."""
-    when = named_in(text) or otherwise
-    year = otherwise.year if when.year == NO_YEAR else when.year
-    return datetime(year, when.month, when.day)
+    has_year = re.search(r"\d{4}", text)
+    when = named_in(text if has_year else f"{text} {otherwise.year}") or otherwise
+    return datetime(when.year, when.month, when.day)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ by their form: see is_notice().
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from .shared import Message, first, kind_of_sentence, share, text_of
 
@@ -25,21 +25,18 @@ REACTION = re.compile(rf"{EMOJI.pattern}.*\w.* \Z")
 
 
 def understands(file):
-    if not {"participants", "messages"} <= file.keys:
-        return 0
-    known = share(file.entries, lambda m: "sender_name" in m or "senderName" in m)
-    return known or not file.data["messages"]
+    is_known = lambda m: "sender_name" in m or "senderName" in m  # noqa: E731
+    return "participants" in file.keys and share(file.entries, is_known)
 
 
 def read(file):
     title = text_of(file.data.get("title"))
     title = title or re.sub(r"_\d+$", "", text_of(file.data.get("threadName")))
-    said = [(author_of(m), words_of(m)) for m in file.entries]
+    said = [author_and_words(m) for m in file.entries]
     forms = defaultdict(list)  # to see which sentences come back
     for author, text in said:
         forms[form_of(author, text)].append(text)
     people = {first_name(author) for author, _ in said}
-    attached = Counter(words_of(m) for m in file.entries if "share" in m)
     for m, (author, text) in zip(file.entries, said, strict=True):
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
@@ -48,20 +45,15 @@ def read(file):
             kind=first(
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
-                app=m.get("type") in NOTICES
-                or is_notice(author, text, forms, people)
-                or (attached[text] > 1 and " " in text and "://" not in text),
+                app=m.get("type") in NOTICES or is_notice(author, text, forms, people),
             ),
             conversation=title,
         )
 
 
-def author_of(m):
-    return text_of(m.get("sender_name") or m.get("senderName"))
-
-
-def words_of(m):
-    return text_of(m.get("content") or m.get("text"))
+def author_and_words(m):
+    author = m.get("sender_name") or m.get("senderName")
+    return text_of(author), text_of(m.get("content") or m.get("text"))
 
 
 def form_of(author, text):

@@ -4,29 +4,40 @@ import re
 import shlex
 
 AGAIN = "# export the chat again: as JSON or CSV if the app can, else as text"
+IN_APP = "# export the chat in its app, without media, and give what that writes"
 AS_LIST = '# write its messages as JSON, a list of {"time", "author", "message"}: that is read'
 AS_PAIRS = '# it answers as a machine does; to learn that, write rows of {"prompt", "completion"}'
-UNPACK = "tar -xf {}  # then give the folder"
-TO_TEXT = "# save it as text or CSV, or export the chat from its app"
 AS_JSON = "# export it as JSON; in Telegram: Machine-readable JSON"
 AS_TEXT = "# run wtsexporter with --txt, and give what it writes"
 DISCORD = "# DiscordChatExporter writes what both sides said; choose its format JSON"
+SIGNAL = "# run signal-export on a computer with Signal Desktop, and give the folder that it writes"
 
-FIRST_BYTES = (
-    (rb"%PDF", "a PDF", TO_TEXT),
-    (rb"\xd0\xcf\x11\xe0", "a document of Word or Excel", TO_TEXT),
-    (rb"SQLite format 3", "a database", "# export the chat in its app"),
-    (rb"\x1f\x8b|(?s:.{257})ustar", "a .tar or .gz", UNPACK),
-    (rb"PK", "a .zip that is not whole", "# copy it or export the chat again"),
-    (rb"\xff\xd8\xff|\x89PNG", "a picture", AGAIN),
-    (rb"(?!\xff\xfe|\xfe\xff)(?s:.{0,1000}?)\0", "no text", AGAIN),  # those two begin UTF-16
+NAMES = (  # how a name ends, what that is, a FIX
+    (r"\.tar|\.tgz|\.tar\.\w+", "a .tar", "tar -xf {}  # then give the folder"),
+    (r"\.gz", "a .gz", "gunzip -k {}  # then give the file"),
+    (r"\.(rar|7z|bz2|xz)", "an archive, but no .zip", "# unpack it, then give the folder"),
+    (r"\.(crdownload|download|part)", "a download that is not complete", "# download it again"),
+    (r"\.(webloc|url|lnk|icloud)", "a shortcut, not the file", "# download the file itself"),
+    (r"\.(pdf|docx?|xlsx?|od[ts]|rtf|pages|numbers)", "a document", f"{AGAIN}; or save it as CSV"),
+    (r"\.(eml|mbox|msg)", "e-mail", AS_LIST),
+    (r"\.(png|jpe?g|heic|webp|gif)", "a picture", IN_APP),
+    (r"\.(opus|ogg|m4a|aac|amr|mp3|wav|caf)", "a voice note or other sound", IN_APP),
+    (r"\.(mp4|mov|webm|3gp)", "a video", IN_APP),
+    (r"\.crypt\d+", "an encrypted backup of WhatsApp", IN_APP),
+    (r"signal[^/]*\.backup", "an encrypted backup of Signal", SIGNAL),
+    (r"\.ab", "a backup of an Android phone", IN_APP),
+    (
+        r"chat\.db",
+        "the database of iMessage",
+        "# run imessage-exporter -f txt on it",
+    ),
+    (r"\.(db|sqlite3?)", "a database", IN_APP),
 )
 FIRST_WORDS = (
     (r"(?i)<!doctype html|<html", "a web page", AS_JSON),
     (r"<\?xml", "XML, but no backup of SMS Backup & Restore", AGAIN),
     (r"window\.YTD", "an archive of X (Twitter)", AS_LIST),
     (r"消息记录", "an export of QQ", AS_LIST),
-    (r"\{\\rtf", "a document (RTF)", TO_TEXT),
 )
 KEYS = (  # of the file or of its entries
     ({"mapping", "title"}, "a ChatGPT export", AS_PAIRS),
@@ -45,17 +56,23 @@ class NotReadError(Exception):
     """NotReadError(what the file is, a FIX)."""
 
 
-def refuse_bytes(name, content):
+def refuse_unread(name, content):
     """Raise the error for a file that holds no text."""
     if content is None:
         raise NotReadError("a link that leads out of the folder", f"ls -l {shlex.quote(name)}")
-    if re.search(r"\.crypt\d+$", name):
-        raise NotReadError("an encrypted backup of WhatsApp", "# in the chat: Export chat")
-    if name.endswith("[Content_Types].xml"):
-        raise NotReadError("a document of Word or Excel", TO_TEXT)
-    for start, what, fix in FIRST_BYTES:
-        if re.match(start, content):
-            raise NotReadError(what, fix.replace("{}", shlex.quote(name)))
+    if known := known_by_name(name):
+        what, fix = known
+        raise NotReadError(what, fix.replace("{}", shlex.quote(name)))
+    if content.startswith(b"PK"):
+        raise NotReadError("a .zip that is not whole", "# copy it or export the chat again")
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if b"\0" in content[:1000] and not is_utf_16:
+        raise NotReadError("no text", AGAIN)
+
+
+def known_by_name(name):
+    """Return (what it is, a FIX) of a file that is no chat by its name, else None."""
+    return next((known for end, *known in NAMES if re.search(f"(?i)(?:{end})$", name)), None)
 
 
 def understands(file):

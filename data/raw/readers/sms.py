@@ -31,17 +31,20 @@ def read(file):
     root = parse("\n".join(file.lines))
     names, groups = names_in(root), {}
     for m in root:
-        number = m.get("address", "")
-        place = known(m.get("contact_name")) or names.get(number)
-        if "~" in number:  # a group has no name, and its numbers are nobody's business
+        number = sender = m.get("address", "")
+        place = names.get(number, number)
+        if "~" in number:  # a group may have no name, and its numbers are nobody's business
+            place = known(m.get("contact_name"))
             place = place or groups.setdefault(number, f"Group {len(groups) + 1}")
+            addresses = {each.get("type"): each.get("address") for each in m.iter("addr")}
+            sender = addresses.get(SENDER, "")
         box = m.get("type") or m.get("msg_box")
         if box != DRAFT:
             yield Message(
                 time=m.get("date"),
-                author=author_of(m, names, place or number) if box == RECEIVED else "Me",
-                text=m.get("body") if m.tag == "sms" else text_in(m),
-                conversation=place or number,
+                author=names.get(sender, sender) if box == RECEIVED else "Me",
+                text=m.get("body") or text_in(m),
+                conversation=place,
             )
 
 
@@ -55,14 +58,6 @@ def parse(text):
         return ElementTree.fromstring(NO_CHARACTER.sub("", text))  # noqa: S314 (see above)
     except ElementTree.ParseError as e:
         raise NotReadError(f"XML that is not whole: {e}", "# make the backup again") from None
-
-
-def author_of(m, names, place):
-    """Return who sent a message that came: of a group, its address of the type "sender" tells."""
-    for address in m.iter("addr") if "~" in m.get("address", "") else ():
-        if address.get("type") == SENDER:
-            return names.get(address.get("address"), address.get("address"))
-    return place
 
 
 def names_in(root):

@@ -1,16 +1,17 @@
-"""One time, as any app in any country writes it → datetime; dates.py reads all of a file.
+"""Times as any app in any country writes them → datetime.
 
-The day may stand in numbers in any order, or with the name of a month in any language (cldr.py).
+The day may stand in numbers in any order, which all times of a file tell together, or with the name
+of a month in any language (cldr.py).
 """
 
 import functools
+import itertools
 import re
 from datetime import UTC, datetime, timedelta
 
-from .cldr import part_of_day, words_in, words_of
+from .cldr import language_of, part_of_day, words_in, words_of
 
 ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
-NO_YEAR = 4  # stands for it, for 29 February is a day of that year
 
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
 NUMBER = r"((?:R|令和)?\d{1,4})"  # R8 is 2026, the eighth year of the emperor of Japan
@@ -19,9 +20,62 @@ NAMED_DAY = r"(?:\d\d? [^\W\d_]{3,9}\.?|[^\W\d_]{3,9}\.? \d\d?,?)(?: \d{4})?"  #
 CLOCK = r"(\d\d?)[:.时時시]\s?(\d\d)(?:[:.분分]\s?(\d\d))?(?:\.\d+)?"
 DAY_OR_NOT = re.compile(DAY)
 CLOCK_OR_NOT = re.compile(CLOCK)
-OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)(?:\s|$)")  # from UTC
 
 
+# ---- all times of a file -------------------------------------------------------------------------
+def read_times(texts, order=None):
+    """Return ([datetime or None], note); the order of day and month is found by all dates.
+
+    ["1/2/26, 9:44 PM", "13/2/26, 9:44 PM"] → the 1st and the 13th of February, at 21:44
+    """
+    different = list(dict.fromkeys(texts))
+    language = language_of(different)
+    stamps = {text: stamp_of(text, language) for text in different}
+    dates = list(dict.fromkeys(stamp[:3] for stamp in stamps.values() if isinstance(stamp, tuple)))
+    note = ""
+    if dates and not order:
+        order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)))
+    times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
+    return [times[text] for text in texts], note
+
+
+def order_of(dates, first_text):
+    """Return (order, note) for dates like (24, 11, 26); the note is empty if something decides."""
+    faults = {order: faults_of(dates, order) for order in ORDERS}
+    order = min(faults, key=faults.get)
+    if order == "ymd" or faults["dmy"] != faults["mdy"]:
+        return order, ""
+    if in_a_row := order_in_a_row(dates):
+        return in_a_row, ""
+    has_zero_or_long_year = re.search(r"\b0\d\D+\d|\d{4}", DAY_OR_NOT.search(first_text)[0])
+    is_american = re.search("[AP]M", first_text) and not has_zero_or_long_year
+    order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
+    return order, f"dates are read as {order}, for nothing decides: else --dates {other}"
+
+
+def faults_of(dates, order):
+    """Return how many dates are impossible in an order, or go back in time.
+
+    [(1, 2, 26), (1, 13, 26)]: as mdy 0, as dmy 1, for there is no month 13.
+    """
+    days = [day for numbers in dates if (day := time_of(numbers, order))]
+    falls = sum(a > b for a, b in itertools.pairwise(days))
+    rises = sum(a < b for a, b in itertools.pairwise(days))
+    return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
+
+
+def order_in_a_row(dates):
+    """Return the order in which the days follow closely, or None: 1/2 2/2 3/2 are in a row."""
+    spans = {}
+    for order in "dmy", "mdy":
+        days = [time_of(numbers, order) for numbers in dates]
+        steps = [abs(b - a) for a, b in itertools.pairwise(days) if a and b]
+        spans[order] = sum(steps, timedelta())
+    near, far = sorted(spans, key=spans.get)
+    return near if len(dates) > 2 and 2 * spans[near] < spans[far] else None
+
+
+# ---- one time ------------------------------------------------------------------------------------
 def stamp_of(text, language="en"):
     """Return (number, number, number, hour, minute, second), whichever of the first is the day.
 
@@ -59,24 +113,21 @@ def numbers_of(day):
 
 
 def named_day(text, language):
-    """Return the datetime of "Tue, 24 Nov 2026 10:44:00 +0100", "2026. február 24., kedd 9:45"."""
+    """Return the datetime of "Tue, 24 Nov 2026 10:44:00", "2026. február 24., kedd 9:45"."""
     clock = clock_in(text, language)
     rest = re.sub(CLOCK, " ", text, count=1)
     months = words_of("en").months | words_of(language).months
     month = next((months[word] for word in words_in(rest) if word in months), 0)
-    numbers = [int(number) for number in re.findall(r"\d+", OFFSET.sub("", rest))]
+    numbers = [int(number) for number in re.findall(r"\d+", rest)]
     year = next((number for number in numbers if number > 99), None)
     day, *others = [number for number in numbers if number != year] or [0]
-    year = year or (2000 + others[0] if others else NO_YEAR)
+    year = year or (2000 + others[0] if others else 0)
     if clock and not month and not numbers:
         year, month, day = 1970, 1, 1  # only a clock
     try:
-        when = datetime(year, month, day, *(clock or ()))
-    except ValueError:
+        return datetime(year, month, day, *(clock or ()))
+    except ValueError:  # there is no year 0, either
         return None
-    offset = OFFSET.search(rest)
-    east = timedelta(hours=int(offset[2]), minutes=int(offset[3])) if offset else timedelta()
-    return when + east if offset and offset[1] == "-" else when - east
 
 
 def clock_in(text, language):

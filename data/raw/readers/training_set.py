@@ -9,14 +9,32 @@ Rows; what a set marks as bad is not learned, and of two answers only the chosen
     {"text": "Q: hi?\nA: hello"}
 """
 
+import re
+
 from .shared import dig, share, text_of
-from .templates import turns_in
 
 APP = "training set"
 TALKS = "messages", "conversations", "conversation"
 ASKED = "prompt", "instruction", "question", "input"
 ANSWERED = "completion", "output", "response", "answer", "chosen"
 ANSWERERS = {"assistant", "gpt", "model", "chatgpt", "bot", *ANSWERED}
+HEADS = "system|instruction|input|human|user|question|response|assistant|answer|output"
+
+TEMPLATES = [  # of turns in a text, each a role and its words
+    re.compile(r"(?s)<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)"),
+    re.compile(r"(?s)<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)"),
+    re.compile(r"(?s)<start_of_turn>(\w+)\n(.*?)(?:<end_of_turn>|\Z)"),
+    re.compile(rf"(?is)(?:\A|\n)### ?({HEADS}) ?:(.*?)(?=\n### ?(?:{HEADS}) ?:|\Z)"),
+    re.compile(r"(?s)\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)"),
+]
+INST = re.compile(
+    r"(?s)\[INST\](?:\s*<<SYS>>(?P<system>.*?)<</SYS>>)?(?P<user>.*?)\[/INST\]"
+    r"(?P<assistant>.*?)(?=<s>|</s>|\[INST\]|\Z)"
+)
+ASKED_AND_ANSWERED = re.compile(
+    r"(?is)(?:q|question|user|human|instruction|prompt)s? ?:\s?(?P<user>.*)"
+    r"\n(?:a|answer|assistant|bot|gpt|response|output)s? ?:\s?(?P<assistant>.*)"
+)
 
 
 def understands(file):
@@ -51,13 +69,17 @@ def turns_of(row):
     {"prompt": "a", "chosen": [a, b]}           → a b
     """
     talk = next((row[key] for key in TALKS if is_talk(row.get(key))), [])
-    asked = asked_in(row)
-    answers = answers_in(row, asked or talk)
-    if len(answers) > 1:  # the whole talk
-        talk = answers
-    elif answers and (asked or "chosen" in row):
-        talk = (asked or talk) + answers
-    talk = talk or turns_in(text_of(row.get("text")))
+    key = next((key for key in ASKED if row.get(key)), "")
+    asked = as_turns(row.get(key), "user")
+    if key == "instruction":
+        asked = asked + as_turns(row.get("input"), "user")
+    answer = next((row[key] for key in ANSWERED if key in row), None)
+    answered = as_turns(answer, "assistant") if asked or talk else turns_in(answer)
+    if len(answered) > 1:
+        talk = answered
+    elif answered and (asked or "chosen" in row):
+        talk = (asked or talk) + answered
+    talk = talk or turns_in(row.get("text"))
     return before_of(row) + talk if talk else []
 
 
@@ -70,21 +92,26 @@ def is_turn(value):
     return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
-def asked_in(row):
-    key = next((key for key in ASKED if row.get(key)), "")
-    if is_talk(row.get(key)):
-        return row[key]
-    texts = [row.get(key), row.get("input") if key == "instruction" else None]
-    return [{"role": "user", "content": text} for text in texts if text]
+def as_turns(value, role):
+    """Return a value as turns: a talk is some, a turn is one, and so are the words of a role."""
+    if is_talk(value):
+        return value
+    if is_turn(value):
+        return [value]
+    return [] if value is None else [{"role": role, "content": value}]
 
 
-def answers_in(row, asked):
-    answer = next((row[key] for key in ANSWERED if key in row), None)
-    if isinstance(answer, dict):
-        return [answer]
-    if answer is None or is_talk(answer):
-        return answer or []
-    return [{"role": "assistant", "content": answer}] if asked else turns_in(text_of(answer))
+def turns_in(value):
+    """Return the turns of a talk, or of a text in one of the templates of models."""
+    if is_talk(value):
+        return value
+    text = text_of(value)
+    for template in TEMPLATES:
+        if found := template.findall(text):
+            return [{"role": role.casefold(), "content": words.strip()} for role, words in found]
+    found = list(INST.finditer(text)) or [ASKED_AND_ANSWERED.fullmatch(text)]
+    turns = [turn for part in found if part for turn in part.groupdict().items()]
+    return [{"role": role, "content": words.strip()} for role, words in turns if words]
 
 
 def before_of(row):

@@ -1,17 +1,20 @@
 """WhatsApp: "Export chat", without media; a .txt or a .zip, in the language of the phone.
 
+Also as WhatsApp Chat Exporter makes it of a backup (wtsexporter --txt).
+
 Messages:
 
     24/11/26, 10:44 - Ann: hi               Android
     [24/11/26, 10:44:25] Ann: hi            iPhone
     24/11/26, 10:44:25 PM: Ann: hi          old iPhone
     10:44, 24/11/26 - Ann: hi               in Vietnam
+    [2026-11-24 10:44] Ann: <media file in WhatsApp/Media/IMG-1.jpg>
+                            look            WhatsApp Chat Exporter
 """
 
 import re
 from collections import Counter
 
-from .cldr import is_part_of_day
 from .shared import Message, blocks, kind_of_sentence, sample
 from .times import CLOCK, DAY, MARK, NAMED_DAY
 
@@ -20,8 +23,8 @@ DATE = rf"(?:{DAY}|{NAMED_DAY})"
 START = re.compile(rf"{MARK}{{0,3}}\[?{MARK}?(?:{DATE}\D{{1,20}}?{CLOCK}|{CLOCK}\D{{1,3}}{DATE})")
 ENTRY = re.compile(
     rf"{MARK}{{0,3}}(?P<iphone>\[)?{MARK}?"
-    rf"(?P<when>{DATE}\D{{1,20}}?{CLOCK}(?P<part>[^]\d:;,]{{0,24}}?)|{CLOCK}\D{{1,3}}{DATE})"
-    r"(?(iphone)\]|(?:\s[-\u2013]|(?P<colon>:)))(?:\s|$)"
+    rf"(?P<when>{DATE}\D{{1,20}}?{CLOCK}[^]\d:;,]{{0,24}}?|{CLOCK}\D{{1,3}}{DATE})"
+    r"(?(iphone)\]|(?:\s[-\u2013]|(?:(?<=\d)|(?<=\s[AaPp][Mm])):))(?:\s|$)"
 )
 LONG_YEAR = re.compile(r"[-/.]\s?\d{4}|\d{4}\s?[-/.年년]")
 AUTHOR = re.compile(r"([^\n]{1,100}?)\s?:(?:\s|$)")
@@ -31,7 +34,10 @@ POLL = re.compile(  # POLL:\nWhen?\nOPTION: Today (2 votes)\nOPTION: Later (1 vo
     r"(?:\n\W?\1.*\(\W?\d+ [^()\n]+\))+"
 )
 FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
-MARKED_TAG = re.compile(r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>")
+MARKED_TAG = re.compile(
+    r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>|<media file in [^<>\n]*>"
+)
+ALIGNED = re.compile(r"\n {20,}")  # lines of WhatsApp Chat Exporter, below the first
 TAGS = (  # what may be the app's in a message, and its words
     re.compile(r"\A.{1,200}\.\w{0,5} [(<]([^()<>\n]{3,40})[)>](?=\n|\Z)"),  # a.jpg (file attached)
     re.compile(r'\A<([^<>\n\d/="]{3,60})>(?=\n|\Z)'),  # <Media omitted>
@@ -43,17 +49,9 @@ TAGS = (  # what may be the app's in a message, and its words
 def understands(file):
     """Return the share of the lines with a date that begin a message; somebody must speak."""
     dated = [line for line in sample(file.lines) if START.match(line)]
-    starts = [start for line in dated if (start := entry(line))]
+    starts = [start for line in dated if (start := ENTRY.match(line))]
     has_authors = any(author_and_words(start.string[start.end() :])[0] for start in starts)
     return has_authors and len(starts) / len(dated)
-
-
-def entry(line):
-    """Return the match of the date that begins a message, else None."""
-    found = ENTRY.match(line)
-    if found and found["colon"] and not is_part_of_day(found["part"] or ""):
-        return None  # "24/11/26 10:44 Ann: hi" is another program's
-    return found
 
 
 def form_of(start):
@@ -65,7 +63,7 @@ def read(file):
     """Yield the messages; what the app put around somebody's words is taken off."""
     entries = [
         (start["when"], bool(start["iphone"]), *author_and_words(text))
-        for start, text in blocks(file.lines, entry_of(file))
+        for start, text in blocks(file.lines, begins_in(file))
     ]
     counts = Counter(tag for *_, words in entries for tag in tags_in(words))
     tags = {tag for tag, count in counts.items() if count >= 3}  # in whatever language
@@ -74,15 +72,15 @@ def read(file):
         words, kind = without_tags(words, is_iphone, tags)
         if author and is_iphone and not has_marks:
             kind = kind or kind_of_sentence(words.replace(author, "Ann"), "WhatsApp without marks")
-        yield Message(when, author, words, kind if author else "app")
+        yield Message(when, author, ALIGNED.sub("\n", words), kind if author else "app")
 
 
-def entry_of(file):
-    """Return entry() for the form of this export: other dates stand in somebody's words."""
-    forms = Counter(form_of(start) for line in sample(file.lines) if (start := entry(line)))
+def begins_in(file):
+    """Return ENTRY.match for the form of this export: other dates stand in somebody's words."""
+    forms = Counter(form_of(start) for line in sample(file.lines) if (start := ENTRY.match(line)))
     most = max(forms.values())
     of_app = {form for form, count in forms.items() if count >= min(20, most)}
-    return lambda line: (start := entry(line)) and (form_of(start) in of_app and start)
+    return lambda line: (start := ENTRY.match(line)) and (form_of(start) in of_app and start)
 
 
 def author_and_words(text):

@@ -227,7 +227,7 @@ def find_figures(data, asked, nats, replies, args):
     for who in said:
         figures.add_style(table, who, texts[who])
         figures.add_by_heart(table, who, texts[who], learned)
-        table["unfinished"][who] = 1 - sum(ended[who][row.line] for row in asked) / len(asked)
+        table["cut off"][who] = 1 - sum(ended[who][row.line] for row in asked) / len(asked)
     if len(asked) >= FEWEST:
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
         real = texts.pop("reference")
@@ -264,6 +264,7 @@ def find_facts(args, at, data, models, warnings):
         "author": author,
         "name": visible(author) or "them",
         "judged": list(models)[-1],
+        "is_trial": args.model.startswith("tiny-"),  # of tests/tiny_base.py
         "rows": len(data.rows),
         "tokens": sum(row.length() for row in data.rows),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
@@ -336,10 +337,12 @@ def main():
     known = {name: figure for name, figure in table.items() if figure}
     before = write(at.results, page, facts | known, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
-    print(f"\nwrote       {at.results}/report.html, to open in a browser")
+    print(f"\nwrote       {at.results}/report.html")
     print("            also generations.csv, metrics.json")
     if before:
         print(f"replaced    the results of before; they are in {before}")
+    look = "open" if sys.platform == "darwin" else "xdg-open"
+    print(f"look        {look} {at.results}/report.html")
 
 
 if __name__ == "__main__":

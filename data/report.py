@@ -14,7 +14,7 @@ import jinja2
 import pandas as pd
 
 BLIND = 20  # rows of the blind test
-FIGURES = "loss", "gain", "kept", "length", "unfinished", *STYLE, "missing words", "by heart"
+FIGURES = "loss", "gain", "kept", "length", "cut off", *STYLE, "missing words", "by heart"
 
 
 # ---- how it was trained --------------------------------------------------------------------------

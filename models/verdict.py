@@ -1,7 +1,7 @@
 """Figures → sentences: two questions, each with a word, a figure and what it means; what to do.
 
-    Did it learn?             yes      2.5 times   It gives the next token of 60 real replies …
-    Does it sound like Ann?   nearly   37%         How often a classifier, shown a real reply …
+    Did it learn?             yes      2.6 times as likely   So it finds each next token of …
+    Does it sound like Ann?   nearly   37%                   How often a classifier, a program …
 
 The headline follows the worse of the two. The table of figures comes from models/figures.py.
 """
@@ -24,8 +24,8 @@ def chance(loss):
 
 
 def times_as_likely(gain):
-    """Return how many times as likely a token became: a gain of 0.96 nats is "2.6 times"."""
-    return f"{float(f'{math.exp(gain):.2g}'):g} times"
+    """Return a gain in words: 0.96 nats a token is "2.6 times as likely"."""
+    return f"{float(f'{math.exp(gain):.2g}'):g} times as likely"
 
 
 def learned(table, facts):
@@ -37,12 +37,11 @@ def learned(table, facts):
         return answer | {"means": "To tell, test the base model and a trained one together."}
     who = next(iter(table["gain"]))
     new, old = table["loss"][who], table["loss"]["base"]
-    times = times_as_likely(old - new)
-    answer["figure"] = times
+    answer["figure"] = times_as_likely(old - new)
     answer["means"] = (
-        f"It gives the next token (a word or a piece of one) of {facts['rows']} real replies that "
-        f"it never saw {times} the chance that the base model gives: {chance(new)} on average "
-        f"instead of {chance(old)}. As a loss: {new:.2f} instead of {old:.2f}."
+        f"So it finds each next token (a word or a piece of one) of {facts['rows']} real replies "
+        f"that it never saw, beside the base model: {chance(new)} on average instead of "
+        f"{chance(old)}. No model comes near 100%. As a loss: {new:.2f} instead of {old:.2f}."
     )
     best = min(table["loss"].values())
     for model, loss in table["loss"].items():
@@ -79,8 +78,8 @@ def sounds(table, facts):
     told, error = table["told apart"][who], table["told apart error"][who]
     answer["figure"] = f"{1 - told:.0%}"
     answer["means"] = (
-        "How often a classifier, shown a real reply and the model's, takes the model's for the "
-        f"real one (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
+        "How often a classifier, a program that guesses which of two replies is the real one, "
+        f"takes the model's for it (± {100 * error:.0f} points). 50% is perfect: nobody could tell."
     )
     for other, share in table["told apart"].items():
         answer["bars"].append((other, min(1, 2 * (1 - share)), f"{1 - share:.0%}"))
@@ -107,7 +106,7 @@ def sounds(table, facts):
 def far_figures(table, who):
     """Return the shares that are far from the reference's: over 15 points, and more than chance."""
     least = max(0.15, 2 / math.sqrt(table["replies"][who]))
-    names = "unfinished", *STYLE
+    names = "cut off", *STYLE
     return [name for name in names if abs(table[name][who] - table[name]["reference"]) > least]
 
 
@@ -137,6 +136,8 @@ def headline(table, facts, learned, sounds):
         return "The training went wrong: a loss is not a number."
     if not table["gain"]:
         return "There is nothing to compare."
+    if facts["is_trial"]:
+        return "A trial: all steps work. So small a base model can only write gibberish."
     if learned["word"] == "no" and max(table["gain"].values()) < 0:
         return "It became worse than the base model."
     if learned["word"] == "no":
@@ -177,6 +178,8 @@ def how_to_train(table, facts, learned):
 def next_steps(table, facts, learned, sounds):
     """Return what to do next, [(sentence, command)]: at most three, the most urgent first."""
     run = facts["run"]
+    if facts["is_trial"] and table["gain"] and not is_broken(table):
+        return [("Choose a real base model, and train that.", "python -m models.which_model")]
     steps = [*how_to_train(table, facts, learned)]
     if table["kept"].get("fused", 1) < 0.9:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))
@@ -191,8 +194,8 @@ def next_steps(table, facts, learned, sounds):
     if learned["word"] == "yes" and sounds["word"] in ("yes", "nearly"):
         steps.append(("Talk to it.", f"{run} python models/chat.py"))
     if table["gain"] and sounds["word"] != "yes":
-        more = "Add more chat: four times as much lowers the loss by 4 to 5%."
-        steps.append((more, "python data/raw/from_export.py --help"))
+        steps.append(("Add more chat.", "python data/raw/from_export.py --help"))
+        steps.append(("Or train a larger base model.", "python -m models.which_model"))
     return steps[:3]
 
 

@@ -50,8 +50,9 @@ def page_of(folder, texts, talk=(), **forms):
         said[who] = {line: form.format(text) for line, text in said["reference"].items()}
     for who in said:
         figures.add_style(table, who, [*said[who].values()])
-        table["unfinished"][who] = 0.0
+        table["cut off"][who] = 0.0
     facts = {"name": "bob", "author": "bob", "judged": [*forms][-1], "rows": 60}
+    facts["is_trial"] = False
     facts |= {"learned": {"rows": 9, "messages": 90}, "run": "VERSION=v1", "data": {"window": 10}}
     facts |= {"settings": {"version": "v1", "model": "m", "seed": 0, "replies": 100}}
     facts |= {"training": {"RANK": "8", "ITERS": "400", "LEARNING_RATE": "1e-4"}}

@@ -216,11 +216,11 @@ def test_the_losses_are_the_true_ones_and_those_of_the_training(trained, run):
     assert found["verdict"]["headline"] in result.stdout
     assert "base loss: 9 rows\n" in result.stderr  # a plain line in a pipe, where no bar can be
     assert sorted(contents(trained / RESULTS)) == ["generations.csv", "metrics.json", "report.html"]
-    assert found["unfinished"]["adapter"] == 1.0
+    assert found["cut off"]["adapter"] == 1.0
 
 
 @pytest.mark.slow
-def test_a_reply_ends_at_the_end_of_its_turn_or_is_unfinished(template):
+def test_a_reply_ends_at_the_end_of_its_turn_or_is_cut_off(template):
     model, tokenizer = chat_template.load_model(template / BASE)
     ask = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     row = script.Row(1, [("", "hi"), ("", "ho")], ask, len(ask))

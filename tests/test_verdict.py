@@ -8,11 +8,12 @@ import pytest
 
 NAN = float("nan")
 USUAL = {"question": 0.1, "emoji": 0.2, "capital first": 0.3, "full stop last": 0.1}
-USUAL |= {"several lines": 0.0, "looping": 0.0, "unfinished": 0.0, "replies": 100}
+USUAL |= {"several lines": 0.0, "looping": 0.0, "cut off": 0.0, "replies": 100}
 FACTS = {
     "name": "Ann",
     "author": "Ann",
     "judged": "adapter",
+    "is_trial": False,
     "rows": 60,
     "asked": 50,
     "run": "VERSION=v1 MODEL=m",
@@ -96,6 +97,12 @@ def test_the_verdict(table, facts, headline, words, command):
     assert found[2][0] == command
 
 
+def test_gibberish_of_the_tiny_base_is_called_a_trial():
+    headline, words, commands = told(table_of(7.95, 6.03, told=1.0), is_trial=True)
+    assert headline == "A trial: all steps work. So small a base model can only write gibberish."
+    assert (words, commands) == (["yes", "no"], ["python -m models.which_model"])
+
+
 def test_a_base_model_alone_cannot_be_judged():
     table = table_of()
     table["gain"], table["loss"] = {}, {"base": 3.2}
@@ -119,7 +126,7 @@ def test_a_fused_model_that_lost_something_is_fused_again():
 
 def test_an_answer_is_a_figure_of_which_more_is_better_and_what_it_means():
     learned, sounds = verdict.verdict(table_of(told=0.63), FACTS)["answers"]
-    assert (learned["figure"], sounds["figure"]) == ("10%", "37%")
+    assert (learned["figure"], sounds["figure"]) == ("2.5 times as likely", "37%")
     assert "As a loss: 2.30 instead of 3.20." in learned["means"]
     assert "(± 5 points). 50% is perfect: nobody could tell." in sounds["means"]
     assert sounds["question"] == "Does it sound like Ann?"
@@ -136,9 +143,9 @@ def test_what_is_beside_it_stands_in_bars_of_which_longer_is_better():
 
 
 def test_what_differs_is_said_in_words():
-    table = table_of(emoji=0.8, unfinished=0.3, missing_words="“don't”")
+    table = table_of(emoji=0.8, cut_off=0.3, missing_words="“don't”")
     assert verdict.verdict(table, FACTS)["answers"][1]["more"] == [
-        "Unfinished: 30% of its replies, 0% of real ones.",
+        "Cut off: 30% of its replies, 0% of real ones.",
         "Emoji: 80% of its replies, 20% of real ones.",
         "It never says “don't”.",
     ]

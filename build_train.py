@@ -90,7 +90,13 @@ add("--seed", type=int, default=0, help="of the split; another whole number, ano
 
 def read_settings(words):
     """Return the settings of this run; end it if one of them is wrong."""
-    s = parser.parse_args(words)
+    s, more = parser.parse_known_args(words)
+    if more and s.only_author and not more[0].startswith("-"):
+        name = shlex.quote(" ".join([s.only_author, *more]).strip("“”‘’"))
+        fix = f"python build_train.py --only-author {name}"
+        fail("--only-author takes a name of several words in quotes", fix, code=2)
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     common.check_names(s.version, s.model)
     if sum(word.startswith("--only-author") for word in words) > 1:
         parser.error("--only-author takes one name; leave it out to learn everybody")
@@ -151,7 +157,16 @@ def check_author(conversations, s, raw):
     flags = "".join(f" --only-author {shlex.quote(name)}" for name in near)
     there = ", ".join(names[:5]) or "people without a name"
     what = f"no message of {raw} is by {s.only_author!a}; most are by {there}"
-    fail(what, f"VERSION={s.version} python build_train.py{flags}")
+    exports = [f"export VERSION={version}" for version in versions_with(s.only_author, raw.parent)]
+    fail(what, *exports, f"VERSION={s.version} python build_train.py{flags}")
+
+
+def versions_with(author, folder):
+    """Yield the other chats in which an author writes: a forgotten export is the usual mistake."""
+    needle = f'"author": {json.dumps(author, ensure_ascii=False)}'
+    for file in sorted(folder.glob("messages_*.json")):
+        if needle in file.read_text("utf-8", "replace"):
+            yield file.stem.removeprefix("messages_")
 
 
 # ---- lay out: messages → talks → rows, and the places of their messages --------------------------
@@ -463,13 +478,16 @@ def tell_private(rows):
         say("private?", f"{len(found):,} found that may be a password, a code or an address:")
         for part in list(dict.fromkeys(found))[:8]:
             say("", f"  {part:.65}")
-        say("", "to hide some, write them to a file, one a line, and add --block FILE")
+        say(
+            "",
+            "to hide some, write them to a file, one a line, and add --block FILE",
+        )
 
 
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
     (0, "hardly: it learns little more than the tone; more chat helps most"),
-    (100, "for the tone, yes; 4 times as many rows: loss 4 to 5 % lower"),
-    (500, "yes, to sound like somebody; 4 times as many rows: loss 4 to 5 % lower"),
+    (100, "for the tone, yes; four times as much chat makes it a little better (loss -4 to -5 %)"),
+    (500, "yes, to sound like somebody; four times as much is a little better (loss -4 to -5 %)"),
     (2000, "yes, plenty"),
 ]
 

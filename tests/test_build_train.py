@@ -128,6 +128,13 @@ def test_wrong_usage_is_answered_before_anything_is_read(capsys, flags, what):
     assert fix == "FIX: python build_train.py --help"
 
 
+@table("words", [["Ann", "Lee"], ["“Ann", "Lee”"]])
+def test_a_name_without_its_quotes_gets_them(capsys, words):
+    with pytest.raises(SystemExit):
+        build_train.read_settings(["--only-author", *words])
+    assert "FIX: python build_train.py --only-author 'Ann Lee'\n" in capsys.readouterr().err
+
+
 def test_settings_json_says_how_the_rows_were_made(chat):
     chat.build(by("abbccc", talk(400)), "--window", 3, "--stride", 1)
     [s] = chat.lines("settings.json")
@@ -150,6 +157,13 @@ STRANGERS = [
 def test_an_author_who_is_not_there_is_answered_with_one_who_is(chat, log, name, flag):
     _, fix = chat.fail(log, "--only-author", name)
     assert fix == f"FIX: VERSION=v1 python build_train.py{flag}"
+
+
+def test_an_author_of_another_chat_is_found_there(chat):
+    family = chat.root / "data/raw/messages_family.json"
+    family.write_text('[{"author": "Zoë", "message": "hi"}]', "utf-8")
+    fixes = chat.fail(THREE, "--only-author", "Zoë")
+    assert fixes[0] == "FIX: export VERSION=family"
 
 
 def test_an_author_who_is_a_telephone_number_may_be_named_by_it(chat):

@@ -86,6 +86,11 @@ def test_wrong_usage_is_answered_with_what_to_type(home, main, arguments, code, 
 
 
 # ---- find ----------------------------------------------------------------------------------------
+def test_a_name_with_spaces_needs_no_quotes(home, main):
+    (home / "WhatsApp Chat with Ann.txt").write_text(CHAT)
+    assert "3 entries" in main("WhatsApp", "Chat", "with", "Ann.txt")
+
+
 def test_in_a_folder_what_is_no_chat_is_told_and_not_an_error(home, main):
     folder = home / "Downloads"
     (folder / "deep er").mkdir(parents=True)

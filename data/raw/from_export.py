@@ -74,6 +74,8 @@ def arguments():
     parser.error = lambda what: fail(what, EXAMPLE, code=2)
     s = parser.parse_args()
     common.check_names(s.version, common.DEFAULTS["MODEL"])
+    if Path(" ".join(s.paths)).exists():  # a name with spaces, and without its quotes
+        s.paths = [" ".join(s.paths)]
     return s
 
 

@@ -26,7 +26,8 @@ def files_in(path):
             elif file.is_file():
                 yield from files_in(file)
     elif not path.is_file():
-        fail(f"{path} is not there, or no file", "ls ~/Downloads  # is it here?")
+        folder = shlex.quote(str(path.parent)) if path.parent.is_dir() else "~/Downloads"
+        fail(f"{path} is not there, or no file", f"ls {folder}  # is it here?")
     elif zipfile.is_zipfile(path) and not known_by_name(path.name):  # as a .docx is
         yield from files_in_zip(path)
     elif path.stat().st_size > MOST_BYTES:

@@ -76,6 +76,8 @@ def choose_bits(bits, here, whole):
         fix = rerun("./fuse.sh", FUSED_BITS=8)
         fix += f"  # takes {needed / 1e9:.3g} GB of memory, of {allowed / 1e9:.3g} GB"
         common.warn(f"{what}; test_on_validation.py tells", fix)
+    if bits == "base" and here == whole:
+        print("bits        as in the base, which is not rounded: nothing is lost", file=sys.stderr)
     return bits
 
 

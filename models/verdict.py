@@ -1,6 +1,6 @@
 """Figures → sentences: two questions, each with a word, a figure and what it means; what to do.
 
-    Did it learn?             yes      2.6 times as likely   So it finds each next token of …
+    Did it learn?             yes      2.6 times as likely   It gives each next token of real …
     Does it sound like Ann?   nearly   37%                   How often a classifier, a program …
 
 The headline follows the worse of the two. The table of figures comes from models/figures.py.
@@ -39,9 +39,9 @@ def learned(table, facts):
     new, old = table["loss"][who], table["loss"]["base"]
     answer["figure"] = times_as_likely(old - new)
     answer["means"] = (
-        f"So it finds each next token (a word or a piece of one) of {facts['rows']} real replies "
-        f"that it never saw, beside the base model: {chance(new)} on average instead of "
-        f"{chance(old)}. No model comes near 100%. As a loss: {new:.2f} instead of {old:.2f}."
+        f"It gives each next token (a word or a piece of one) of {facts['rows']} real replies that "
+        f"it never saw a chance of {chance(new)} on average, the base model {chance(old)}. "
+        f"No model comes near 100%. As a loss: {new:.2f} instead of {old:.2f}."
     )
     best = min(table["loss"].values())
     for model, loss in table["loss"].items():

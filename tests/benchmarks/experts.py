@@ -1,137 +1,128 @@
-"""Is it worth to adapt the experts of a mixture? Memory and loss, with and without them.
+"""Is it worth to adapt the experts of a mixture? Loss and size of the adapter, with and without.
 
-    python tests/benchmarks/experts.py --base models/base/SmolLM2-135M-Instruct-4bit --version v1
+    python tests/benchmarks/experts.py LOG.jsonl --author NAME
 
-A dense Llama becomes a mixture with real weights: each expert is a copy of its MLP, and a random
-router sends a token to two of them. Before training the mixture computes what the dense model does;
-each expert then learns from its own share of the tokens. The recipe is that of fine_tune.sh. Prints
-a line for each choice of what is adapted, and for the dense model:
+LOG is a log as data/raw/messages_VERSION.jsonl. A small Qwen3 MoE (8 experts, 2 for each byte)
+learns to write as everybody but the author, from scratch and byte by byte; then an adapter learns
+to write as the author, by the recipe of fine_tune.sh, and is scored on the author's last tenth.
+Faster with OpenBLAS: see README.md. Prints a line for each choice of what is adapted:
 
-    attention, embeddings                4.2 M    3.10 GB    31 s  loss 4.552 → 3.640
+    attention, embeddings                 0.12 M    2.310 → 2.140 nats a byte
 """
 
 # ruff: noqa: E402 (our own modules are found from the root)
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from models.common import learning_rate, read_rows
-from models.completion_loss import encode, loss_of_replies
+from models.adapted import make_model
 
 import argparse
-import contextlib
-import io
 import json
-import shutil
-import tempfile
-import time
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
-import mlx_lm
+import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
-ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-CHOICES = {
-    "attention, embeddings": ATTENTION,
-    "attention, embeddings, experts": [
-        *ATTENTION,
-        *(f"block_sparse_moe.switch_mlp.{name}" for name in MLP),
-    ],
-    "the dense model, all": [*ATTENTION, *(f"mlp.{name}" for name in MLP)],
+CONFIG = {
+    "model_type": "qwen3_moe", "vocab_size": 256, "hidden_size": 96, "num_hidden_layers": 3,
+    "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+BLOCK = 128  # bytes in a row
+ATTENTION = [*(f"self_attn.{name}_proj" for name in "qkvo"), "model.embed_tokens"]
+EXPERTS = [f"mlp.switch_mlp.{name}_proj" for name in ("gate", "up", "down")]
+CHOICES = {  # what is adapted, and the rank
+    "attention, embeddings": (ATTENTION, 32),
+    "attention, embeddings, experts": (ATTENTION + EXPERTS, 32),
+    "the same at rank 8": (ATTENTION + EXPERTS, 8),
 }
 
 
-def make_mixture(dense, folder, experts):
-    """Write a Mixtral whose experts are copies of the MLPs of a Llama.
-
-    model.layers.0.mlp.up_proj.weight (1536, 72)
-        → model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight (8, 1536, 72)
-    """
-    config = json.loads((dense / "config.json").read_bytes())
-    weights = {}
-    for name, values in mx.load(str(dense / "model.safetensors")).items():
-        if ".mlp." in name:
-            name = name.replace(".mlp.", ".block_sparse_moe.switch_mlp.")
-            values = mx.stack([values] * experts)
-        weights[name] = values
-    mx.random.seed(0)
-    for layer in range(config["num_hidden_layers"]):
-        router = mx.random.normal((experts, config["hidden_size"])) * config["hidden_size"] ** -0.5
-        dtype = weights["model.norm.weight"].dtype
-        weights[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = router.astype(dtype)
-    config |= {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": 2}
-    for file in dense.glob("*token*"):
-        shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+def read_blocks(log, author):
+    """Return the messages of everybody else and of the author, as rows of BLOCK + 1 bytes."""
+    messages = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    own = [message["message"] for message in messages if message["author"] == author]
+    others = [message["message"] for message in messages if message["author"] != author]
+    return blocks_of(others), blocks_of(own)
 
 
-def measure(base, keys, rows, valid, rank, iters):
-    """Train as fine_tune.sh does; return numbers, peak, seconds, loss and the one before."""
-    mx.clear_cache()
-    model, _ = mlx_lm.load(str(base))
-    before = loss_of_replies(model, valid)
-    model.freeze()
-    lora = {"rank": rank, "scale": 10.0, "dropout": 0.0, "keys": [*keys, "model.embed_tokens"]}
-    mx.random.seed(0)
-    linear_to_lora_layers(model, -1, lora)
-    numbers = sum(values.size for _, values in tree_flatten(model.trainable_parameters()))
-    rate = learning_rate(model.args.hidden_size)
-    line = {"name": "linear_schedule", "arguments": [rate, 0.0, max(1, iters - 10)], "warmup": 10}
-    adam = optim.Adam(learning_rate=build_schedule(line), bias_correction=True)
-    started = time.time()
-    mx.reset_peak_memory()
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArgs(
-            batch_size=2,
-            iters=iters,
-            steps_per_save=iters + 1,
-            max_seq_length=1024,
-            adapter_file=f"{folder}/adapters.safetensors",
-        )
-        train(model, adam, [(tokens, 0) for tokens, _ in rows], args=settings)
-    peak, seconds = mx.get_peak_memory(), time.time() - started
+def blocks_of(texts):
+    data = np.frombuffer("\n".join(texts).encode(), np.uint8).astype(np.int32)
+    usable = len(data) // (BLOCK + 1) * (BLOCK + 1)
+    return data[:usable].reshape(-1, BLOCK + 1)
+
+
+def loss_of(model, rows):
+    logits = model(rows[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, rows[:, 1:], reduction="mean")
+
+
+def train(model, blocks, optimizer, batches, size):
+    """Train on so many random batches; print the mean loss of every hundred."""
+    step, draw, losses = nn.value_and_grad(model, loss_of), np.random.default_rng(0), []
+    model.train()
+    for batch in range(1, batches + 1):
+        rows = mx.array(blocks[draw.integers(0, len(blocks), size)])
+        loss, gradients = step(model, rows)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+        losses.append(loss.item())
+        if batch % 100 == 0:
+            print(f"{batch:6}  {np.mean(losses[-100:]):.3f}", file=sys.stderr, flush=True)
     model.eval()
-    return numbers, peak, seconds, loss_of_replies(model, valid), before
+
+
+def score(model, blocks):
+    parts = [blocks[start : start + 16] for start in range(0, len(blocks), 16)]
+    return sum(loss_of(model, mx.array(part)).item() * len(part) for part in parts) / len(blocks)
+
+
+def adapt(weights, keys, rank, blocks, batches):
+    """Train an adapter as fine_tune.sh does; return the model and the size of the adapter."""
+    model = make_model(CONFIG)
+    model.update(weights)
+    mx.random.seed(0)
+    parameters = {"rank": rank, "scale": 10.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, -1, parameters)
+    line = {"name": "linear_schedule", "arguments": [2e-3, 0.0, batches - 10], "warmup": 10}
+    adam = optim.Adam(learning_rate=build_schedule(line), bias_correction=True)
+    train(model, blocks, adam, batches, size=2)
+    return model, sum(values.size for _, values in tree_flatten(model.trainable_parameters()))
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", type=Path, required=True, help="a dense Llama")
-    parser.add_argument("--version", default="v1", help="data/for_train/VERSION")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--iters", type=int, default=300)
-    parser.add_argument("--valid-rows", type=int, default=200)
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--author", required=True)
+    parser.add_argument("--batches", type=int, default=1500, help="of 8 rows, to make the base")
     s = parser.parse_args()
 
-    _, tokenizer = mlx_lm.load(str(s.base), lazy=True)
-    data = ROOT / "data/for_train" / s.version
-    train_chats, chats = (
-        read_rows(data / f"{name}.jsonl", "python build_train.py") for name in ("train", "valid")
-    )
-    every = max(1, len(train_chats) // (2 * s.iters))  # rows of all lengths
-    rows = [encode(tokenizer, chat) for chat in train_chats[::every]]
-    valid = [encode(tokenizer, chat) for chat in chats[: s.valid_rows]]
-    with tempfile.TemporaryDirectory() as folder:
-        make_mixture(s.base, Path(folder), s.experts)
-        for name, keys in CHOICES.items():
-            base = s.base if "dense" in name else folder
-            result = measure(base, keys, rows, valid, s.rank, s.iters)
-            numbers, peak, seconds, loss, before = result
-            print(
-                f"{name:32} {numbers / 1e6:7.1f} M  {peak / 1e9:6.2f} GB  {seconds:4.0f} s"
-                f"  loss {before:.3f} → {loss:.3f}",
-                flush=True,
-            )
+    others, own = read_blocks(s.log, s.author)
+    tenth = len(own) // 10
+    learned, held_out = own[:-tenth], own[-tenth:]
+    print(f"{len(others)} rows of others, {len(learned)} of {s.author}, {tenth} to score")
+    mx.random.seed(0)
+    base = make_model(CONFIG)
+    base.unfreeze()
+    train(base, others, optim.AdamW(optim.cosine_decay(2e-3, s.batches)), s.batches, size=8)
+    before = score(base, held_out)
+    for name, (keys, rank) in CHOICES.items():
+        batches = len(learned) // 2  # one epoch
+        model, numbers = adapt(base.parameters(), keys, rank, learned, batches)
+        after = score(model, held_out)
+        print(
+            f"{name:32} {numbers / 1e6:6.2f} M  {before:.3f} → {after:.3f} nats a byte", flush=True
+        )
 
 
 if __name__ == "__main__":

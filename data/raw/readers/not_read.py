@@ -80,11 +80,7 @@ def understands(file):
 
 
 def read(file):
-    refuse(file)
-
-
-def refuse(file):
-    """Raise the error that says what the file is."""
+    """Raise the error that says what the file is, whatever it is."""
     if known := known_as(file):
         raise NotReadError(*known)
     if file.data is not None:

@@ -40,16 +40,16 @@ def need(file, variable, command):
 
 
 # ---- a new one appears whole or not at all -------------------------------------------------------
-def beside(folder, word):
-    """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot."""
-    place = place_of(folder)
-    return place.with_name(f".{place.name}.{word}")
-
-
 def before(folder):
     """Return where the folder of before is kept: models/fused/fused-v1_gemma.before."""
     place = place_of(folder)
     return place.with_name(f"{place.name}.before")
+
+
+def hidden(folder):
+    """Return models/fused/.fused-v1_gemma, as the work is called: no VERSION begins with a dot."""
+    place = place_of(folder)
+    return place.with_name(f".{place.name}")
 
 
 def into_place(new, folder, ours):
@@ -66,7 +66,7 @@ def into_place(new, folder, ours):
         return None
     if replaces:
         carry_over(folder, new, ours)
-    new.rename(beside(folder, "new"))
+    new.rename(f"{hidden(folder)}.new")
     finish_move(folder)
     return before(folder) if replaces else None
 
@@ -105,7 +105,7 @@ def finish_move(folder):
     v1 → v1.before, .v1.new → v1
     """
     folder = place_of(folder)
-    new = beside(folder, "new")
+    new = Path(f"{hidden(folder)}.new")
     if not new.exists():
         return
     with contextlib.suppress(FileNotFoundError):  # another script has just done it
@@ -117,5 +117,4 @@ def finish_move(folder):
 
 if __name__ == "__main__":
     check_names(from_environment("VERSION"), from_environment("MODEL"))
-    place = place_of(sys.argv[1])
-    print(place.with_name(f".{place.name}"))
+    print(hidden(sys.argv[1]))

@@ -42,8 +42,8 @@ fail() { # what is wrong, and the commands that fix it
   exit 1
 }
 
-case ${1:---report-to} in
-  --report-to* | --project-name*) ;;
+case ${1:-} in
+  "" | --report-to* | --project-name*) ;;
   -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
   *) (fail "fine_tune.sh takes no $1; settings go in front" "./fine_tune.sh --help") || exit 2 ;;
 esac
@@ -98,9 +98,8 @@ else
 fi
 
 # ---- train ---------------------------------------------------------------------------------------
-# What mlx_lm.lora has no flags for. The rate rises for a few batches, then falls to 0 in a straight
-# line; a resumed run rejoins that line where it
-# stopped. With such a schedule the flag --learning-rate is only written down.
+# What mlx_lm.lora has no flags for. The rate rises for a few batches, then falls to 0 along a line,
+# which a resumed run rejoins. With such a schedule --learning-rate is only written down.
 left=$((ITERS - batches_done))
 warmup=$((left < 20 ? left / 2 : 10))
 rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
@@ -112,7 +111,7 @@ lora_parameters:
   keys: [$KEYS]
 lr_schedule:
   name: linear_schedule
-  arguments: [$rate, 0.0, $((left > warmup ? left - warmup : 1))]
+  arguments: [$rate, 0.0, $((left - warmup))]
   warmup: $warmup
 optimizer_config: {adam: {bias_correction: true}} # else early updates are up to 6 times too large
 grad_checkpoint: $GRAD_CHECKPOINT

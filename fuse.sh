@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 6 of the guide: make one model of base model and adapter, with mlx_lm.fuse.
+# Step 6 of the guide: fuse base model and adapter into one folder that needs no adapter.
 #
 #   ./fuse.sh                  keeps as much of what was learned as this machine can
 #   FUSED_BITS=16 ./fuse.sh    exact and large

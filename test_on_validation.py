@@ -67,7 +67,7 @@ def settings():
         parser.error(f"--models is {args.models!a}, not made of base,adapter,fused")
     for name, value in vars(args).items():
         least = 1 if name in ("max_tokens", "reply_batch", "batch_tokens") else 0
-        if isinstance(value, int | float) and not value >= least:
+        if isinstance(value, int | float) and not value >= least:  # nor NaN
             parser.error(f"--{name.replace('_', '-')} cannot be {value}")
     return args
 
@@ -110,7 +110,7 @@ def find_models(args, at):
 
 # ---- the validation rows ------------------------------------------------------------------------
 # What settings.json would say of rows that build_train.py did not make:
-UNKNOWN = {"shape": "turns", "names": False, "prompt": "", "question_prompt": "", "authors": []}
+UNKNOWN = SimpleNamespace(shape="turns", names=False, prompt="", question_prompt="", authors=[])
 
 
 @dataclass
@@ -133,12 +133,9 @@ class Row:
 
 def read_data(at):
     """Return the rows to test on, the messages of each row of train.jsonl, and their settings."""
-    try:
-        settings = json.loads((at.data / "settings.json").read_bytes())
-    except (OSError, ValueError):  # valid.jsonl can be tested without
-        settings = {}
-    made = SimpleNamespace(**UNKNOWN | settings)
-    train = at.data / "train.jsonl"
+    made, train = UNKNOWN, at.data / "train.jsonl"
+    if (at.data / "settings.json").is_file():
+        made = common.read_settings(at.data / "settings.json", at.build)
     chats = common.read_rows(train, at.build) if train.is_file() else []
     learned = [transcript(chat, made) for chat in chats]
     rows = encode_rows(common.read_rows(at.data / "valid.jsonl", at.build), made, at.base)
@@ -262,11 +259,11 @@ def add_told_apart(table, data, real, made, asked):
 
 def find_facts(args, at, data, models, warnings):
     """Return what the verdict and the page need besides the figures."""
-    [author] = data.made.authors if len(data.made.authors) == 1 else [""]
+    author = data.made.authors[0] if len(data.made.authors) == 1 else ""
     return {
         "author": author,
         "name": visible(author) or "them",
-        "judged": [*models][-1],
+        "judged": list(models)[-1],
         "rows": len(data.rows),
         "tokens": sum(row.length() for row in data.rows),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
@@ -319,7 +316,7 @@ def main():
     data = read_data(at)
     vars(args).update(sampling_of(at.base, args.temperature))
     warnings = []
-    if [*models] != ["base"]:
+    if list(models) != ["base"]:
         warnings = common.warn_of_changes(args.version, at.adapter, at.fused, at.run)
     print(f"testing     {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
@@ -327,7 +324,7 @@ def main():
     asked = [data.rows[place] for place in order[: args.replies]]
     places_of_talk = longest_talk([row.messages for row in data.rows], TALK) if asked else []
     talk = [data.rows[place] for place in places_of_talk]
-    answered = list({row.line: row for row in asked + talk}.values())
+    answered = list({row.line: row for row in asked + talk}.values())  # each row once
     nats, replies = measure(models, data.rows, answered, args)
 
     table, said = find_figures(data, asked, nats, replies, args)

@@ -24,12 +24,11 @@ def date_of(path):
 
 
 def learning_curve(path):
-    """Return [(iteration, loss), …] of losses.csv; [] if it cannot be read."""
-    try:
-        curve = pd.read_csv(path)[["iteration", "val_loss"]].dropna()
-        return [(int(iteration), float(loss)) for iteration, loss in curve.to_numpy()]
-    except (OSError, ValueError, KeyError):
+    """Return [(iteration, loss), …] of losses.csv; [] if PEFT has trained the adapter."""
+    if not path.exists():
         return []
+    losses = pd.read_csv(path, index_col="iteration")["val_loss"].dropna()
+    return list(losses.items())
 
 
 def chart(curve):
@@ -69,7 +68,7 @@ def turns_of(talk, said, facts):
     """
     turns, earlier = [], None
     for row in talk:
-        seen = [i for i in range(len(row.messages)) if row.messages[i - 2 : i] == earlier]
+        seen = [i for i in range(2, len(row.messages)) if row.messages[i - 2 : i] == earlier]
         turn = {"before": last_of(row.messages[max(seen, default=0) :], 3)}
         turn["author"] = visible(row.messages[-1][0])
         turn["real"] = said["reference"][row.line]
@@ -135,11 +134,10 @@ def compare(runs):
     [{"name": "this one", "loss": "3.067", "taken for real": "37% ± 6%", "differs": "RANK=8"}, …]
     """
     settings = {name: run["training"] | run["settings"] for name, run in runs.items()}
-    differing = [
-        key
-        for key in sorted({key for each in settings.values() for key in each} - {"version"})
-        if len({str(each.get(key, "")) for each in settings.values()}) > 1
-    ]
+    differing = []
+    for key in sorted(set().union(*settings.values()) - {"version"}):
+        if len({str(each.get(key, "")) for each in settings.values()}) > 1:
+            differing.append(key)
     this, table = runs["this one"], []
     count = this.get("pairs", {}).get(this["judged"])
     for name, run in runs.items():
@@ -160,14 +158,14 @@ def render(facts, table, asked, talk, said, final):
     pages = jinja2.Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = pages.get_template("report.html")
     judged = facts["judged"]
-    blind = blind_cards(asked, said, facts) if asked else []
+    blind = blind_cards(asked, said, facts)
     return page.render(
         facts,
         chart=chart(facts["curve"]),
         cells=cells(table),
         far={who: far_figures(table, who) for who in table["replies"] if who != "reference"},
         longest=visible(table["longest by heart"].get(judged, "")),
-        talk=turns_of(talk, said, facts) if asked else [],
+        talk=turns_of(talk, said, facts),
         blind=blind,
         sure=math.ceil(len(blind) / 2 + math.sqrt(len(blind))),  # two standard errors over half
         runs=compare(read_runs(final, facts, table)),

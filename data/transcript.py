@@ -33,11 +33,13 @@ def without_instruction(prompt, author, settings):
 
     "ann: hi\n\nWrite the next message of this chat, as bob." → "ann: hi", "bob"
     """
+    if settings.shape == "turns":
+        return prompt, author
     for template in (settings.prompt, settings.question_prompt):
         pattern = re.escape(template.strip())
         pattern = pattern.replace(re.escape("{context}"), "(?P<context>.*)", 1)
         pattern = pattern.replace(re.escape("{author}"), "(?P<author>.*)", 1)
-        found = settings.shape == "prompt" and re.fullmatch(pattern, prompt, re.DOTALL)
+        found = re.fullmatch(pattern, prompt, re.DOTALL)
         if found:
             return found["context"], found.groupdict().get("author", author)
     return prompt, author
@@ -45,12 +47,15 @@ def without_instruction(prompt, author, settings):
 
 def split_lines(text, names):
     r"""Return the messages of a chat: "ann: hi\nyou?\nbob: yes" → [("ann", "hi\nyou?"), …]."""
+    lines = text.split("\n")
+    if not names:
+        return [("", line) for line in lines]
     messages = []
-    for line in text.split("\n"):
-        found = names and SPEAKER.fullmatch(line)
+    for line in lines:
+        found = SPEAKER.fullmatch(line)
         if found:
             messages.append((found[1], found[2]))
-        elif names and messages:
+        elif messages:
             name, before = messages[-1]
             messages[-1] = name, f"{before}\n{line}"
         else:
@@ -68,11 +73,14 @@ def what_others_said(messages, joined):
 
     joined: all that this other one wrote on end, as the replies are in the shape "turns".
     """
-    author, speaker = messages[-1][0], messages[-2][0] if messages[1:] else messages[-1][0]
-    if speaker == author:
+    *before, (author, _) = messages
+    if not before or before[-1][0] == author:
         return ""
-    last = [text for _, text in takewhile(lambda message: message[0] == speaker, messages[-2::-1])]
-    return "\n".join(reversed(last)) if joined else last[0]
+    speaker, last = before[-1]
+    if not joined:
+        return last
+    said = takewhile(lambda message: message[0] == speaker, reversed(before))
+    return "\n".join(reversed([text for _, text in said]))
 
 
 def longest_talk(transcripts, most):

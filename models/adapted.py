@@ -107,8 +107,9 @@ def keys_of(model, embeddings):
     16 experts the held-out loss was 1.35 without them, and 1.27 with them even at rank 8.
     """
     blocks = [matrices(layer) for layer in model.layers]
-    keys = {name for block in blocks for name, module in block.items() if can_adapt(module)}
-    keys -= {name for block in blocks for name, module in block.items() if not can_adapt(module)}
+    keys = {name for block in blocks for name in block}
+    for block in blocks:
+        keys -= {name for name, module in block.items() if not can_adapt(module)}
     if embeddings:
         keys.add(token_embeddings(model)[0])
     if can_train(model, keys):

@@ -8,7 +8,7 @@ Exit    0 done, 1 no checkpoint is any good, 130 Ctrl-C
 """
 
 from models.chat_template import load_model
-from models.common import checkpoints, fail, read_rows, rerun, warn
+from models.common import checkpoints, fail, lower_rate, read_rows, rerun, warn
 from models.completion_loss import encode, loss_of_replies
 from models.folders import into_place
 
@@ -71,9 +71,9 @@ def choose(losses):
     """Return the batch with the lowest loss: {0: 9.5, 200: 3.1, 400: 3.2} → 200."""
     good = {batch: loss for batch, loss in losses.items() if batch and math.isfinite(loss)}
     if not good:
-        rate = float(f"{float(os.environ['LEARNING_RATE']) / 3:.1e}")
-        lower = rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)
-        fail("all weights became NaN or infinite", lower)
+        rate = lower_rate(os.environ["LEARNING_RATE"])
+        again = rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)
+        fail("all weights became NaN or infinite", again)
     best = min(good, key=good.get)
     print(f"kept        iteration {best}: validation loss {good[best]:.3f}, base {losses[0]:.3f}")
     if good[best] >= losses[0]:

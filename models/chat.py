@@ -28,11 +28,9 @@ from models.sampling import sampling_of
 
 import argparse
 import contextlib
-import json
 import os
 import select
 import termios
-from types import SimpleNamespace
 
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
@@ -60,24 +58,13 @@ def arguments():
     """Return the settings of this run; end it if one of them cannot be."""
     parser.error = lambda what: fail(what, "python models/chat.py --help", code=2)
     args = parser.parse_args()
-    if not (args.temperature or 0) >= 0:
+    if args.temperature is not None and not args.temperature >= 0:  # nor NaN
         parser.error("--temperature is 0 or more")
     common.check_names(args.version, args.model)
     return args
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def read_settings(version):
-    """Return what build_train.py wrote down about the training data."""
-    path = Path("data/for_train", version, "settings.json")
-    build = f"VERSION={version} python build_train.py"
-    folders.need(path, "VERSION", build)
-    try:
-        return SimpleNamespace(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        fail(f"{path} cannot be used: {error}", build)
-
-
 def find_model(version, model):
     """Return (fused, None) or (base, adapter), and the command that makes the last of them."""
     run, name = f"VERSION={version} MODEL={model}", f"{version}_{model}"
@@ -103,7 +90,9 @@ def speakers(args, settings):
     author = args.author or learned[0]
     if author not in learned:
         fail(f"this model did not learn to reply as {author}", "python models/chat.py")
-    return author, args.me if args.me != author else f"{args.me}_"
+    if args.me == author:
+        return author, f"{author}_"
+    return author, args.me
 
 
 # ---- the talk ------------------------------------------------------------------------------------
@@ -144,7 +133,8 @@ def silent_keys():
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO  # the local modes
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
@@ -155,8 +145,8 @@ def silent_keys():
 def show(parts, indent):
     """Print a reply as it comes and return it: all of it or, at a terminal, up to Ctrl-C."""
     text, shown, end = "", 0, "\n"
-    stops = KeyboardInterrupt if sys.stdin.isatty() else ()
-    with silent_keys(), contextlib.suppress(stops):
+    stops = [KeyboardInterrupt] if sys.stdin.isatty() else []
+    with silent_keys(), contextlib.suppress(*stops):
         for part in parts:
             text += part.text
             new = visible(text.strip()[shown:])
@@ -170,13 +160,15 @@ def show(parts, indent):
 def talk(answer, tidy, author, me):
     """Read messages and answer them until the input ends."""
     typed = sys.stdin.isatty()
-    before, after = (f"{visible(name)}: " if typed else "" for name in (me, author))
+    before = f"{visible(me)}: " if typed else ""
+    after = f"{visible(author)}: " if typed else ""
     log = []  # [("me", "hi"), ("ann", "hello"), …]
     while True:
         try:
             message = tidy(read_message(before))
         except EOFError:
-            print(end="\n" if typed else "")
+            if typed:
+                print()
             return
         except KeyboardInterrupt:
             if not typed:
@@ -189,13 +181,17 @@ def talk(answer, tidy, author, me):
             log.append((me, message))
             print(after, end="", flush=True)
             reply = tidy(show(answer(log), " " * len(after)))
-            log += [(author, reply)] if reply else []
+            if reply:
+                log.append((author, reply))
 
 
 def main():
     os.chdir(common.ROOT)
     args = arguments()
-    settings = read_settings(args.version)
+    file = Path("data/for_train", args.version, "settings.json")
+    build = f"VERSION={args.version} python build_train.py"
+    folders.need(file, "VERSION", build)
+    settings = common.read_settings(file, build)
     folder, adapter, command = find_model(args.version, args.model)
     author, me = speakers(args, settings)
     print(f"loading {adapter or folder}", file=sys.stderr, flush=True)

@@ -128,5 +128,10 @@ def finish(work, fused):
 
 
 if __name__ == "__main__":
-    step, *arguments = sys.argv[1:]
-    {"check": check, "explain": explain, "finish": finish}[step](*arguments)
+    match sys.argv[1:]:
+        case ["check"]:
+            check()
+        case ["explain", log]:
+            explain(log)
+        case ["finish", work, fused]:
+            finish(work, fused)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import category
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,14 +36,13 @@ def fail(what, *fixes, code=1):
 
     A fix is a command that can be pasted as it stands; a remark stands behind a "#".
     """
-    lines = [f"error: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
-    print(visible("\n".join(lines)), file=sys.stderr)
+    warn(what, *fixes, kind="error")
     sys.exit(code)
 
 
-def warn(what, *fixes):
+def warn(what, *fixes, kind="warning"):
     """Print what a person should know, and go on."""
-    lines = [f"warning: {' '.join(what.split())}", *(f"FIX: {fix}" for fix in fixes)]
+    lines = [f"{kind}: {' '.join(what.split())[:500]}", *(f"FIX: {fix}" for fix in fixes)]
     print(visible("\n".join(lines)), file=sys.stderr)
 
 
@@ -103,6 +103,23 @@ def read_rows(path, command):
     return chats
 
 
+# What data/prompt.py, data/transcript.py and models/chat.py need of it.
+HOW_MADE = ["shape", "names", "authors", "prompt", "question_prompt", "window"]
+HOW_MADE += ["max_context_chars", "max_seq_length"]
+
+
+def read_settings(path, command):
+    """Return how the rows were made, s.window and so on, from the settings.json beside them."""
+    try:
+        settings = json.loads(path.read_bytes())
+        missing = [name for name in HOW_MADE if name not in settings]
+    except (ValueError, TypeError) as error:
+        fail(f"{path}: {error!r}", command)
+    if missing:
+        fail(f"{path} lacks {', '.join(missing)}", command)
+    return SimpleNamespace(**settings)
+
+
 # ---- how fast to learn ---------------------------------------------------------------------------
 def learning_rate(hidden):
     """Return the learning rate for a hidden size: 2e-4 for 640, 3.8e-5 for 5376.
@@ -113,18 +130,15 @@ def learning_rate(hidden):
     return 2e-4 * (640 / hidden) ** 0.78
 
 
+def lower_rate(rate):
+    """Return a third of a learning rate: "3e-4" → 0.0001."""
+    return float(f"{float(rate) / 3:.1e}")
+
+
 # ---- what was made from what ---------------------------------------------------------------------
 def checksum(path):
     """Return the SHA-256 of a file, '' if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def checksums_of_data(version):
-    """Return the lines of an adapter's `settings` that tell its data: {"TRAIN_SHA256": "3b0c…"}."""
-    data = Path("data/for_train", version)
-    return {
-        f"{name.upper()}_SHA256": checksum(data / f"{name}.jsonl") for name in ("train", "valid")
-    }
 
 
 def settings_of(adapter):
@@ -136,18 +150,21 @@ def settings_of(adapter):
 
 def data_changed(version, adapter):
     """Say whether the data, and so window, names and author, may differ from what was trained."""
-    trained = settings_of(adapter)
-    return any(
-        now and trained.get(name, now) != now for name, now in checksums_of_data(version).items()
-    )
+    settings = settings_of(adapter)
+    for name in "train", "valid":
+        then = settings.get(f"{name.upper()}_SHA256")
+        now = checksum(Path("data/for_train", version, f"{name}.jsonl"))
+        if then and now and then != now:
+            return True
+    return False
 
 
 def is_stale(adapter, fused):
     """Say whether the fused model was made from another adapter than the one there now."""
-    try:
-        made_from = json.loads((fused / "fused_from.json").read_bytes())["adapter_sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    file = fused / "fused_from.json"
+    if not file.is_file():
         return False
+    made_from = json.loads(file.read_bytes())["adapter_sha256"]
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 

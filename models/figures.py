@@ -49,9 +49,11 @@ def ratio(parts, wholes):
 
 def add_losses(table, nats, counts):
     """Add what follows from the nats of each row, {model: array}, and its number of tokens."""
-    gains = {who: nats["base"] - nats[who] for who in nats if "base" in nats and who != "base"}
     for who in nats:
         table["loss"][who], table["loss error"][who] = ratio(nats[who], counts)
+    if "base" not in nats:
+        return
+    gains = {who: nats["base"] - nats[who] for who in nats if who != "base"}
     for who in gains:
         table["gain"][who], table["gain error"][who] = ratio(gains[who], counts)
     if len(gains) == 2 and table["gain"]["adapter"] > 2 * table["gain error"]["adapter"]:
@@ -110,16 +112,15 @@ def words(text):
 
 
 def missing_words(real, made, names):
-    """Return which of the words that most real replies have, 20 at most, never come up.
+    """Return which of the words that most real replies have never come up: “no”, “boh”.
 
-    Names of the chat do not count.
-
-    Of ["no no", "boh"] that is “no” for replies [], if one reply of two were many.
+    They are 20 at most, in 5 % of the real replies at least. Names of the chat do not count.
     """
-    counts = Counter(word for text in real for word in words(text))
-    most = sorted((-count, word) for word, count in counts.items() if word not in names)[:20]
-    common = [word for count, word in most if -count >= max(5, len(real) / 20)]
-    return ", ".join(f"“{word}”" for word in common if word not in set().union(*map(words, made)))
+    counts = Counter(word for text in real for word in words(text) - names)
+    often = [word for word in sorted(counts) if counts[word] >= max(5, len(real) / 20)]
+    often.sort(key=counts.get, reverse=True)
+    said = set().union(*map(words, made))
+    return ", ".join(f"“{word}”" for word in often[:20] if word not in said)
 
 
 # ---- learned by heart ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 The headline follows the worse of the two. The table of figures comes from models/figures.py.
 """
 
+from models.common import lower_rate
 from models.figures import LABELS, STYLE
 
 import math
@@ -31,7 +32,6 @@ def learned(table, facts):
         return answer | {"means": "To tell, test the base model and a trained one together."}
     who = next(iter(table["gain"]))
     new, old = table["loss"][who], table["loss"]["base"]
-    is_chance = abs(old - new) < 2 * table["gain error"][who]
     answer["figure"] = chance(new)
     answer["means"] = (
         "The chance that it gives, on average, to each next token (a word or a piece of one) of "
@@ -42,10 +42,12 @@ def learned(table, facts):
     for model, loss in table["loss"].items():
         answer["bars"].append((model, math.exp(best - loss), chance(loss)))
     if facts["rows"] < FEW:
-        answer["more"] = [f"That is too few replies to be sure; {FEW} would do."]
+        answer["more"].append(f"That is too few replies to be sure; {FEW} would do.")
+    elif abs(new - old) < 2 * table["gain error"][who]:
+        answer["word"] = "no"
+        answer["more"].append("The difference may be chance.")
     else:
-        answer["word"] = "yes" if new < old and not is_chance else "no"
-        answer["more"] = ["The difference may be chance."] if is_chance else []
+        answer["word"] = "yes" if new < old else "no"
     for kept in table["kept"].values():
         answer["more"].append(f"The fused model keeps {kept:.0%} of what the adapter learned.")
     return answer
@@ -105,15 +107,16 @@ def far_figures(table, who):
 
 def recites(table, who):
     """Say whether it repeats the training data more often than real replies do."""
-    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
-    return table["long replies"].get(who, 0) >= FEW and mine > real + CLOSE
+    if table["long replies"].get(who, 0) < FEW:
+        return False
+    return table["by heart"][who] > table["by heart"].get("reference", 0) + CLOSE
 
 
 def by_heart(table, who):
     """Return the sentence about replies that stand in the training data, "" if all are short."""
-    mine, real = (table["by heart"].get(other, 0) for other in (who, "reference"))
     if who not in table["by heart"]:
         return ""
+    mine, real = table["by heart"][who], table["by heart"].get("reference", 0)
     return (
         f"{mine:.0%} of its replies of 20 characters or more stand word for word in the training "
         f"data, {real:.0%} of the real replies to the same rows."
@@ -128,9 +131,10 @@ def headline(table, facts, learned, sounds):
         return "The training went wrong: a loss is not a number."
     if not table["gain"]:
         return "There is nothing to compare."
+    if learned["word"] == "no" and max(table["gain"].values()) < 0:
+        return "It became worse than the base model."
     if learned["word"] == "no":
-        worse = max(table["gain"].values()) < 0
-        return f"It {'became worse' if worse else 'is no better'} than the base model."
+        return "It is no better than the base model."
     if table["kept"].get("fused", 1) < 0.9:
         return "The adapter learned, but the fused model has lost part of it."
     if sounds["word"] == "no":
@@ -139,26 +143,35 @@ def headline(table, facts, learned, sounds):
         return "There are too few replies to say whether it learned."
     if sounds["word"] == "unsure":
         return f"It learned; there are too few replies to say whether it sounds like {name}."
-    return f"It learned, and it {'' if sounds['word'] == 'yes' else 'nearly '}sounds like {name}."
+    if sounds["word"] == "nearly":
+        return f"It learned, and it nearly sounds like {name}."
+    return f"It learned, and it sounds like {name}."
+
+
+def how_to_train(table, facts, learned):
+    """Yield how to train the next time, (sentence, command), if it should be otherwise."""
+    run, trained, curve = facts["run"], facts["training"], dict(facts["curve"])
+    iterations = int(trained.get("ITERS", 0))
+    best = min(list(curve)[1:], key=curve.get, default=math.inf)
+    train = slower = less = longer = f"{run} ./fine_tune.sh"
+    if trained:  # else PEFT has trained the adapter, and models/peft.py does not know how
+        slower = f"{run} LEARNING_RATE={lower_rate(trained['LEARNING_RATE'])} ./fine_tune.sh"
+        less = f"{run} ITERS={min(best, iterations // 2)} ./fine_tune.sh"
+        longer = f"{run} ITERS={2 * iterations} ./fine_tune.sh"
+    if is_broken(table) or max(table["gain"].values(), default=0) < 0:
+        yield "Train with a third of the learning rate.", slower
+    elif not table["gain"]:
+        yield "Train an adapter.", train
+    elif best <= iterations / 2 or recites(table, facts["judged"]):
+        yield "Train less: it begins to learn by heart.", less
+    elif learned["word"] == "no":
+        yield "Train longer.", longer
 
 
 def next_steps(table, facts, learned, sounds):
     """Return what to do next, [(sentence, command)]: at most three, the most urgent first."""
-    run, curve = facts["run"], dict(facts["curve"])
-    rate = float(facts["training"].get("LEARNING_RATE", 1e-4))
-    iterations = int(facts["training"].get("ITERS", 300))
-    best = min(list(curve)[1:], key=curve.get, default=iterations)
-    steps = []
-    if is_broken(table) or max(table["gain"].values(), default=0) < 0:
-        slower = f"{run} LEARNING_RATE={rate / 3:.1g} ./fine_tune.sh"
-        steps.append(("Train with a third of the learning rate.", slower))
-    elif not table["gain"]:
-        steps.append(("Train an adapter.", f"{run} ./fine_tune.sh"))
-    elif best <= iterations / 2 or recites(table, facts["judged"]):
-        fewer = f"{run} ITERS={min(best, iterations // 2)} ./fine_tune.sh"
-        steps.append(("Train less: it begins to learn by heart.", fewer))
-    elif learned["word"] == "no":
-        steps.append(("Train longer.", f"{run} ITERS={2 * iterations} ./fine_tune.sh"))
+    run = facts["run"]
+    steps = [*how_to_train(table, facts, learned)]
     if table["kept"].get("fused", 1) < 0.9:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))
     pairs = table["pairs"].get(facts["judged"], 0)

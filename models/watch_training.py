@@ -12,7 +12,7 @@ The trainer ends when this program or fine_tune.sh ends. To close the pipe would
 mlx.launch goes on when nobody reads its output.
 """
 
-from models.common import checkpoints, fail, rerun
+from models.common import checkpoints, fail, lower_rate, rerun
 
 import math
 import os
@@ -25,6 +25,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 LOSS = re.compile(r" *\d+ +(\S+) [▼▲] +([\d,]+)")
@@ -89,7 +90,7 @@ def lines_of(pipe):
 
 def follow(work, lines, batches_done, iters):
     """Follow a training to its end; return its last batch, and the line with its error."""
-    batch, recent, error, started = batches_done, [], "it does not say why", time.monotonic()
+    batch, recent, error = batches_done, [], "it does not say why"
     with (
         open(work / "training.log", "a", buffering=1) as log,
         open(work / "train_losses.csv", "a", buffering=1) as losses,
@@ -100,8 +101,9 @@ def follow(work, lines, batches_done, iters):
             if found := LOSS.match(line):
                 batch += 1  # counted, not read: trainers that do not work together print each twice
                 bar.update()
-                recent.append((float(found[1]), int(found[2].replace(",", ""))))
-                if not math.isfinite(recent[-1][0]):
+                loss, speed = float(found[1]), int(found[2].replace(",", ""))
+                recent.append((loss, speed))
+                if not math.isfinite(loss):
                     stop_at_nan(work, batch)
                 if batch % 10 == 0 or batch == iters:
                     report(batch, recent, losses, bar)
@@ -109,7 +111,8 @@ def follow(work, lines, batches_done, iters):
                 if batch == batches_done + 1:
                     started = time.monotonic()  # the first batch compiles, too
                 if batch == batches_done + 11:
-                    say_time_left((time.monotonic() - started) / 10 * (iters - batch), bar)
+                    each = (time.monotonic() - started) / 10
+                    say_time_left(each * (iters - batch), bar)
             elif found := SAVED.match(line):
                 keep(work, f"{found[1]}_adapters", batches_done + int(found[1]))
             elif "rror" in line:
@@ -119,7 +122,7 @@ def follow(work, lines, batches_done, iters):
 
 def report(batch, recent, losses, bar):
     """Write and show the means of the recent batches: [(6.5, 1500), (6.1, 1700)] → 6.3, 1600."""
-    loss, speed = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+    loss, speed = np.mean(recent, axis=0)
     print(f"{batch},{loss:.3f},{speed:.0f}", file=losses)
     bar.write(f"{batch:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s")
 
@@ -145,7 +148,7 @@ def keep(work, name, batch):
 def stop_at_nan(work, batch):
     """End a training whose loss is NaN; RESUME=1 then trains no more, and only scores."""
     saved = max(checkpoints(work), default=0)
-    rate = float(f"{float(os.environ['LEARNING_RATE']) / 3:.1e}")
+    rate = lower_rate(os.environ["LEARNING_RATE"])
     fixes = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
     if saved:
         with open(work / "settings", "a") as file:

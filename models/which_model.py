@@ -66,7 +66,8 @@ def main():
     print("memory  base model                            download  adapts    on this machine")
     lines = sorted(line_of(*base, allowed) for base in BASES)
     for_here = [line for line in lines if line[0] <= here]
-    for mac, _, line in for_here[::-1] + lines[len(for_here) :]:
+    larger = lines[len(for_here) :]
+    for mac, _, line in for_here[::-1] + larger:  # the best for this machine first
         print(f"{mac:3} GB  {line}")
     print("\nnext    hf download mlx-community/NAME --local-dir models/base/NAME")
 

@@ -96,7 +96,8 @@ TRAIN = "VERSION=sample MODEL=tiny-gemma-3 ./fine_tune.sh"
 WRONG = {
     "no data": (remove(DATA), "", BUILD),
     "no settings": ((DATA / "settings.json").unlink, "", BUILD),
-    "settings damaged": (settings([1]), "", BUILD),
+    "settings are a list": (settings([1]), "", BUILD),
+    "settings are incomplete": (settings({"shape": "turns"}), "", BUILD),
     "no name": (None, "--version ../x", "export VERSION=v1"),
     "not trained": (remove(FUSED), "", TRAIN),
     "no base": (remove(FUSED, BASE), "", "python tests/tiny_base.py"),
@@ -178,7 +179,7 @@ def test_the_prompt_is_that_of_the_training_rows(project, run, tidy, people, fla
     made = run(project, "build_train.py", *flags, env={"MODEL": "not-there"})
     assert made.returncode == 0, made.stderr
 
-    found = chat.read_settings("sample")
+    found = common.read_settings(DATA / "settings.json", "")
     log = [(author, tidy(text)) for author, text in log]
     places = {text: place for place, (_, text) in enumerate(log)}
     rows = common.read_rows(DATA / "train.jsonl", "")

@@ -99,7 +99,7 @@ def test_a_figure_of_style_is_the_share_of_replies_that_have_it(name):
 def test_favourite_words_that_are_missing_are_quoted_and_whole():
     real = ["boh I don't", "boh", "boh", "Boh!", "boh don\u2019t", "boh", "don't", "don't", "Don't"]
     assert figures.missing_words(real, ["ma certo"], {"ann"}) == "“boh”, “don't”"
-    assert figures.missing_words(real, ["BOH", "don\u2019t"], {}) == ""
+    assert figures.missing_words(real, ["BOH", "don\u2019t"], set()) == ""
     assert figures.missing_words(real, [], {"boh"}) == "“don't”"
 
 

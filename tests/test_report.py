@@ -54,7 +54,8 @@ def page_of(folder, texts, talk=(), **forms):
     facts = {"name": "bob", "author": "bob", "judged": [*forms][-1], "rows": 60}
     facts |= {"learned": {"rows": 9, "messages": 90}, "run": "VERSION=v1", "data": {"window": 10}}
     facts |= {"settings": {"version": "v1", "model": "m", "seed": 0, "replies": 100}}
-    facts |= {"training": {"RANK": "8"}, "curve": [(0, 9.5), (200, 3.1), (400, 3.2)]}
+    facts |= {"training": {"RANK": "8", "ITERS": "400", "LEARNING_RATE": "1e-4"}}
+    facts |= {"curve": [(0, 9.5), (200, 3.1), (400, 3.2)]}
     facts |= {"valid_sha256": "abc", "trained": "", "tested": "29 November 2026"}
     facts |= {"warnings": [("a <b>warning</b>", "a command")]}
     facts["verdict"] = verdict.verdict(table, facts)

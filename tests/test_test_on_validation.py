@@ -28,7 +28,7 @@ from conftest import contents, cut_off
 BASE = "models/base/tiny-gemma-3"
 ADAPTER = "models/adapters/adapter-sample_tiny-gemma-3"
 FUSED = "models/fused/fused-sample_tiny-gemma-3"
-VALID = "data/for_train/sample/valid.jsonl"
+VALID, SETTINGS = "data/for_train/sample/valid.jsonl", "data/for_train/sample/settings.json"
 RESULTS = "data/results/sample_tiny-gemma-3"
 RUN = "VERSION=sample MODEL=tiny-gemma-3"
 ME = "test_on_validation.py"
@@ -95,6 +95,10 @@ def rows(*rows):
     return lambda project: write_rows(project, *rows)
 
 
+def settings(value):
+    return lambda project: (project / SETTINGS).write_text(json.dumps(value))
+
+
 def template_of(text):
     return lambda project: edit(project / BASE / "tokenizer_config.json", chat_template=text)
 
@@ -114,6 +118,8 @@ WRONG = {
     "no fused": (None, "--models base,fused", FUSED, f"{RUN} ./fuse.sh"),
     "empty": (rows(), "--models base", VALID, BUILD),
     "no reply": (rows({"prompt": "a"}), "--models base", "line 1", BUILD),
+    "settings are a list": (settings([1]), "--models base", SETTINGS, BUILD),
+    "settings are incomplete": (settings({"names": 1}), "--models base", "lacks shape, ", BUILD),
     "no row": (rows(ROW, []), "--models base", "line 2", BUILD),
     "template fails": (
         template_of("{{ raise_exception('no\x1b[2J') }}"), "--models base", "no\\x1b[2J", OTHER),

@@ -70,6 +70,9 @@ VERDICTS = {
         table_of(adapter=NAN), {}, "The training went wrong: a loss is not a number.",
         ["no", "yes"], TRAIN.format("LEARNING_RATE=0.0001")),
     "few rows": (table_of(), {"rows": 7}, FEW, ["unsure", "yes"], BUILD),
+    "few rows that became worse": (
+        table_of(adapter=3.6), {"rows": 7}, FEW,
+        ["unsure", "yes"], TRAIN.format("LEARNING_RATE=0.0001")),
     "few replies": (
         table_of(error=0.12), {},
         "It learned; there are too few replies to say whether it sounds like Ann.",
@@ -98,6 +101,12 @@ def test_a_base_model_alone_cannot_be_judged():
     table["gain"], table["loss"] = {}, {"base": 3.2}
     assert told(table, judged="base")[1][0] == "unsure"
     assert told(table, judged="base")[2][0] == "VERSION=v1 MODEL=m ./fine_tune.sh"
+
+
+def test_of_an_adapter_of_peft_the_settings_are_unknown():
+    for table in table_of(adapter=3.6), table_of(adapter=3.15), table_of(adapter=NAN):
+        commands = told(table, training={}, curve=[])[2]
+        assert commands[0] == "VERSION=v1 MODEL=m ./fine_tune.sh"
 
 
 def test_a_fused_model_that_lost_something_is_fused_again():

@@ -79,7 +79,7 @@ def main():
     args = parser.parse_args()
     lines = args.data.read_text("utf-8").splitlines()[: args.rows]
     chats = [script.common.chat_of(json.loads(line)) for line in lines]
-    rows = script.encode_rows(chats, SimpleNamespace(**script.UNKNOWN), args.base)
+    rows = script.encode_rows(chats, script.UNKNOWN, args.base)
     model, tokenizer = load_model(args.base)
     options = GREEDY | {"max_tokens": args.max_tokens}
     for name in "batch_tokens", "reply_batch":

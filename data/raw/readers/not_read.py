@@ -12,7 +12,7 @@ AS_TEXT = "# run wtsexporter with --txt, and give what it writes"
 DISCORD = "# DiscordChatExporter writes what both sides said; choose its format JSON"
 SIGNAL = "# run signal-export on a computer with Signal Desktop, and give the folder that it writes"
 
-NAMES = (  # how a name ends, what that is, a FIX
+ENDINGS = (  # how the name of a file ends, what it is, a FIX
     (r"\.tar|\.tgz|\.tar\.\w+", "a .tar", "tar -xf {}  # then give the folder"),
     (r"\.gz", "a .gz", "gunzip -k {}  # then give the file"),
     (r"\.(rar|7z|bz2|xz)", "an archive, but no .zip", "# unpack it, then give the folder"),
@@ -72,7 +72,7 @@ def refuse_unread(name, content):
 
 def known_by_name(name):
     """Return (what it is, a FIX) of a file that is no chat by its name, else None."""
-    return next((known for end, *known in NAMES if re.search(f"(?i)(?:{end})$", name)), None)
+    return next((known for end, *known in ENDINGS if re.search(f"(?i)(?:{end})$", name)), None)
 
 
 def understands(file):

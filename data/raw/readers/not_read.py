@@ -10,6 +10,7 @@ AS_PAIRS = '# it answers as a machine does; to learn that, write rows of {"promp
 AS_JSON = "# export it as JSON; in Telegram: Machine-readable JSON"
 AS_TEXT = "# run wtsexporter with --txt, and give what it writes"
 DISCORD = "# DiscordChatExporter writes what both sides said; choose its format JSON"
+IMESSAGE = "# run imessage-exporter -f txt, and give the folder that it writes"
 SIGNAL = "# run signal-export on a computer with Signal Desktop, and give the folder that it writes"
 
 ENDINGS = (  # how the name of a file ends, what it is, a FIX
@@ -26,11 +27,7 @@ ENDINGS = (  # how the name of a file ends, what it is, a FIX
     (r"\.crypt\d+", "an encrypted backup of WhatsApp", IN_APP),
     (r"signal[^/]*\.backup", "an encrypted backup of Signal", SIGNAL),
     (r"\.ab", "a backup of an Android phone", IN_APP),
-    (
-        r"chat\.db",
-        "the database of iMessage",
-        "# run imessage-exporter -f txt on it",
-    ),
+    (r"chat\.db", "the database of iMessage", IMESSAGE),
     (r"\.(db|sqlite3?)", "a database", IN_APP),
 )
 FIRST_WORDS = (

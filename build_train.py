@@ -516,12 +516,11 @@ def write(folder, files):
 
 
 def tell_replaced(before, version):
-    """Say which data were replaced, and which adapters were trained on them."""
-    train = before / "train.jsonl"
-    rows = len(train.read_bytes().splitlines()) if train.is_file() else 0
-    say("replaced", f"{rows:,} rows to train; they are in {before}")
+    """Say where the data of before are, and which adapters were trained on them."""
+    say("replaced", f"the data of before; they are in {before}")
+    trained_on = common.checksum(before / "train.jsonl")
     for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
-        if common.settings_of(adapter).get("TRAIN_SHA256") == common.checksum(train):
+        if common.settings_of(adapter).get("TRAIN_SHA256") == trained_on:
             say("", f"{adapter} was trained on them")
 
 

@@ -23,7 +23,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from dataclasses import dataclass
@@ -292,16 +291,13 @@ def defuse(text):
 
 def write(final, page, facts, asked, said):
     """Write the three files beside the final folder, then put them in its place."""
-    final.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(json.dumps(facts), parse_constant=lambda _: None)  # JSON knows no NaN
     columns = {"line": [row.line for row in asked]}
     columns["prompt"] = [defuse(as_text(row.messages[:-1])) for row in asked]
     for who, texts in said.items():
         columns[who] = [defuse(texts[row.line]) for row in asked]
     options = {"encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL}  # -sig is a mark for Excel
-    with tempfile.TemporaryDirectory(dir=folders.place_of(final).parent) as work:
-        new = Path(work, "new")
-        new.mkdir()
+    with folders.work_folder(final) as new:
         (new / "report.html").write_text(page, "utf-8")
         (new / "metrics.json").write_text(json.dumps(known, indent=2, ensure_ascii=False), "utf-8")
         pd.DataFrame(columns).to_csv(new / "generations.csv", index=False, **options)

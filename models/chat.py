@@ -65,14 +65,6 @@ def arguments():
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def read_settings(version):
-    """Return what build_train.py wrote down about the training data."""
-    path = Path("data/for_train", version, "settings.json")
-    build = f"VERSION={version} python build_train.py"
-    folders.need(path, "VERSION", build)
-    return common.read_settings(path, build)
-
-
 def find_model(version, model):
     """Return (fused, None) or (base, adapter), and the command that makes the last of them."""
     run, name = f"VERSION={version} MODEL={model}", f"{version}_{model}"
@@ -196,7 +188,10 @@ def talk(answer, tidy, author, me):
 def main():
     os.chdir(common.ROOT)
     args = arguments()
-    settings = read_settings(args.version)
+    file = Path("data/for_train", args.version, "settings.json")
+    build = f"VERSION={args.version} python build_train.py"
+    folders.need(file, "VERSION", build)
+    settings = common.read_settings(file, build)
     folder, adapter, command = find_model(args.version, args.model)
     author, me = speakers(args, settings)
     print(f"loading {adapter or folder}", file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ OTHER_BASE = "python -m models.which_model  # lists others; their names have -it
 
 def main(train, valid):
     version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
-    s = read_settings()
+    s = SimpleNamespace(**{name: read_setting(name, *SETTINGS[name]) for name in SETTINGS})
     build, download = rerun("python build_train.py"), common.download(model)
     base, train, valid = Path("models/base", model), Path(train), Path(valid)
     folders.need(base / "config.json", "MODEL", download)
@@ -74,11 +74,6 @@ def say(title, text):
 
 
 # ---- the settings --------------------------------------------------------------------------------
-def read_settings():
-    """Return the settings as s.BATCH_SIZE and so on."""
-    return SimpleNamespace(**{name: read_setting(name, *SETTINGS[name]) for name in SETTINGS})
-
-
 def read_setting(name, least, most, default):
     """Return a setting as a number, or "auto" where that is its default."""
     text, kind = os.environ.get(name, str(default)), type(least)

@@ -41,10 +41,16 @@ def need(file, variable, command):
 
 
 # ---- a new one appears whole or not at all -------------------------------------------------------
-def beside(folder, word):
-    """Return models/fused/.fused-v1_gemma.partial and the like: no VERSION begins with a dot."""
+def before(folder):
+    """Return where the folder of before is kept: models/fused/fused-v1_gemma.before."""
     place = place_of(folder)
-    return place.with_name(f".{place.name}.{word}")
+    return place.with_name(f"{place.name}.before")
+
+
+def hidden(folder):
+    """Return models/fused/.fused-v1_gemma, as the work is called: no VERSION begins with a dot."""
+    place = place_of(folder)
+    return place.with_name(f".{place.name}")
 
 
 @contextlib.contextmanager
@@ -53,9 +59,9 @@ def work_folder(output):
 
     What a killed run has left in it goes with the next run.
     """
-    work = beside(output, "work")
+    work = Path(f"{hidden(output)}.work")
     work.parent.mkdir(parents=True, exist_ok=True)
-    with beside(output, "lock").open("w") as lock:
+    with open(f"{hidden(output)}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -63,12 +69,6 @@ def work_folder(output):
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-def before(folder):
-    """Return where the folder of before is kept: models/fused/fused-v1_gemma.before."""
-    place = place_of(folder)
-    return place.with_name(f"{place.name}.before")
 
 
 def into_place(new, folder, ours):
@@ -85,7 +85,7 @@ def into_place(new, folder, ours):
         return None
     if replaces:
         carry_over(folder, new, ours)
-    new.rename(beside(folder, "new"))
+    new.rename(f"{hidden(folder)}.new")
     finish_move(folder)
     return before(folder) if replaces else None
 
@@ -124,7 +124,7 @@ def finish_move(folder):
     v1 → v1.before, .v1.new → v1
     """
     folder = place_of(folder)
-    new = beside(folder, "new")
+    new = Path(f"{hidden(folder)}.new")
     if not new.exists():
         return
     with contextlib.suppress(FileNotFoundError):  # another script has just done it
@@ -136,5 +136,4 @@ def finish_move(folder):
 
 if __name__ == "__main__":
     check_names(from_environment("VERSION"), from_environment("MODEL"))
-    place = place_of(sys.argv[1])
-    print(place.with_name(f".{place.name}"))
+    print(hidden(sys.argv[1]))

@@ -179,7 +179,7 @@ def test_the_prompt_is_that_of_the_training_rows(project, run, tidy, people, fla
     made = run(project, "build_train.py", *flags, env={"MODEL": "not-there"})
     assert made.returncode == 0, made.stderr
 
-    found = chat.read_settings("sample")
+    found = common.read_settings(DATA / "settings.json", "")
     log = [(author, tidy(text)) for author, text in log]
     places = {text: place for place, (_, text) in enumerate(log)}
     rows = common.read_rows(DATA / "train.jsonl", "")

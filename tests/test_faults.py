@@ -9,6 +9,7 @@ in words; nothing is left running; and the next run works.
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -74,9 +75,16 @@ def start(project, name, **options):
     )
 
 
+# A Ctrl-C while Python starts, before models/__init__.py could take care of it.
+AT_THE_START = re.compile(
+    r'Traceback .*\n(?:  File "(?:<frozen|.*/models/__init__\.py).*\n(?:    .*\n)*)*'
+    r"KeyboardInterrupt\n"
+)
+
+
 def finish(process):
     """Return (exit code, what it said) of a stage; it must have shown no traceback."""
-    said = "".join(process.communicate())
+    said = AT_THE_START.sub("", "".join(process.communicate()))
     assert "Traceback" not in said and "Exception ignored" not in said, said[-2000:]
     return process.returncode, said
 

@@ -99,7 +99,7 @@ CASES = {
     "too many rows": (nothing, f"BATCH_SIZE=1000 {TRAIN}", "BATCH_SIZE="),
     "too long": (nothing, f"MAX_SEQ_LENGTH=64 {TRAIN}", "MAX_SEQ_LENGTH="),
     "too many layers": (nothing, f"NUM_LAYERS=99 {TRAIN}", "NUM_LAYERS=-1"),
-    "NaN": (nothing, f"LEARNING_RATE=1e30 {TRAIN}", "LEARNING_RATE="),
+    "NaN": (nothing, f"ITERS=9 SCALE=1e10 LEARNING_RATE=1e38 {TRAIN}", "LEARNING_RATE="),
     "interrupted": (interrupt, TRAIN, "RESUME=1"),
     "bits": (nothing, "FUSED_BITS=7 ./fuse.sh", "FUSED_BITS=auto"),
     "an author": (nothing, "python build_train.py --only-author x", None),

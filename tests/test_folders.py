@@ -73,7 +73,7 @@ def write(folder, words):
 
 def put(folder, words):
     """Make a new output beside the folder and put it into place."""
-    return folders.into_place(write(folders.beside(folder, "partial"), words), folder, OURS)
+    return folders.into_place(write(folder.parent / "partial", words), folder, OURS)
 
 
 def test_the_output_of_before_is_kept_beside_the_new_one_and_ones_own_files_stay(folder):
@@ -105,7 +105,7 @@ def test_an_output_that_is_a_link_is_replaced_where_it_leads(tmp_path, folder):
     folder.rename(tmp_path / "disk/moved")
     folder.symlink_to(tmp_path / "disk/moved")
     for words in "new", "newer":
-        assert folders.beside(folder, "partial").parent == tmp_path / "disk"
+        assert folders.hidden(folder) == tmp_path / "disk/.moved"
         put(folder, words)
         assert folder.is_symlink() and (folder / "train.jsonl").read_text() == words
 

@@ -146,6 +146,7 @@ UNREADABLE = {
     "cut off": ("x.zip", ZIP[:200], "a .zip that is not whole"),
     "locked": ("x.zip", PASSWORD, "is locked with a password\nFIX: unzip x.zip -d x"),
     "empty zip": ("x.zip", packed({}), "x.zip holds no chat"),
+    "document": ("x.docx", packed({"[Content_Types].xml": "<Types/>"}), "x.docx is a document"),
     "diary": ("x.txt", "Dear diary\n", "x.txt is a text that begins with 'Dear diary'"),
     "web page": ("x.html", "<!DOCTYPE html><p>", "Machine-readable JSON"),
     "cut off JSON": ("x.json", '{"messages": [{"type": "mess', "begins with '{\"messages"),

@@ -21,10 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.messages import BOTS
-from data.raw.readers import READERS
+from data.raw.readers import READERS, not_read
 from data.raw.readers.files import open_file
 from data.raw.readers.find import files_in
-from data.raw.readers.not_read import AGAIN, NotReadError, refuse
+from data.raw.readers.not_read import AGAIN, NotReadError
 from data.raw.readers.shared import INVISIBLE, Message, first, text_of
 from data.raw.readers.times import ORDERS, read_times
 from models import common, folders
@@ -93,23 +93,23 @@ class Chat(NamedTuple):
 def read_files(paths, dates):
     """Return ([Chat], {name: (what it is, a FIX)}) of all files that the paths hold."""
     found = dict(file for path in paths for file in files_in(Path(path)))
-    chats, not_read, names = [], {}, {}
+    chats, refused, names = [], {}, {}
     for name in tqdm(in_order(found), unit=" files", leave=False, disable=None):
         try:
             chats.append(read_file(open_file(name, found[name], names), dates))
         except NotReadError as e:
-            not_read[name] = e.args
+            refused[name] = e.args
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            not_read[name] = f"not as its app writes it: {e!r:.80}", AGAIN
-    wrong = [name for name in not_read if name in paths or not chats]
+            refused[name] = f"not as its app writes it: {e!r:.80}", AGAIN
+    wrong = [name for name in refused if name in paths or not chats]
     if wrong:
-        name = min(wrong, key=lambda name: not_read[name][1] == AGAIN)  # what is known comes first
-        what, fix = not_read[name]
+        name = min(wrong, key=lambda name: refused[name][1] == AGAIN)  # what is known comes first
+        what, fix = refused[name]
         fail(f"{name} is {what}", fix)
     if not chats:
         look = f"ls {shlex.quote(paths[0])}  # is there a .txt, .json, .csv or .zip?"
         fail(f"{paths[0]} holds no chat", look)
-    return chats, not_read
+    return chats, refused
 
 
 def in_order(names):
@@ -122,7 +122,7 @@ def in_order(names):
 def read_file(file, dates):
     """Return the Chat of a file, read by the first reader that understands it."""
     readers = (reader for reader in READERS if reader.understands(file) >= UNDERSTOOD)
-    reader = next(readers, None) or refuse(file)
+    reader = next(readers, not_read)
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
         written = [text_of(m.time) for m in messages]
@@ -253,13 +253,13 @@ def tell(title, number, text=""):
     print(f"{title:<14}{number:>9}  {text}".rstrip())
 
 
-def report(chats, not_read, left_out, entries):
+def report(chats, refused, left_out, entries):
     apps = Counter(chat.app for chat in chats)
     names = {chat.app: chat.name for chat in reversed(chats)}  # of the first file of each app
     for app, number in apps.items():
         tell("read", number, f"{app}, {names[app]}" + " and so on" * (number > 1))
-    for name, (why, _) in list(not_read.items())[:1]:
-        tell("not read", len(not_read), f"{name}: {why}" + " and so on" * (len(not_read) > 1))
+    for name, (why, _) in list(refused.items())[:1]:
+        tell("not read", len(refused), f"{name}: {why}" + " and so on" * (len(refused) > 1))
     talk = [entry for entry in entries if "message" in entry]  # of chats, not of training sets
     for title, key in ("conversations", "conversation"), ("authors", "author"):
         if counts := Counter(entry[key] for entry in talk if key in entry):
@@ -304,7 +304,7 @@ def keep_most(left_out):
 def main():
     s = arguments()
     target = RAW / f"messages_{s.version}.json"
-    chats, not_read = read_files(s.paths, s.dates)
+    chats, refused = read_files(s.paths, s.dates)
     pairs = [m for chat in chats for m in chat.messages if isinstance(m, dict)]
     if pairs and len(pairs) < sum(len(chat.messages) for chat in chats):
         fail("these are chats and training sets", "# read each of them with a --version of its own")
@@ -312,7 +312,7 @@ def main():
     entries = pairs or entries_of(conversations)
     if entries:
         write(target, entries, s.replace)
-    report(chats, not_read, left_out, entries)
+    report(chats, refused, left_out, entries)
     if not entries:
         fail("nothing is left that people said to each other", keep_most(left_out))
     print(f"\nwrote {relpath(target)}: {len(entries):,} entries; delete what it must not learn")

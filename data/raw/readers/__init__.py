@@ -15,12 +15,12 @@ which "…" is a gap. files.py finds the messages in a file: see LISTS there for
 # fmt: off
 from . import (
     discord, google_chat, imazing, imessage, kakaotalk, line, log, matrix, meta, not_read, pidgin,
-    plain_text, reddit, rocketchat, signal, skype, slack, sms, snapchat, table, teams, telegram,
+    plain_text, reddit, rocketchat, signal, skype_teams, slack, sms, snapchat, table, telegram,
     training_set, twitch, wechat, whatsapp,
 )
 
 READERS = [  # the first that understands nine tenths of a file reads it
-    telegram, discord, meta, twitch, matrix, google_chat, slack, rocketchat, reddit, skype, teams,
+    telegram, discord, meta, twitch, matrix, google_chat, slack, rocketchat, reddit, skype_teams,
     snapchat, wechat, imazing, sms, line, kakaotalk, imessage, pidgin, log, signal, whatsapp,
     not_read,  # refuses what it knows by name; those behind it take any text or list
     plain_text, training_set, table,

@@ -62,13 +62,10 @@ def form_of(author, text):
 
 
 def without_name(author, text):
-    """Return what is behind the author's own name: whole, the first one, or as of an account."""
-    word, _, rest = text.partition(" ")
+    """Return what is behind the author's own name, whole or the first one."""
     if text.startswith(f"{author} "):
         return text.removeprefix(f"{author} ")
-    if rest and (word == first_name(author) or is_account(word, author)):
-        return rest
-    return text
+    return text.removeprefix(f"{first_name(author)} ")
 
 
 def first_name(text):
@@ -90,7 +87,7 @@ def is_notice(author, text, forms, people):
     return (
         (not of_another and kind_of_sentence(form, "Meta"))
         or (begins_with_author and text.endswith(".") and len(text) < 100)  # Ann sent a link.
-        or (begins_with_author and is_account(text.split(" ")[0], author))
+        or (" " in text and is_account(first_name(text), author))
         or (begins_with_author and len(same) >= 3 and " " in form)
         or (len(same) > 1 and is_reaction(same))
     )

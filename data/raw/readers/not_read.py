@@ -10,9 +10,10 @@ AS_PAIRS = '# it answers as a machine does; to learn that, write rows of {"promp
 AS_JSON = "# export it as JSON; in Telegram: Machine-readable JSON"
 AS_TEXT = "# run wtsexporter with --txt, and give what it writes"
 DISCORD = "# DiscordChatExporter writes what both sides said; choose its format JSON"
+IMESSAGE = "# run imessage-exporter -f txt, and give the folder that it writes"
 SIGNAL = "# run signal-export on a computer with Signal Desktop, and give the folder that it writes"
 
-NAMES = (  # how a name ends, what that is, a FIX
+ENDINGS = (  # how the name of a file ends, what it is, a FIX
     (r"\.tar|\.tgz|\.tar\.\w+", "a .tar", "tar -xf {}  # then give the folder"),
     (r"\.gz", "a .gz", "gunzip -k {}  # then give the file"),
     (r"\.(rar|7z|bz2|xz)", "an archive, but no .zip", "# unpack it, then give the folder"),
@@ -26,11 +27,7 @@ NAMES = (  # how a name ends, what that is, a FIX
     (r"\.crypt\d+", "an encrypted backup of WhatsApp", IN_APP),
     (r"signal[^/]*\.backup", "an encrypted backup of Signal", SIGNAL),
     (r"\.ab", "a backup of an Android phone", IN_APP),
-    (
-        r"chat\.db",
-        "the database of iMessage",
-        "# run imessage-exporter -f txt on it",
-    ),
+    (r"chat\.db", "the database of iMessage", IMESSAGE),
     (r"\.(db|sqlite3?)", "a database", IN_APP),
 )
 FIRST_WORDS = (
@@ -72,7 +69,7 @@ def refuse_unread(name, content):
 
 def known_by_name(name):
     """Return (what it is, a FIX) of a file that is no chat by its name, else None."""
-    return next((known for end, *known in NAMES if re.search(f"(?i)(?:{end})$", name)), None)
+    return next((known for end, *known in ENDINGS if re.search(f"(?i)(?:{end})$", name)), None)
 
 
 def understands(file):
@@ -80,11 +77,7 @@ def understands(file):
 
 
 def read(file):
-    refuse(file)
-
-
-def refuse(file):
-    """Raise the error that says what the file is."""
+    """Raise the error that says what the file is, whatever it is."""
     if known := known_as(file):
         raise NotReadError(*known)
     if file.data is not None:

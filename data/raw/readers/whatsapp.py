@@ -35,9 +35,10 @@ POLL = re.compile(  # POLL:\nWhen?\nOPTION: Today (2 votes)\nOPTION: Later (1 vo
 )
 FILE_NAME = re.compile(r"[^\n]{1,200}\.(pdf|docx?|xlsx?|pptx?|zip|jpe?g|png|mp[34]|opus|vcf|webp)")
 MARKED_TAG = re.compile(
-    r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>|<media file in [^<>\n]*>"
+    r"[\u200e\u200f]<[^<>]*>|<[^<>\n:]{2,30}: ?\d{8}-[^<>\n]*>"
+    r"|<media file in [^<>\n]*>|<The media is missing>"  # of WhatsApp Chat Exporter
 )
-ALIGNED = re.compile(r"\n {20,}")  # lines of WhatsApp Chat Exporter, below the first
+ALIGNED = re.compile(r"\n {20,}")  # its lines below the first
 TAGS = (  # what may be the app's in a message, and its words
     re.compile(r"\A.{1,200}\.\w{0,5} [(<]([^()<>\n]{3,40})[)>](?=\n|\Z)"),  # a.jpg (file attached)
     re.compile(r'\A<([^<>\n\d/="]{3,60})>(?=\n|\Z)'),  # <Media omitted>

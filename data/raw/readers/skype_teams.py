@@ -1,10 +1,13 @@
-"""Skype and Teams: secure.skype.com, "Export"; messages.json. Teams of a person exports the same.
+"""Skype and Teams: secure.skype.com, "Export"; Teams of a person exports the same messages.json.
 
-A message:
+A message, and one of Teams in an organisation, as Microsoft Graph and the tools on it give it (of
+Graph itself the list stands in {"value": […]}):
 
     {"userId": "8:bob", "conversations": [{"displayName": "Ann Lee", "MessageList": [
       {"displayName": "Ann Lee", "originalarrivaltime": "2026-11-24T10:44:25.123Z",
        "messagetype": "RichText", "content": "yes &amp; <b>soon</b>", "from": "8:ann.lee"}]}]}
+    [{"messageType": "message", "createdDateTime": "2026-11-24T10:44:25Z", "chatId": "19:ab",
+      "from": {"user": {"displayName": "Ann"}}, "body": {"content": "<p>are you coming?</p>"}}]
 """
 
 import html
@@ -21,13 +24,19 @@ EMOJI = re.compile(r'<(?:emoji|ss)\b[^<>]*\balt="([^"]*)"[^<>]*>(?:[^<>]*</ss>)?
 
 
 def understands(file):
-    if "conversations" not in file.keys:
-        return 0
-    return share(file.data["conversations"], lambda talk: "MessageList" in talk)
+    if "conversations" in file.keys:
+        return share(file.data["conversations"], lambda talk: "MessageList" in talk)
+    return share(file.entries, {"createdDateTime", "body"}.issubset)
 
 
 def read(file):
-    for talk in file.data["conversations"]:
+    if "conversations" in file.keys:
+        return read_talks(file.data["conversations"])
+    return map(message_of_graph, file.entries)
+
+
+def read_talks(talks):
+    for talk in talks:
         for m in talk["MessageList"] or ():
             yield Message(
                 time=m.get("originalarrivaltime"),
@@ -49,6 +58,20 @@ def kind_of(m):
         bot=text_of(m.get("from")).startswith("28:"),
         app=form.casefold() not in ("richtext", "richtext/html", "text")
         or text_of(m.get("content")).startswith("Call Logs for Call "),
+    )
+
+
+def message_of_graph(m):
+    return Message(
+        time=m["createdDateTime"],
+        author=dig(m, "from", "user", "displayName"),
+        text=plain_text(text_of(dig(m, "body", "content"))),
+        kind=first(
+            deleted=m.get("deletedDateTime"),
+            bot=dig(m, "from", "application"),
+            app=m.get("messageType", "message") != "message",
+        ),
+        conversation=m.get("chatId") or dig(m, "channelIdentity", "channelId"),
     )
 
 

@@ -22,7 +22,6 @@ from models.chat_template import load_tokenizer
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -177,15 +176,13 @@ def for_mlx(folder, base):
 
 def write(folder, files):
     """Write {name: text or tensors} to the folder, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folders.place_of(folder).parent) as work:
-        new = Path(work, "new")
-        new.mkdir()
+    with folders.work_folder(folder) as work:
         for name, content in files.items():
             if name.endswith(".safetensors"):
-                mx.save_safetensors(str(new / name), content, {"format": "pt"})
+                mx.save_safetensors(str(work / name), content, {"format": "pt"})
             else:
-                (new / name).write_text(content, "utf-8")
-        folders.into_place(new, folder, OURS)
+                (work / name).write_text(content, "utf-8")
+        folders.into_place(work, folder, OURS)
     print(f"wrote       {folder}")
 
 

@@ -30,6 +30,7 @@ import shlex
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -516,8 +517,11 @@ def write(folder, files):
 
 
 def tell_replaced(before, version):
-    """Say where the data of before are, and which adapters were trained on them."""
-    say("replaced", f"the data of before; they are in {before}")
+    """Say whose data were replaced, and which adapters were trained on them."""
+    author = "somebody"
+    with suppress(OSError, ValueError, LookupError, TypeError):  # it may be damaged
+        author = json.loads((before / "settings.json").read_bytes())["only_author"] or "everybody"
+    say("replaced", f"the data of {author}; they are in {before}")
     trained_on = common.checksum(before / "train.jsonl")
     for adapter in Path("models/adapters").glob(f"adapter-{version}_*"):
         if common.settings_of(adapter).get("TRAIN_SHA256") == trained_on:

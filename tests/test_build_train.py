@@ -573,7 +573,7 @@ def test_what_is_replaced_is_told_and_kept(chat):
     (chat.out / "notes.txt").write_text("mine")
     printed = chat.build(log, "--only-author", "bob")
     kept = "data/for_train/v1.before"
-    assert re.search(rf"replaced   the data of before; they are in {kept}\n"
+    assert re.search(rf"replaced   the data of ann; they are in {kept}\n"
         r" +models/adapters/adapter-v1_tiny was trained on them\nwritten", printed)  # fmt: skip
     assert before == {name: (chat.root / kept / name).read_bytes() for name in before}
     assert (chat.out / "notes.txt").read_text() == "mine"

@@ -658,6 +658,19 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
     assert (entries[0]["time"][:10], notes) == (first, [])
 
 
+@table(
+    ("picture", "day"),
+    [
+        ("3/4/26, 9:44 AM - A: IMG-20260403-WA0001.jpg (file attached)", "2026-04-03"),
+        ("[3/4/26, 9:44:25 AM] A: <attached: 01-PHOTO-2026-03-04-09-44-25.jpg>", "2026-03-04"),
+    ],
+)
+def test_the_name_of_a_picture_decides_before_capitals_do(convert, picture, day):
+    begins = picture.partition("A: ")[0]
+    entries, _, notes = convert({"a.txt": f"{picture}\n{begins}B: hi\n{begins}A: ok"})
+    assert (entries[0]["time"][:10], notes) == (day, [])
+
+
 def test_days_in_a_row_decide_before_capitals_do(convert):
     days = "03/04/26", "05/04/26", "06/04/26"
     lines = [f"{day}, 9:44 AM - {name}: hi\n" for day in days for name in "AB"]

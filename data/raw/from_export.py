@@ -126,7 +126,7 @@ def read_file(file, dates):
     messages = list(reader.read(file))
     if messages and isinstance(messages[0], Message):
         written = [text_of(m.time) for m in messages]
-        times, note = read_times(written, dates)
+        times, note = read_times(written, dates, file.lines)
         check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
         file.notes.extend([note] if note else [])

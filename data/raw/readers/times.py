@@ -23,7 +23,7 @@ CLOCK_OR_NOT = re.compile(CLOCK)
 
 
 # ---- all times of a file -------------------------------------------------------------------------
-def read_times(texts, order=None):
+def read_times(texts, order=None, lines=()):
     """Return ([datetime or None], note); the order of day and month is found by all dates.
 
     ["1/2/26, 9:44 PM", "13/2/26, 9:44 PM"] → the 1st and the 13th of February, at 21:44
@@ -34,19 +34,19 @@ def read_times(texts, order=None):
     dates = list(dict.fromkeys(stamp[:3] for stamp in stamps.values() if isinstance(stamp, tuple)))
     note = ""
     if dates and not order:
-        order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)))
+        order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)), lines)
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
     return [times[text] for text in texts], note
 
 
-def order_of(dates, first_text):
+def order_of(dates, first_text, lines):
     """Return (order, note) for dates like (24, 11, 26); the note is empty if something decides."""
     faults = {order: faults_of(dates, order) for order in ORDERS}
     order = min(faults, key=faults.get)
     if order == "ymd" or faults["dmy"] != faults["mdy"]:
         return order, ""
-    if in_a_row := order_in_a_row(dates):
-        return in_a_row, ""
+    if sure := order_in_file_names(lines) or order_in_a_row(dates):
+        return sure, ""
     has_zero_or_long_year = re.search(r"\b0\d\D+\d|\d{4}", DAY_OR_NOT.search(first_text)[0])
     is_american = re.search("[AP]M", first_text) and not has_zero_or_long_year
     order, other = ("mdy", "dmy") if is_american else ("dmy", "mdy")
@@ -62,6 +62,22 @@ def faults_of(dates, order):
     falls = sum(a > b for a, b in itertools.pairwise(days))
     rises = sum(a < b for a, b in itertools.pairwise(days))
     return len(dates) - len(days) + min(falls, rises)  # some logs run backwards
+
+
+def order_in_file_names(lines):
+    """Return the order in which the name of a picture is the day of its line, or None.
+
+    "11/10/26, 10:44 - Ann: IMG-20261110-WA0001.jpg (file attached)" → "mdy"
+    """
+    for line in lines:
+        named = re.search(r"\b[A-Z]{3,8}-(20\d\d)-?(\d\d)-?(\d\d)(?:-WA\d|-\d\d-)", line)
+        written = named and DAY_OR_NOT.search(line[: named.start()])
+        if written and named[2] != named[3]:
+            day = datetime(*map(int, named.groups()))
+            for order in "dmy", "mdy":
+                if time_of(tuple(numbers_of(written)), order) == day:
+                    return order
+    return None
 
 
 def order_in_a_row(dates):

@@ -338,7 +338,7 @@ def main():
     if before:
         print(f"replaced    the results of before; they are in {before}")
     look = "open" if sys.platform == "darwin" else "xdg-open"
-    print(f"look        {look} {at.results}/report.html")
+    print(f"next        {look} {at.results}/report.html")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import argparse
 import contextlib
 import os
 import select
+import shlex
 import termios
 
 import mlx_lm
@@ -89,7 +90,8 @@ def speakers(args, settings):
         learned = ["model"]  # it was not told who replies
     author = args.author or learned[0]
     if author not in learned:
-        fail(f"this model did not learn to reply as {author}", "python models/chat.py")
+        what = f"this model did not learn to reply as {author}, but as {', '.join(learned[:5])}"
+        fail(what, f"python models/chat.py --as {shlex.quote(learned[0])}")
     if args.me == author:
         return author, f"{author}_"
     return author, args.me

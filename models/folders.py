@@ -37,6 +37,8 @@ def need(file, variable, command):
         return
     others = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
     exports = [f"export {variable}={name}" for name in others if re.fullmatch(NAME, name)]
+    if exports and variable not in os.environ:  # a new terminal
+        fail(f"there is no {file}, and {variable} is not set in this terminal", *exports, command)
     fail(f"there is no {file}", command, *exports)
 
 

@@ -179,7 +179,9 @@ def next_steps(table, facts, learned, sounds):
     """Return what to do next, [(sentence, command)]: at most three, the most urgent first."""
     run = facts["run"]
     if facts["is_trial"] and table["gain"] and not is_broken(table):
-        return [("Choose a real base model, and train that.", "python -m models.which_model")]
+        more = [("Add more chat.", "python data/raw/from_export.py --help")]
+        real = ("Choose a real base model, and train that.", "python -m models.which_model")
+        return [real, *more * (learned["word"] == "unsure")]
     steps = [*how_to_train(table, facts, learned)]
     if table["kept"].get("fused", 1) < 0.9:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))

@@ -66,7 +66,7 @@ def main():
     here = closest_mac(allowed)
     print(f"this machine lets MLX use {allowed / 1e9:.1f} GB, as a Mac of {here} GB does")
     if mx.default_device() == mx.cpu:
-        print("MLX finds no GPU here: a CPU trains none of these in less than days")
+        print("MLX finds no GPU here: what fits into the memory would still take days")
     print("\nmemory  base model                            download  adapts    on this machine")
     lines = sorted(line_of(*base, allowed) for base in BASES)
     for_here = [line for line in lines if line[0] <= here]

@@ -13,8 +13,9 @@ OURS = ("*.jsonl",)
 
 # ---- what is there -------------------------------------------------------------------------------
 def test_what_is_missing_is_named_with_the_command_that_makes_it_and_with_what_is_there(
-    capsys, tmp_path
+    capsys, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("VERSION", "v2")
     for name in "v1", "family", "v1.before":
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").touch()
@@ -27,6 +28,10 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it_and_with_what_i
         "FIX: export VERSION=v1",
         "FIX: export VERSION=v1.before",
     ]
+    monkeypatch.delenv("VERSION")  # as in a new terminal
+    said = failure(capsys, folders.need, file, "VERSION", "python build_train.py").splitlines()
+    assert "VERSION is not set in this terminal" in said[0]
+    assert said[1] == "FIX: export VERSION=family"
 
 
 AWAY = {  # a script, the link to a disk that is not there, what the script looks for below it

@@ -46,7 +46,7 @@ def main(home, monkeypatch, capsys):
     def main(*arguments):
         monkeypatch.chdir(home)
         monkeypatch.setattr(from_export, "RAW", home / "my project/data/raw")
-        monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "sample", *arguments])
+        monkeypatch.setattr(sys, "argv", ["from_export.py", "--version", "ours", *arguments])
         main.code = 0
         try:
             from_export.main()
@@ -57,7 +57,7 @@ def main(home, monkeypatch, capsys):
     return main
 
 
-def written(home, version="sample"):
+def written(home, version="ours"):
     path = home / f"my project/data/raw/messages_{version}.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else []
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_gets_an_error_that_says_what_it_is(home, main, case
 def test_chats_and_training_sets_do_not_mix(home, main):
     (home / "set.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert "chats and training sets" in main("chat.txt", "set.jsonl")
-    assert main("set.jsonl").splitlines()[-1].strip() == "VERSION=sample python build_train.py"
+    assert main("set.jsonl").splitlines()[-1].strip() == "VERSION=ours python build_train.py"
 
 
 # ---- write ---------------------------------------------------------------------------------------
@@ -186,19 +186,24 @@ def test_another_export_replaces_only_if_told_and_what_was_there_is_kept(home, m
     assert "3 entries" in main("chat.txt")  # the same one
     (home / "chat.txt").write_text(CHAT + "25/11/26, 10:47 - Bob: yes\n")
     error = main("chat.txt")
-    assert "FIX: python from_export.py --version sample chat.txt --replace" in error
-    assert "FIX: python from_export.py --version sample chat.txt --version sample_2\n" in error
+    assert "FIX: python from_export.py --version ours chat.txt --replace" in error
+    assert "FIX: python from_export.py --version ours chat.txt --version ours_2\n" in error
     assert (main.code, len(written(home))) == (1, 3)
     assert "4 entries" in main("chat.txt", "--version", "two") and len(written(home)) == 3
     assert "4 entries" in main("chat.txt", "--replace") and len(written(home)) == 4
-    before = home / "my project/data/raw/messages_sample.json.before"
+    before = home / "my project/data/raw/messages_ours.json.before"
     assert len(json.loads(before.read_text())) == 3
+
+
+def test_the_sample_of_the_guide_is_not_replaced_because_of_a_forgotten_export(home, main):
+    (home / "my project/data/raw/messages_sample.json").write_text("[]")
+    assert main("chat.txt", "--version", "sample").endswith("FIX: export VERSION=v1\n")
 
 
 def test_what_an_editor_saves_at_the_last_moment_is_kept(home, main, monkeypatch):
     main("chat.txt")
     (home / "chat.txt").write_text(CHAT.replace("soup", "cake"))
-    target, link = home / "my project/data/raw/messages_sample.json", from_export.folders.link
+    target, link = home / "my project/data/raw/messages_ours.json", from_export.folders.link
 
     def link_and_save(old, new):
         link(old, new)
@@ -208,15 +213,15 @@ def test_what_an_editor_saves_at_the_last_moment_is_kept(home, main, monkeypatch
     monkeypatch.setattr(from_export.folders, "link", link_and_save)
     assert "replaced" in main("chat.txt", "--replace")
     assert "cake" in target.read_text()
-    assert target.with_name("messages_sample.json.before").read_text().startswith("[ // mine")
+    assert target.with_name("messages_ours.json.before").read_text().startswith("[ // mine")
 
 
 def test_a_jsonl_of_the_same_name_is_not_shadowed(home, main):
-    edited = home / "my project/data/raw/messages_sample.jsonl"
+    edited = home / "my project/data/raw/messages_ours.jsonl"
     edited.write_text('{"message": "mine"}\n')
-    assert "messages_sample.jsonl has other content" in main("chat.txt") and main.code == 1
+    assert "messages_ours.jsonl has other content" in main("chat.txt") and main.code == 1
     assert "replaced" in main("chat.txt", "--replace") and not edited.exists()
-    assert "mine" in edited.with_name("messages_sample.jsonl.before").read_text()
+    assert "mine" in edited.with_name("messages_ours.jsonl.before").read_text()
 
 
 def test_on_a_disk_that_knows_no_capitals_ann_does_not_replace_Ann(home, main, monkeypatch):  # noqa: N802
@@ -243,12 +248,12 @@ def test_a_zip_becomes_a_log_and_the_next_command_is_named(home, main):
         "left out 1 written by the app itself (app): Messages and calls are end-to-end encryp",
         "left out 1 media without words (media): <Media omitted>",
         "",
-        "wrote my project/data/raw/messages_sample.json: 3 entries; delete what it must not learn",
+        "wrote my project/data/raw/messages_ours.json: 3 entries, to be edited if need be",
         "next, to answer as one of them, or as anybody:",
-        "VERSION=sample python build_train.py --only-author 'Ann Lee'",
-        "VERSION=sample python build_train.py",
+        "VERSION=ours python build_train.py --only-author 'Ann Lee'",
+        "VERSION=ours python build_train.py",
     ]
-    lines = (home / "my project/data/raw/messages_sample.json").read_text().splitlines()
+    lines = (home / "my project/data/raw/messages_ours.json").read_text().splitlines()
     when = '"time": "2026-11-24T10:45:00"'
     assert lines[0] == "[" and lines[-1] == "]" and len(lines) == 5
     assert lines[2] == (

@@ -238,6 +238,8 @@ def write(target, entries, replace):
 def refuse_to_replace(old):
     """Fail, for a file that holds another export, or what a person edited."""
     again = shlex.join(["python", *sys.argv])
+    if old.name == "messages_sample.json":  # the first command of the guide exports VERSION=sample
+        fail(f"VERSION=sample, and {relpath(old)} is the sample of the guide", "export VERSION=v1")
     fail(
         f"{relpath(old)} has other content: another export, or edited by hand",
         f"{again} --version {old.stem.removeprefix('messages_')}_2",
@@ -315,7 +317,7 @@ def main():
     report(chats, refused, left_out, entries)
     if not entries:
         fail("nothing is left that people said to each other", keep_most(left_out))
-    print(f"\nwrote {relpath(target)}: {len(entries):,} entries; delete what it must not learn")
+    print(f"\nwrote {relpath(target)}: {len(entries):,} entries, to be edited if need be")
     next_steps(entries, s.version)
 
 

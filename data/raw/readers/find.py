@@ -27,7 +27,8 @@ def files_in(path):
                 yield from files_in(file)
     elif not path.is_file():
         folder = shlex.quote(str(path.parent)) if path.parent.is_dir() else "~/Downloads"
-        fail(f"{path} is not there, or no file", f"ls {folder}  # is it here?")
+        look = f"ls {folder}  # is it here? a name with spaces goes in quotes"
+        fail(f"{path} is not there, or no file", look)
     elif zipfile.is_zipfile(path) and not known_by_name(path.name):  # as a .docx is
         yield from files_in_zip(path)
     elif path.stat().st_size > MOST_BYTES:

@@ -102,7 +102,7 @@ WRONG = {
     "not trained": (remove(FUSED), "", TRAIN),
     "no base": (remove(FUSED, BASE), "", "python tests/tiny_base.py"),
     "model cut": (cut_model, "", "VERSION=sample MODEL=tiny-gemma-3 ./fuse.sh"),
-    "one author": (settings(TURNS), "--as zoe", "python models/chat.py"),
+    "one author": (settings(TURNS), "--as zoe", "python models/chat.py --as ann"),
     "a flag": (None, "--temperature nan", "python models/chat.py --help"),
 }
 

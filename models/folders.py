@@ -6,7 +6,7 @@ prints how the work on that folder is called: models/adapters/.adapter-v1_gemma.
 link to another disk: then the work is done there.
 """
 
-from models.common import NAME, check_names, fail, from_environment
+from models.common import DEFAULTS, NAME, check_names, fail, from_environment
 
 import contextlib
 import fcntl
@@ -37,8 +37,9 @@ def need(file, variable, command):
         return
     others = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
     exports = [f"export {variable}={name}" for name in others if re.fullmatch(NAME, name)]
-    if exports and variable not in os.environ:  # a new terminal
-        fail(f"there is no {file}, and {variable} is not set in this terminal", *exports, command)
+    if exports and file.parent.name == DEFAULTS[variable]:  # a new terminal: nothing is exported
+        what = f"there is no {file}: {variable} is the default, not one that is there"
+        fail(what, *exports, command)
     fail(f"there is no {file}", command, *exports)
 
 

@@ -13,24 +13,23 @@ OURS = ("*.jsonl",)
 
 # ---- what is there -------------------------------------------------------------------------------
 def test_what_is_missing_is_named_with_the_command_that_makes_it_and_with_what_is_there(
-    capsys, tmp_path, monkeypatch
+    capsys, tmp_path
 ):
-    monkeypatch.setenv("VERSION", "v2")
-    for name in "v1", "family", "v1.before":
+    for name in "two", "family", "two.before":
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").touch()
-    folders.need(tmp_path / "v1/train.jsonl", "VERSION", "python build_train.py")
+    folders.need(tmp_path / "two/train.jsonl", "VERSION", "python build_train.py")
     file = tmp_path / "v2/train.jsonl"
     said = failure(capsys, folders.need, file, "VERSION", "python build_train.py")
     assert said.splitlines()[1:] == [
         "FIX: python build_train.py",
         "FIX: export VERSION=family",
-        "FIX: export VERSION=v1",
-        "FIX: export VERSION=v1.before",
+        "FIX: export VERSION=two",
+        "FIX: export VERSION=two.before",
     ]
-    monkeypatch.delenv("VERSION")  # as in a new terminal
-    said = failure(capsys, folders.need, file, "VERSION", "python build_train.py").splitlines()
-    assert "VERSION is not set in this terminal" in said[0]
+    default = tmp_path / "v1/train.jsonl"  # as in a new terminal
+    said = failure(capsys, folders.need, default, "VERSION", "python build_train.py").splitlines()
+    assert said[0].endswith("v1/train.jsonl: VERSION is the default, not one that is there")
     assert said[1] == "FIX: export VERSION=family"
 
 

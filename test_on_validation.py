@@ -27,7 +27,6 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -69,20 +68,6 @@ def settings():
         if isinstance(value, int | float) and not value >= least:  # nor NaN
             parser.error(f"--{name.replace('_', '-')} cannot be {value}")
     return args
-
-
-def places(args):
-    """Return where things are, and how a command for the same data and model begins."""
-    name = f"{args.version}_{args.model}"
-    return SimpleNamespace(
-        data=Path("data/for_train", args.version),
-        base=Path("models/base", args.model),
-        adapter=Path(f"models/adapters/adapter-{name}"),
-        fused=Path(f"models/fused/fused-{name}"),
-        results=Path("data/results", name),
-        run=f"VERSION={args.version} MODEL={args.model}",
-        build=f"VERSION={args.version} python build_train.py",
-    )
 
 
 # ---- what is there ------------------------------------------------------------------------------
@@ -308,13 +293,13 @@ def write(final, page, facts, asked, said):
 def main():
     os.chdir(common.ROOT)
     args = settings()
-    at = places(args)
+    at = folders.places(args.version, args.model)
     models = find_models(args, at)
     data = read_data(at)
     vars(args).update(sampling_of(at.base, args.temperature))
     warnings = []
     if list(models) != ["base"]:
-        warnings = common.warn_of_changes(args.version, at.adapter, at.fused, at.run)
+        warnings = common.warn_of_changes(at)
     print(f"testing     {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
     order = np.random.default_rng(args.seed).permutation(len(data.rows))

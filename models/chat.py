@@ -66,21 +66,17 @@ def arguments():
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def find_model(version, model):
+def find_model(at):
     """Return (fused, None) or (base, adapter), and the command that makes the last of them."""
-    run, name = f"VERSION={version} MODEL={model}", f"{version}_{model}"
-    base = Path("models/base", model)
-    adapter = Path("models/adapters", f"adapter-{name}")
-    fused = Path("models/fused", f"fused-{name}")
-    folders.finish_move(adapter)
-    folders.finish_move(fused)
-    common.warn_of_changes(version, adapter, fused, run)
-    if fused.is_dir():
-        return fused, None, f"{run} ./fuse.sh"
-    folders.need(base / "config.json", "MODEL", common.download(model))
-    if not adapter.is_dir():
-        fail(f"there is no {adapter}, and no {fused}", f"{run} ./fine_tune.sh")
-    return base, adapter, f"{run} ./fine_tune.sh"
+    folders.finish_move(at.adapter)
+    folders.finish_move(at.fused)
+    common.warn_of_changes(at)
+    if at.fused.is_dir():
+        return at.fused, None, f"{at.run} ./fuse.sh"
+    folders.need(at.base / "config.json", "MODEL", common.download(at.base.name))
+    if not at.adapter.is_dir():
+        fail(f"there is no {at.adapter}, and no {at.fused}", f"{at.run} ./fine_tune.sh")
+    return at.base, at.adapter, f"{at.run} ./fine_tune.sh"
 
 
 def speakers(args, settings):
@@ -190,11 +186,10 @@ def talk(answer, tidy, author, me):
 def main():
     os.chdir(common.ROOT)
     args = arguments()
-    file = Path("data/for_train", args.version, "settings.json")
-    build = f"VERSION={args.version} python build_train.py"
-    folders.need(file, "VERSION", build)
-    settings = common.read_settings(file, build)
-    folder, adapter, command = find_model(args.version, args.model)
+    at = folders.places(args.version, args.model)
+    folders.need(at.data / "settings.json", "VERSION", at.build)
+    settings = common.read_settings(at.data / "settings.json", at.build)
+    folder, adapter, command = find_model(at)
     author, me = speakers(args, settings)
     print(f"loading {adapter or folder}", file=sys.stderr, flush=True)
     try:

@@ -32,17 +32,17 @@ def check():
     bits = os.environ["FUSED_BITS"]
     if bits not in ("auto", "base", "16", "8"):
         fail(f"FUSED_BITS={bits} is not auto, base, 16 or 8", rerun("./fuse.sh", FUSED_BITS="auto"))
-    base = Path("models/base", model)
-    folders.need(base / "config.json", "MODEL", common.download(model))
-    check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), version, model)
+    at = folders.places(version, model)
+    folders.need(at.base / "config.json", "MODEL", common.download(model))
+    check_adapter(at.adapter, version, model)
     try:
-        here, whole = size_at_16_bits(base)
-        if not load_tokenizer(base).has_chat_template:
+        here, whole = size_at_16_bits(at.base)
+        if not load_tokenizer(at.base).has_chat_template:
             raise ValueError("it has no chat template")
     except Exception as error:  # whatever is wrong with a download
-        fail(f"the base model in {base} cannot be used: {error!r}", common.download(model))
+        fail(f"the base model in {at.base} cannot be used: {error!r}", common.download(model))
     bits = choose_bits(bits, here, whole)
-    check_disk(Path(f"models/fused/fused-{version}_{model}"), bits, here, whole)
+    check_disk(at.fused, bits, here, whole)
     print(bits)
 
 

@@ -16,9 +16,24 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 
 # ---- what is there -------------------------------------------------------------------------------
+def places(version, model):
+    """Return the folders of a VERSION and a MODEL, and how commands for them begin."""
+    name = f"{version}_{model}"
+    return SimpleNamespace(
+        data=Path("data/for_train", version),
+        base=Path("models/base", model),
+        adapter=Path(f"models/adapters/adapter-{name}"),
+        fused=Path(f"models/fused/fused-{name}"),
+        results=Path("data/results", name),
+        run=f"VERSION={version} MODEL={model}",
+        build=f"VERSION={version} python build_train.py",
+    )
+
+
 def place_of(folder):
     """Return where a folder really is: a link may lead to another disk, which must be there."""
     place, here = Path(os.path.realpath(folder)), Path.cwd()

@@ -197,21 +197,21 @@ def main():
 
     version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
     common.check_names(version, model)
-    base, adapter = Path("models/base", model), Path(f"models/adapters/adapter-{version}_{model}")
-    folders.need(base / "config.json", "MODEL", common.download(model))
+    at = folders.places(version, model)
+    folders.need(at.base / "config.json", "MODEL", common.download(model))
     if args.command == "import":
-        return write(adapter, for_mlx(args.folder, base))
-    if not (adapter / "settings").is_file():
-        common.fail(f"there is no {adapter}/settings", common.rerun("./fine_tune.sh"))
+        return write(at.adapter, for_mlx(args.folder, at.base))
+    if not (at.adapter / "settings").is_file():
+        common.fail(f"there is no {at.adapter}/settings", common.rerun("./fine_tune.sh"))
     if args.command == "export":
-        return write(adapter.with_name(f"peft-{version}_{model}"), for_peft(adapter, base))
-    large, train = args.folder, Path("data/for_train", version, "train.jsonl")
+        return write(at.adapter.with_name(f"peft-{version}_{model}"), for_peft(at.adapter, at.base))
+    large, train = args.folder, at.data / "train.jsonl"
     if not (large / "config.json").is_file():
         common.fail(f"there is no {large}/config.json", common.download(large.name))
     build = common.rerun("python build_train.py")
     folders.need(train, "VERSION", build)
-    files = for_trl(adapter, common.read_rows(train, build), large)
-    write(adapter.with_name(f"trl-{version}_{large.name}"), files)
+    files = for_trl(at.adapter, common.read_rows(train, build), large)
+    write(at.adapter.with_name(f"trl-{version}_{large.name}"), files)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,11 @@
 """How large a base model is, how much memory it takes to train it, and how much there is."""
 
-from models.adapted import look_at, read_model
-
 import json
 import os
 from types import SimpleNamespace
 
 import mlx.core as mx
 import safetensors
-
-
-def sizes_of(base, embeddings):
-    """Return what look_at() finds in a base model, and its bytes; an error if it is cut off.
-
-    keys=["mlp.down_proj", …], blocks=[…], hidden=2560, vocabulary=262208, weights=2200000000
-    """
-    weights = bytes_of_weights(base)
-    size = look_at(*read_model(base), embeddings)
-    size.weights = weights
-    return size
 
 
 def bytes_of_weights(base):
@@ -41,6 +28,8 @@ def memory_for_mlx():
 
 def memory_to_train(s, size, longest):
     """Return the bytes at the peak, fitted to Gemma 3 with tests/benchmarks/memory.py.
+
+    `size` comes from look_at() in models/adapted.py, and has the bytes of the weights too.
 
     Each adapted matrix has RANK x (inputs + outputs) numbers to train, of 26 bytes each. A token of
     a batch takes 8 bytes for each word of the vocabulary, and what the blocks keep for the backward

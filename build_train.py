@@ -38,10 +38,6 @@ from pathlib import Path
 
 
 # ---- how a setting is typed ----------------------------------------------------------------------
-def yes_or_no(digit):
-    return bool(int(digit))
-
-
 def template(text):
     return text.replace("\\n", "\n")
 
@@ -68,9 +64,9 @@ add("--prompt", type=template,
 add("--question-prompt", type=template,
     default="{context}\n\nAsk the next question in this chat[, as {author}].",
     help="the same, where the reply is a question")
-add("--names", type=yes_or_no, default="1", help="1: the model sees who says what; 0: it does not")
+add("--names", type=int, choices=[0, 1], default=1, help="1: the model sees who says what")
 add("--only-author", default="", help="learn this author's replies alone")
-add("--shape", choices=["prompt", "turns"], help="turns, of --only-author: a talk with the others")
+add("--shape", choices=["prompt", "turns"], help="turns: a talk of --only-author with the others")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
     help="messages from one trained reply to the next; 0: as --window")
@@ -79,12 +75,12 @@ add("--burst", type=float, default=0.0, help="join an author's messages within s
 add("--off", type=list_of_names, default=[], metavar="RULES",
     help="names of rules to switch off, with commas: 'link,too short'")
 add("--block", type=os.path.abspath, help="file of words, one a line, that become […] everywhere")
-add("--max-context-chars", type=int, default=300, help="of a message before a reply; the rest is …")
+add("--max-context-chars", type=int, default=300, help="shown of a message before a reply")
 add("--max-seq-length", type=int, default=os.environ.get("MAX_SEQ_LENGTH", 1024),
     help="most tokens in a row, as in fine_tune.sh")
 add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
 add("--valid-rows", type=int, default=400, help="most rows to validate with")
-add("--seed", type=int, default=0, help="of the split; another whole number, another split")
+add("--seed", type=int, default=0, help="a whole number; another one, another split")
 # fmt: on
 # --------------------------------------------------------------------------------------------------
 
@@ -149,7 +145,7 @@ def shuffled(items, seed):
 
 # ---- who is learned ------------------------------------------------------------------------------
 def check_author(conversations, s, raw):
-    """End the run if nobody has the name of --only-author; propose one who is there."""
+    """End the run if nobody has the name of --only-author; propose a name that is there."""
     authors = Counter(message.author for log in conversations.values() for message in log)
     names = [name for name, _ in authors.most_common() if name]
     if s.only_author in ["", *names]:
@@ -294,9 +290,9 @@ PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0
 
 
 def repetition(text):
-    """Return the words per different word, of which at least two count; 0 for under six words.
+    """Return how many words there are to each different one; 0 for under six words.
 
-    "gg gg GG gg gg gg" → 3.0
+    "gg gg GG gg gg gg" → 3.0, as if two were different
     """
     words = text.count(" ") + 1
     return words / max(2, len(set(text.casefold().split()))) if words >= 6 else 0
@@ -309,7 +305,7 @@ def share(test, items):
 
 @cache
 def folded(text):
-    """Return text without case, punctuation and space: "Ciao,  MAMMA!!" → "ciaomamma"."""
+    """Return text without case, punctuation and spaces: "Ciao,  MAMMA!!" → "ciaomamma"."""
     return text.casefold().translate(PUNCTUATION) or text  # "?!" stays
 
 
@@ -355,7 +351,7 @@ def settle_names(rows, s):
     authors = [message.author for row in rows for message in (*row.context, row.message)]
     others = set(authors) - {s.only_author}
     is_known = sum(map(bool, authors)) > len(authors) / 2
-    s.names = s.names and is_known and (s.shape == "prompt" or len(others) > 1)
+    s.names = bool(s.names) and is_known and (s.shape == "prompt" or len(others) > 1)
     optional = r"\[([^\[\]]*\{author\}[^\[\]]*)\]"
     for name in "prompt", "question_prompt":
         setattr(s, name, re.sub(optional, r"\1" if s.names else "", getattr(s, name)))
@@ -450,7 +446,7 @@ def order(rows, seed):
 
 
 # ---- tell what came out --------------------------------------------------------------------------
-def print_table(dropped):
+def tell_dropped(dropped):
     """Print how many rows each rule dropped, and the first of them."""
     first = {row.rule: " ".join(row.reply.split()) for row in reversed(dropped)}
     print(f"\n{'rule':30}{'dropped':>9}  for example")
@@ -479,10 +475,7 @@ def tell_private(rows):
         say("private?", f"{len(found):,} found that may be a password, a code or an address:")
         for part in list(dict.fromkeys(found))[:8]:
             say("", f"  {part:.65}")
-        say(
-            "",
-            "to hide some, write them to a file, one a line, and add --block FILE",
-        )
+        say("", "to hide some, write them to a file, one a line, and add --block FILE")
 
 
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
@@ -532,16 +525,17 @@ def tell_replaced(before, version):
 def make_rows(raw, s, tokenizer):
     """Return the rows to train with, those to validate with, and those that are dropped."""
     tokens = control_tokens(tokenizer) if tokenizer else []
-    tidy, name = cleaners("personal data" not in s.off, s.block, tokens)
-    conversations = read(raw, tidy, name)
-    s.only_author = name(s.only_author)
+    tidy, tidy_name = cleaners("personal data" not in s.off, s.block, tokens)
+    conversations = read(raw, tidy, tidy_name)
+    s.only_author = tidy_name(s.only_author)
     check_author(conversations, s, raw)
 
     rows = lay_out(conversations, s)
     choose(rows, s)
     good = kept(rows)
     settle_names(good, s)
-    talks, seen = len({row.talk_number for row in good}), "sees" if s.names else "does not see"
+    talks = len({row.talk_number for row in good})
+    seen = "sees" if s.names else "does not see"
     say("rows", f"{len(good):,} (talks: {talks:,}); the model {seen} who says what")
 
     train, valid = split(good, s.valid_size, s.valid_rows, s.seed) if good else ([], [])
@@ -566,7 +560,7 @@ def main():
     say("reading", " ".join([str(raw), *sys.argv[1:]]))
 
     train, valid, dropped = make_rows(raw, s, find_tokenizer(s))
-    print_table(dropped)
+    tell_dropped(dropped)
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
         fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")

@@ -47,17 +47,17 @@ add("--models", default="base,adapter,fused", help="which of the three to test")
 add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
 add("--temperature", type=float, help="0 the likeliest word, 1 as learned; else the base's own")
 add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
-add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
+add("--seed", type=int, default=0, help="the same seed: the same rows and, on one machine, replies")
 add("--reply-batch", type=int, default=8, help="replies written at a time; less saves memory")
 add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
 
 TALK = 10  # turns of the sample talk
-FEWEST = 20  # replies of which can be said how they sound
+FEWEST = 20  # replies; from fewer nobody can say how a model sounds
 # ---- end of the settings ------------------------------------------------------------------------
 
 
-def settings():
-    """Return the settings of this run; end it if one of them cannot be."""
+def arguments():
+    """Return the settings of this run; end it if one of them is wrong."""
     parser.error = lambda what: fail(what, f"{ME} --help", code=2)
     args = parser.parse_args()
     check_names(args.version, args.model)
@@ -292,7 +292,7 @@ def write(final, page, facts, asked, said):
 # ---- the run ------------------------------------------------------------------------------------
 def main():
     os.chdir(common.ROOT)
-    args = settings()
+    args = arguments()
     at = folders.places(args.version, args.model)
     models = find_models(args, at)
     data = read_data(at)
@@ -304,8 +304,8 @@ def main():
 
     order = np.random.default_rng(args.seed).permutation(len(data.rows))
     asked = [data.rows[place] for place in order[: args.replies]]
-    places_of_talk = longest_talk([row.messages for row in data.rows], TALK) if asked else []
-    talk = [data.rows[place] for place in places_of_talk]
+    places = longest_talk([row.messages for row in data.rows], TALK) if asked else []
+    talk = [data.rows[place] for place in places]
     answered = list({row.line: row for row in asked + talk}.values())  # each row once
     nats, replies = measure(models, data.rows, answered, args)
 
@@ -315,8 +315,8 @@ def main():
     facts = find_facts(args, at, data, models, warnings)
     facts["verdict"] = verdict.verdict(table, facts)
     page = report.render(facts, table, asked, talk, said, at.results)
-    known = {name: figure for name, figure in table.items() if figure}
-    before = write(at.results, page, facts | known, asked, said)
+    measured = {name: figure for name, figure in table.items() if figure}
+    before = write(at.results, page, facts | measured, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
     print(f"\nwrote       {at.results}/report.html")
     print("            also generations.csv, metrics.json")

@@ -24,6 +24,7 @@ import pandas as pd
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tqdm import tqdm
 
+# How it was trained:
 HOW = ("settings", "lora_config.yaml", "training.log", "run/adapter_config.json")
 OURS = ("adapters.safetensors", "losses.csv", *(Path(name).name for name in HOW))
 

@@ -56,7 +56,7 @@ ENDS = "exit", "quit", "/bye"  # typed alone, each ends the talk
 
 
 def arguments():
-    """Return the settings of this run; end it if one of them cannot be."""
+    """Return the settings of this run; end it if one of them is wrong."""
     parser.error = lambda what: fail(what, "python models/chat.py --help", code=2)
     args = parser.parse_args()
     if args.temperature is not None and not args.temperature >= 0:  # nor NaN
@@ -108,7 +108,7 @@ def make_prompt(log, author, settings, tokenizer):
 
 
 def cleaner(tokenizer):
-    r"""Return what makes a message as those learned: " how   are\n\n you" → "how are\nyou"."""
+    r"""Return what cleans a message as in training: " how   are\n\n you" → "how are\nyou"."""
     tidy, _ = cleaners(hide=False, block=None, tokens=control_tokens(tokenizer))
     return lambda text: "\n".join(filter(None, map(tidy, text.split("\n"))))
 

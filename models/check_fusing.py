@@ -91,7 +91,8 @@ def check_disk(fused, bits, here, whole):
     free = shutil.disk_usage(old.parent).free
     if free < needed:
         what = f"fusing takes {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free"
-        fail(what, *[rerun("./fuse.sh", FUSED_BITS="base")] * (here < free), "df -h models/fused")
+        smaller = [rerun("./fuse.sh", FUSED_BITS="base")] if here < free else []
+        fail(what, *smaller, "df -h models/fused")
 
 
 # ---- a step that failed --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ trl     TRL trains LARGE on the data as EMBEDDINGS=0 ./fine_tune.sh has trained 
 Reads   VERSION and MODEL, models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/;
         trl: data/for_train/${VERSION}/train.jsonl, config.json and the tokenizer of LARGE
 Writes  in models/adapters/, export: peft-${VERSION}_${MODEL}/; trl: trl-${VERSION}_LARGE/;
-        import: adapter-${VERSION}_${MODEL}/; the one of before is kept beside it
+        import: adapter-${VERSION}_${MODEL}/; the previous one is kept beside it
 Exit    0 done, 1 something is missing or does not fit, 2 wrong usage
 """
 

@@ -35,8 +35,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def main(work, batches_done, iters, *command):
     work, batches_done, iters = Path(work), int(batches_done), int(iters)
-    for number in signal.SIGTERM, signal.SIGHUP:  # so that they reach `finally`
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for stop in signal.SIGTERM, signal.SIGHUP:  # so that they reach `finally`
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     trainer = start(command)
     try:
         batch, error = follow(work, lines_of(trainer.stdout.fileno()), batches_done, iters)

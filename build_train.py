@@ -203,7 +203,7 @@ def joined(turn):
     return replace(turn[0], text="\n".join(message.text for message in turn))
 
 
-def rows_of_talk(talk, number, place, s):
+def rows_of_talk(talk, talk_number, place, s):
     """Return a row for each message; its context is the --window messages before it.
 
     a b c, --window 1 → (nothing) a, at the first place; a b; b c
@@ -212,7 +212,7 @@ def rows_of_talk(talk, number, place, s):
     for end, message in enumerate(talk):
         start = max(0, end - s.window)
         places = range(place + start, place + end + 1)
-        rows.append(Row(talk[start:end], message, number, places))
+        rows.append(Row(talk[start:end], message, talk_number, places))
     return rows
 
 
@@ -228,7 +228,7 @@ def overlap(before, texts):
     return int(before[-1:] == texts[:1])
 
 
-def rows_of_ready(messages, number, place, is_one_talk, s):
+def rows_of_ready(messages, talk_number, place, is_one_talk, s):
     """Return the rows of messages that have their contexts, laid end to end where these overlap.
 
     a b → c,  b c → d,  x → y        a at place 0, b 1, c 2, d 3; x far away, in a talk of its own
@@ -239,10 +239,10 @@ def rows_of_ready(messages, number, place, is_one_talk, s):
         shared = overlap(before, texts)
         if rows and not shared:
             place += s.stride  # far enough for --stride to keep both
-            number += not is_one_talk
+            talk_number += not is_one_talk
         places = range(place - shared, place - shared + len(texts))
         place = places.stop
-        rows.append(Row(message.context, message, number, places))
+        rows.append(Row(message.context, message, talk_number, places))
         before = texts
     return rows
 

@@ -79,7 +79,7 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $adapter" "# wait until it is done, or end it"
 
 # ---- start, or go on -----------------------------------------------------------------------------
-full() {
+cannot_write() {
   fail "cannot write to $work" "df -h models/adapters  # free space" "RESUME=$RESUME $again"
 }
 if [ "$RESUME" = 1 ]; then
@@ -92,9 +92,9 @@ else
   batches_done=0 newest=
   rm -rf "$work"
   mkdir -p "$work/data"
-  cp "$train" "$work/data" || full
-  cp "$valid" "$work" || full # elsewhere, or mlx_lm.lora would score it, prompts and padding too
-  echo "$plan" >"$work/settings" || full
+  cp "$train" "$work/data" || cannot_write
+  cp "$valid" "$work" || cannot_write # not in data/: mlx_lm.lora would score it, padding too
+  echo "$plan" >"$work/settings" || cannot_write
 fi
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ fi
 left=$((ITERS - batches_done))
 warmup=$((left < 20 ? left / 2 : 10))
 rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
-cat >"$work/lora_config.yaml" <<YAML || full
+cat >"$work/lora_config.yaml" <<YAML || cannot_write
 lora_parameters:
   rank: $RANK
   scale: $SCALE

@@ -57,7 +57,7 @@ stop() {
 trap stop INT TERM HUP
 trap 'rm -rf "$work"' EXIT
 
-step() { # a command whose output goes into a log; of an error one line is shown
+step() { # log a command; it runs in the background, so that bash answers a signal at once
   echo "running     $1"
   "$@" >"$hidden.log" 2>&1 &
   wait $! || python -m models.check_fusing explain "$hidden.log"

@@ -146,7 +146,7 @@ def state_size(layer):
     for _, module in layer.named_modules():
         if "A_log" not in module:
             continue
-        heads = module.A_log.size
+        heads = module.A_log.size  # in Mamba 1 all of its state
         if hasattr(module, "head_k_dim"):
             return heads * module.head_k_dim * module.head_v_dim
         if hasattr(module, "ssm_state_size"):

@@ -144,25 +144,23 @@ def headline(table, facts, learned, sounds):
         return "There is nothing to compare."
     if facts["is_trial"]:
         return "A trial: all steps work. So small a base model can only write gibberish."
-    if learned["word"] == "no" and max(table["gain"].values()) < 0:
-        return "It became worse than the base model."
     if learned["word"] == "no":
-        return "It is no better than the base model."
+        is_worse = max(table["gain"].values()) < 0
+        return f"It {'became worse' if is_worse else 'is no better'} than the base model."
     if table["kept"].get("fused", 1) < KEPT:
         return "The adapter learned, but the fused model has lost part of it."
-    if sounds["word"] == "no":
-        return f"It learned something, but it does not sound like {name} yet."
-    if learned["word"] == "unsure":
+    if learned["word"] == "unsure" and sounds["word"] != "no":
         return "There are too few replies to say whether it learned."
-    if sounds["word"] == "unsure":
-        return f"It learned; there are too few replies to say whether it sounds like {name}."
-    if sounds["word"] == "nearly":
-        return f"It learned, and it nearly sounds like {name}."
-    return f"It learned, and it sounds like {name}."
+    return {
+        "no": f"It learned something, but it does not sound like {name} yet.",
+        "unsure": f"It learned; there are too few replies to say whether it sounds like {name}.",
+        "nearly": f"It learned, and it nearly sounds like {name}.",
+        "yes": f"It learned, and it sounds like {name}.",
+    }[sounds["word"]]
 
 
 def how_to_train(table, facts, learned):
-    """Yield how to train the next time, (sentence, command), if it should be otherwise."""
+    """Yield how to train the next time, (sentence, command), if that should change."""
     run, trained, curve = facts["run"], facts["training"], dict(facts["curve"])
     iterations = int(trained.get("ITERS", 0))
     best = min(list(curve)[1:], key=curve.get, default=math.inf)

@@ -200,10 +200,8 @@ def find_figures(data, asked, nats, replies, args):
     table = defaultdict(dict)
     figures.add_losses(table, nats, np.array([row.length() for row in data.rows]))
     said = {"reference": {row.line: row.reply() for row in data.rows}}
-    ended = {"reference": {row.line: row.length() <= args.max_tokens + 1 for row in data.rows}}
     for who in replies:
         said[who] = {line: text for line, (text, _) in replies[who].items()}
-        ended[who] = {line: done for line, (_, done) in replies[who].items()}
     if not asked:
         return table, said
     learned = "\n".join(text for talk in data.train for _, text in talk)
@@ -211,7 +209,11 @@ def find_figures(data, asked, nats, replies, args):
     for who in said:
         figures.add_style(table, who, texts[who])
         figures.add_by_heart(table, who, texts[who], learned)
-        table["cut off"][who] = 1 - sum(ended[who][row.line] for row in asked) / len(asked)
+    too_long = [row.length() > args.max_tokens + 1 for row in asked]
+    table["cut off"]["reference"] = sum(too_long) / len(asked)
+    for who in replies:
+        not_ended = [not replies[who][row.line][1] for row in asked]
+        table["cut off"][who] = sum(not_ended) / len(asked)
     if len(asked) >= FEWEST:
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
         real = texts.pop("reference")

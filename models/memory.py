@@ -66,16 +66,16 @@ def changes_to_fit(s, size, longest, allowed):
     return None
 
 
-def memory_to_fuse(here, whole):
+def memory_to_fuse(base_size, full_size):
     """Return the bytes at the peak: mlx_lm.fuse holds the base and the 16-bit model at once."""
-    return 1.1 * (here + whole)  # measured: 1.06 times their sum
+    return 1.1 * (base_size + full_size)  # measured: 1.06 times their sum
 
 
-def size_at_16_bits(base):
-    """Return (what the weights of a base take, what they take when they are not quantized)."""
-    here = bytes_of_weights(base)
+def sizes_to_fuse(base):
+    """Return (the bytes of the weights of a base, their bytes at 16 bits)."""
+    base_size = bytes_of_weights(base)
     quantized = json.loads((base / "config.json").read_bytes()).get("quantization")
     if not quantized:
-        return here, here
+        return base_size, base_size
     # Each group of weights also has a scale and a bias of 16 bits.
-    return here, here * 16 / (quantized["bits"] + 32 / quantized["group_size"])
+    return base_size, base_size * 16 / (quantized["bits"] + 32 / quantized["group_size"])

@@ -99,7 +99,7 @@ def fill_in(s, size, rows):
     if s.LEARNING_RATE == "auto":
         s.LEARNING_RATE = float(f"{learning_rate(size.hidden):.1e}")
         say("rate", f"{s.LEARNING_RATE}, by the hidden size of the base, {size.hidden}")
-    say("run", f"{s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
+    say("run", f"{s.ITERS} iterations of {s.BATCH_SIZE} rows = {s.ITERS / epoch:.3g} epochs")
     if epoch > s.ITERS:
         say("", f"more lowers the loss, up to one epoch: ITERS={epoch}")
     if 2 * epoch < s.ITERS:

@@ -180,5 +180,5 @@ def warn_of_changes(at):
 
 
 def checkpoints(work):
-    """Return {batch: file} of the checkpoints of a training, in the order of time."""
+    """Return {iteration: file} of the checkpoints of a training, in the order of time."""
     return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}

@@ -18,6 +18,7 @@ Exit    0 done, 1 something is missing or does not fit, 2 wrong usage
 
 from models import common, folders
 from models.adapted import read_model, shape_of, token_embeddings
+from models.best_checkpoint import OURS
 from models.chat_template import load_tokenizer
 
 import argparse
@@ -27,7 +28,6 @@ from pathlib import Path
 import mlx.core as mx
 
 PEFT = "base_model.model."  # PEFT puts this before each name
-OURS = "adapters.safetensors", "adapter_config.json", "settings", "lora_config.yaml", "losses.csv"
 RECIPE = """\
 # pip install trl==1.16.0 peft==0.21.2, and here, with LARGE as its makers publish it:
 #     trl sft --config trl.yaml --model_name_or_path ORIGINAL
@@ -46,7 +46,7 @@ lora_alpha: {alpha:g}  # PEFT divides this by the rank: SCALE={SCALE}
 lora_dropout: {DROPOUT}
 lora_target_modules: all-linear
 
-max_steps: {ITERS}  # batches
+max_steps: {ITERS}  # iterations
 per_device_train_batch_size: {BATCH_SIZE}  # rows
 learning_rate: {rate:.1e}
 lr_scheduler_type: linear

@@ -60,13 +60,13 @@ add("--version", default=env("VERSION"), help="which data: data/raw/messages_VER
 add("--model", default=env("MODEL"), help="whose tokenizer to use")
 add("--prompt", type=template,
     default="{context}\n\nWrite the next message of this chat[, as {author}].",
-    help="template of a prompt; what stands in [] goes if the model does not see names")
+    help="the prompt; what is in [] is left out if the model does not see names")
 add("--question-prompt", type=template,
     default="{context}\n\nAsk the next question in this chat[, as {author}].",
     help="the same, where the reply is a question")
 add("--names", type=int, choices=[0, 1], default=1, help="1: the model sees who says what")
 add("--only-author", default="", help="learn this author's replies alone")
-add("--shape", choices=["prompt", "turns"], help="turns: a talk of --only-author with the others")
+add("--shape", choices=["prompt", "turns"], help="turns with --only-author, else prompt")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
     help="messages from one trained reply to the next; 0: as --window")
@@ -75,12 +75,12 @@ add("--burst", type=float, default=0.0, help="join an author's messages within s
 add("--off", type=list_of_names, default=[], metavar="RULES",
     help="names of rules to switch off, with commas: 'link,too short'")
 add("--block", type=os.path.abspath, help="file of words, one a line, that become […] everywhere")
-add("--max-context-chars", type=int, default=300, help="shown of a message before a reply")
+add("--max-context-chars", type=int, default=300, help="of a message before a reply; then comes …")
 add("--max-seq-length", type=int, default=os.environ.get("MAX_SEQ_LENGTH", 1024),
     help="most tokens in a row, as in fine_tune.sh")
 add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
 add("--valid-rows", type=int, default=400, help="most rows to validate with")
-add("--seed", type=int, default=0, help="a whole number; another one, another split")
+add("--seed", type=int, default=0, help="whole number; another one gives another split")
 # fmt: on
 # --------------------------------------------------------------------------------------------------
 
@@ -185,12 +185,12 @@ def talks_of(log, s):
     talks, last = [], None
     for message in in_order(log):
         is_timed = last and last.time is not None and message.time is not None
-        pause = abs(message.time - last.time) / 60 if is_timed else 0
-        is_same = last and last.author == message.author != ""
+        pause = abs(message.time - last.time) / 60 if is_timed else 0  # minutes
+        is_same_author = last and last.author == message.author != ""
         is_assistant = s.shape == "turns" and message.author == s.only_author
         if not last or (s.gap and pause > 60 * s.gap):
             talks.append([[message]])
-        elif is_same and (is_assistant or (s.burst and pause <= s.burst)):
+        elif is_same_author and (is_assistant or (s.burst and pause <= s.burst)):
             talks[-1][-1].append(message)
         else:
             talks[-1].append([message])
@@ -338,8 +338,9 @@ def thin_out(rows, s):
     """
     after = None
     for row in reversed(rows):
-        is_same = after and after.talk_number == row.talk_number and not row.message.prompt
-        if is_same and after.places.stop - row.places.stop < s.stride:
+        is_same_talk = after and after.talk_number == row.talk_number
+        is_near = is_same_talk and after.places.stop - row.places.stop < s.stride
+        if is_near and not row.message.prompt:  # ready pairs all stay
             row.rule = "between rows (--stride)"
         else:
             after = row

@@ -110,7 +110,7 @@ class Row:
         """Return what was really said."""
         return visible(self.messages[-1][1])
 
-    def length(self):
+    def reply_length(self):
         """Return the tokens of the reply."""
         return len(self.tokens) - self.start
 
@@ -198,7 +198,7 @@ def measure(models, rows, asked, args):
 def find_figures(data, asked, nats, replies, args):
     """Return the table of figures, and the texts {"reference": {line: text}, "base": …}."""
     table = defaultdict(dict)
-    figures.add_losses(table, nats, np.array([row.length() for row in data.rows]))
+    figures.add_losses(table, nats, np.array([row.reply_length() for row in data.rows]))
     said = {"reference": {row.line: row.reply() for row in data.rows}}
     for who in replies:
         said[who] = {line: text for line, (text, _) in replies[who].items()}
@@ -209,7 +209,7 @@ def find_figures(data, asked, nats, replies, args):
     for who in said:
         figures.add_style(table, who, texts[who])
         figures.add_by_heart(table, who, texts[who], learned)
-    too_long = [row.length() > args.max_tokens + 1 for row in asked]
+    too_long = [row.reply_length() > args.max_tokens + 1 for row in asked]
     table["cut off"]["reference"] = sum(too_long) / len(asked)
     for who in replies:
         not_ended = [not replies[who][row.line][1] for row in asked]
@@ -252,7 +252,7 @@ def find_facts(args, at, data, models, warnings):
         "judged": list(models)[-1],
         "is_trial": args.model.startswith("tiny-"),  # of tests/tiny_base.py
         "rows": len(data.rows),
-        "tokens": sum(row.length() for row in data.rows),
+        "tokens": sum(row.reply_length() for row in data.rows),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
         "trained": report.date_of(at.adapter / "adapters.safetensors"),
         "run": at.run,
@@ -270,7 +270,7 @@ def find_facts(args, at, data, models, warnings):
 def defuse(text):
     """Return a cell that no spreadsheet takes for a formula: "=1+1" → "'=1+1".
 
-    Nor one that cuts the file at ';', as in Italy. It can hold 32,767 characters.
+    Nor one that cuts the file at ';', as in Italy. A cell holds at most 32,767 characters.
     """
     text = visible(text.replace("\t", " "))[:32_000]
     return re.sub(r"""((?:^|[;\n])[\s"]*)([=+\-@\uff1d\uff0b\uff0d\uff20])""", r"\1'\2", text)

@@ -197,8 +197,8 @@ def main():
         make_prompt([(me, "hi")], author, settings, tokenizer)
     except Exception as error:  # whatever is wrong with the files of a model
         fail(f"{adapter or folder} does not load: {error}", command)
-    temperature, top_p, top_k = sampling_of(folder, args.temperature).values()
-    sampler = make_sampler(temperature, top_p, top_k=top_k)
+    sampling = sampling_of(folder, args.temperature)
+    sampler = make_sampler(sampling["temperature"], sampling["top_p"], top_k=sampling["top_k"])
 
     def answer(log):
         prompt = make_prompt(log, author, settings, tokenizer)

@@ -38,10 +38,6 @@ from pathlib import Path
 
 
 # ---- how a setting is typed ----------------------------------------------------------------------
-def yes_or_no(digit):
-    return bool(int(digit))
-
-
 def template(text):
     return text.replace("\\n", "\n")
 
@@ -64,13 +60,13 @@ add("--version", default=env("VERSION"), help="which data: data/raw/messages_VER
 add("--model", default=env("MODEL"), help="whose tokenizer to use")
 add("--prompt", type=template,
     default="{context}\n\nWrite the next message of this chat[, as {author}].",
-    help="template of a prompt; what stands in [] goes if the model does not see names")
+    help="the prompt; what is in [] is left out if the model does not see names")
 add("--question-prompt", type=template,
     default="{context}\n\nAsk the next question in this chat[, as {author}].",
     help="the same, where the reply is a question")
-add("--names", type=yes_or_no, default="1", help="1: the model sees who says what; 0: it does not")
+add("--names", type=int, choices=[0, 1], default=1, help="1: the model sees who says what")
 add("--only-author", default="", help="learn this author's replies alone")
-add("--shape", choices=["prompt", "turns"], help="turns, of --only-author: a talk with the others")
+add("--shape", choices=["prompt", "turns"], help="turns with --only-author, else prompt")
 add("--window", type=int, default=10, help="messages before a reply that the model sees")
 add("--stride", type=int, default=0,
     help="messages from one trained reply to the next; 0: as --window")
@@ -79,12 +75,12 @@ add("--burst", type=float, default=0.0, help="join an author's messages within s
 add("--off", type=list_of_names, default=[], metavar="RULES",
     help="names of rules to switch off, with commas: 'link,too short'")
 add("--block", type=os.path.abspath, help="file of words, one a line, that become […] everywhere")
-add("--max-context-chars", type=int, default=300, help="of a message before a reply; the rest is …")
+add("--max-context-chars", type=int, default=300, help="of a message before a reply; then comes …")
 add("--max-seq-length", type=int, default=os.environ.get("MAX_SEQ_LENGTH", 1024),
     help="most tokens in a row, as in fine_tune.sh")
 add("--valid-size", type=float, default=0.1, help="share of the rows to validate with, 0 to 1")
 add("--valid-rows", type=int, default=400, help="most rows to validate with")
-add("--seed", type=int, default=0, help="of the split; another whole number, another split")
+add("--seed", type=int, default=0, help="whole number; another one gives another split")
 # fmt: on
 # --------------------------------------------------------------------------------------------------
 
@@ -149,7 +145,7 @@ def shuffled(items, seed):
 
 # ---- who is learned ------------------------------------------------------------------------------
 def check_author(conversations, s, raw):
-    """End the run if nobody has the name of --only-author; propose one who is there."""
+    """End the run if nobody has the name of --only-author; propose a name that is there."""
     authors = Counter(message.author for log in conversations.values() for message in log)
     names = [name for name, _ in authors.most_common() if name]
     if s.only_author in ["", *names]:
@@ -189,12 +185,12 @@ def talks_of(log, s):
     talks, last = [], None
     for message in in_order(log):
         is_timed = last and last.time is not None and message.time is not None
-        pause = abs(message.time - last.time) / 60 if is_timed else 0
-        is_same = last and last.author == message.author != ""
+        pause = abs(message.time - last.time) / 60 if is_timed else 0  # minutes
+        is_same_author = last and last.author == message.author != ""
         is_assistant = s.shape == "turns" and message.author == s.only_author
         if not last or (s.gap and pause > 60 * s.gap):
             talks.append([[message]])
-        elif is_same and (is_assistant or (s.burst and pause <= s.burst)):
+        elif is_same_author and (is_assistant or (s.burst and pause <= s.burst)):
             talks[-1][-1].append(message)
         else:
             talks[-1].append([message])
@@ -207,7 +203,7 @@ def joined(turn):
     return replace(turn[0], text="\n".join(message.text for message in turn))
 
 
-def rows_of_talk(talk, number, place, s):
+def rows_of_talk(talk, talk_number, place, s):
     """Return a row for each message; its context is the --window messages before it.
 
     a b c, --window 1 → (nothing) a, at the first place; a b; b c
@@ -216,7 +212,7 @@ def rows_of_talk(talk, number, place, s):
     for end, message in enumerate(talk):
         start = max(0, end - s.window)
         places = range(place + start, place + end + 1)
-        rows.append(Row(talk[start:end], message, number, places))
+        rows.append(Row(talk[start:end], message, talk_number, places))
     return rows
 
 
@@ -232,7 +228,7 @@ def overlap(before, texts):
     return int(before[-1:] == texts[:1])
 
 
-def rows_of_ready(messages, number, place, is_one_talk, s):
+def rows_of_ready(messages, talk_number, place, is_one_talk, s):
     """Return the rows of messages that have their contexts, laid end to end where these overlap.
 
     a b → c,  b c → d,  x → y        a at place 0, b 1, c 2, d 3; x far away, in a talk of its own
@@ -243,10 +239,10 @@ def rows_of_ready(messages, number, place, is_one_talk, s):
         shared = overlap(before, texts)
         if rows and not shared:
             place += s.stride  # far enough for --stride to keep both
-            number += not is_one_talk
+            talk_number += not is_one_talk
         places = range(place - shared, place - shared + len(texts))
         place = places.stop
-        rows.append(Row(message.context, message, number, places))
+        rows.append(Row(message.context, message, talk_number, places))
         before = texts
     return rows
 
@@ -294,9 +290,9 @@ PUNCTUATION = {i: None for i in range(0x10000) if unicodedata.category(chr(i))[0
 
 
 def repetition(text):
-    """Return the words per different word, of which at least two count; 0 for under six words.
+    """Return how many words there are to each different one; 0 for under six words.
 
-    "gg gg GG gg gg gg" → 3.0
+    "gg gg GG gg gg gg" → 3.0, as if two were different
     """
     words = text.count(" ") + 1
     return words / max(2, len(set(text.casefold().split()))) if words >= 6 else 0
@@ -309,7 +305,7 @@ def share(test, items):
 
 @cache
 def folded(text):
-    """Return text without case, punctuation and space: "Ciao,  MAMMA!!" → "ciaomamma"."""
+    """Return text without case, punctuation and spaces: "Ciao,  MAMMA!!" → "ciaomamma"."""
     return text.casefold().translate(PUNCTUATION) or text  # "?!" stays
 
 
@@ -342,8 +338,9 @@ def thin_out(rows, s):
     """
     after = None
     for row in reversed(rows):
-        is_same = after and after.talk_number == row.talk_number and not row.message.prompt
-        if is_same and after.places.stop - row.places.stop < s.stride:
+        is_same_talk = after and after.talk_number == row.talk_number
+        is_near = is_same_talk and after.places.stop - row.places.stop < s.stride
+        if is_near and not row.message.prompt:  # ready pairs all stay
             row.rule = "between rows (--stride)"
         else:
             after = row
@@ -355,7 +352,7 @@ def settle_names(rows, s):
     authors = [message.author for row in rows for message in (*row.context, row.message)]
     others = set(authors) - {s.only_author}
     is_known = sum(map(bool, authors)) > len(authors) / 2
-    s.names = s.names and is_known and (s.shape == "prompt" or len(others) > 1)
+    s.names = bool(s.names) and is_known and (s.shape == "prompt" or len(others) > 1)
     optional = r"\[([^\[\]]*\{author\}[^\[\]]*)\]"
     for name in "prompt", "question_prompt":
         setattr(s, name, re.sub(optional, r"\1" if s.names else "", getattr(s, name)))
@@ -450,7 +447,7 @@ def order(rows, seed):
 
 
 # ---- tell what came out --------------------------------------------------------------------------
-def print_table(dropped):
+def tell_dropped(dropped):
     """Print how many rows each rule dropped, and the first of them."""
     first = {row.rule: " ".join(row.reply.split()) for row in reversed(dropped)}
     print(f"\n{'rule':30}{'dropped':>9}  for example")
@@ -479,10 +476,7 @@ def tell_private(rows):
         say("private?", f"{len(found):,} found that may be a password, a code or an address:")
         for part in list(dict.fromkeys(found))[:8]:
             say("", f"  {part:.65}")
-        say(
-            "",
-            "to hide some, write them to a file, one a line, and add --block FILE",
-        )
+        say("", "to hide some, write them to a file, one a line, and add --block FILE")
 
 
 ENOUGH = [  # from so many training rows on; tests/benchmarks/README.md has the measurements
@@ -532,16 +526,17 @@ def tell_replaced(before, version):
 def make_rows(raw, s, tokenizer):
     """Return the rows to train with, those to validate with, and those that are dropped."""
     tokens = control_tokens(tokenizer) if tokenizer else []
-    tidy, name = cleaners("personal data" not in s.off, s.block, tokens)
-    conversations = read(raw, tidy, name)
-    s.only_author = name(s.only_author)
+    tidy, tidy_name = cleaners("personal data" not in s.off, s.block, tokens)
+    conversations = read(raw, tidy, tidy_name)
+    s.only_author = tidy_name(s.only_author)
     check_author(conversations, s, raw)
 
     rows = lay_out(conversations, s)
     choose(rows, s)
     good = kept(rows)
     settle_names(good, s)
-    talks, seen = len({row.talk_number for row in good}), "sees" if s.names else "does not see"
+    talks = len({row.talk_number for row in good})
+    seen = "sees" if s.names else "does not see"
     say("rows", f"{len(good):,} (talks: {talks:,}); the model {seen} who says what")
 
     train, valid = split(good, s.valid_size, s.valid_rows, s.seed) if good else ([], [])
@@ -566,7 +561,7 @@ def main():
     say("reading", " ".join([str(raw), *sys.argv[1:]]))
 
     train, valid, dropped = make_rows(raw, s, find_tokenizer(s))
-    print_table(dropped)
+    tell_dropped(dropped)
     if not train or not valid:
         what = f"{raw}: {len(train) + len(valid)} rows are left, too few to split"
         fail(f"{what} (it takes about 30)", "# use a longer chat, or --off 'RULE' of the table")

@@ -16,7 +16,7 @@
 set -a                                   # the Python programs read them, too
 VERSION=${VERSION:-v1}                   # which data: data/for_train/VERSION
 MODEL=${MODEL:-gemma-3-text-27b-it-4bit} # which base model: models/base/MODEL
-ITERS=${ITERS:-auto}                     # batches to train on; auto: one epoch, at most 1,200 rows
+ITERS=${ITERS:-auto}                     # iterations; auto: one epoch, at most 1,200 rows
 BATCH_SIZE=${BATCH_SIZE:-2}              # rows in a batch; out of memory: 1
 GRAD_CHECKPOINT=${GRAD_CHECKPOINT:-0}    # 1 takes about 0.6 of the memory, and a third more time
 MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-1024}   # most tokens in a row, as in build_train.py
@@ -27,7 +27,7 @@ DROPOUT=${DROPOUT:-0.0}                  # share of its input that is dropped; o
 NUM_LAYERS=${NUM_LAYERS:--1}             # layers to train, counted from the last; -1 all
 EMBEDDINGS=${EMBEDDINGS:-1}              # 1 adapts the token embeddings too
 MASK_PROMPT=${MASK_PROMPT:-0}            # 1 learns replies only; 0 is better where prompts are chat
-EVAL_EVERY=${EVAL_EVERY:-200}            # batches between two checkpoints that are scored
+EVAL_EVERY=${EVAL_EVERY:-200}            # iterations between two scored checkpoints
 SEED=${SEED:-0}                          # another whole number: the batches in another order
 CHECK_MEMORY=${CHECK_MEMORY:-1}          # 0 trains even if it seems not to fit; a Mac may crash
 LAUNCH=${LAUNCH:-}                       # several machines: "mlx.launch --hostfile hosts.json --"
@@ -79,31 +79,31 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $adapter" "# wait until it is done, or end it"
 
 # ---- start, or go on -----------------------------------------------------------------------------
-full() {
+cannot_write() {
   fail "cannot write to $work" "df -h models/adapters  # free space" "RESUME=$RESUME $again"
 }
 if [ "$RESUME" = 1 ]; then
-  batches_done=$((10#$(basename "$newest" .safetensors))) # 10#: 0000200 is not octal
-  echo "resuming    after $batches_done of $ITERS batches; the optimizer starts anew"
+  iters_done=$((10#$(basename "$newest" .safetensors))) # 10#: 0000200 is not octal
+  echo "resuming    after $iters_done of $ITERS iterations; the optimizer starts anew"
 elif [ "$RESUME" = auto ] && [ "$newest" ]; then
   fail "an interrupted run has left a checkpoint, $(basename "$newest")" \
     "RESUME=1 $again  # goes on with it" "RESUME=0 $again  # starts anew"
 else
-  batches_done=0 newest=
+  iters_done=0 newest=
   rm -rf "$work"
   mkdir -p "$work/data"
-  cp "$train" "$work/data" || full
-  cp "$valid" "$work" || full # elsewhere, or mlx_lm.lora would score it, prompts and padding too
-  echo "$plan" >"$work/settings" || full
+  cp "$train" "$work/data" || cannot_write
+  cp "$valid" "$work" || cannot_write # not in data/: mlx_lm.lora would score it, padding too
+  echo "$plan" >"$work/settings" || cannot_write
 fi
 
 # ---- train ---------------------------------------------------------------------------------------
-# What mlx_lm.lora has no flags for. The rate rises for a few batches, then falls to 0 along a line,
+# What mlx_lm.lora has no flags for. The rate rises for some iterations, then falls to 0 in a line,
 # which a resumed run rejoins. With such a schedule --learning-rate is only written down.
-left=$((ITERS - batches_done))
+left=$((ITERS - iters_done))
 warmup=$((left < 20 ? left / 2 : 10))
 rate=$(LC_ALL=C awk "BEGIN { print $LEARNING_RATE * $left / $ITERS }")
-cat >"$work/lora_config.yaml" <<YAML || full
+cat >"$work/lora_config.yaml" <<YAML || cannot_write
 lora_parameters:
   rank: $RANK
   scale: $SCALE
@@ -127,20 +127,20 @@ trap interrupted INT
 if [ "$(uname)" = Darwin ]; then
   caffeinate -i -w $$ 9>&- & # a Mac does not fall asleep while this script runs
 fi
-# A checkpoint to resume from every 50 batches: about ten minutes at 27B.
+# A checkpoint to resume from every 50 iterations: about ten minutes at 27B.
 save_every=$((EVAL_EVERY % 50 == 0 ? 50 : EVAL_EVERY))
 if [ "$left" -gt 0 ]; then
   # Links to the files of the base model, with a chat template that does not ask it to think.
   python -m models.chat_template "models/base/$MODEL" "$work/base/$MODEL"
   # shellcheck disable=SC2086 # LAUNCH is several words
-  python -m models.watch_training "$work" "$batches_done" "$ITERS" \
+  python -m models.watch_training "$work" "$iters_done" "$ITERS" \
     $LAUNCH "$(command -v mlx_lm.lora)" --train "$@" \
     --model "$work/base/$MODEL" \
     --data "$work/data" \
     --adapter-path "$work/run" \
     --config "$work/lora_config.yaml" \
     --num-layers "$NUM_LAYERS" --max-seq-length "$MAX_SEQ_LENGTH" \
-    --batch-size "$BATCH_SIZE" --iters "$left" --seed "$((SEED + batches_done))" \
+    --batch-size "$BATCH_SIZE" --iters "$left" --seed "$((SEED + iters_done))" \
     --learning-rate "$LEARNING_RATE" --save-every "$save_every" --steps-per-report 1 \
     ${newest:+--resume-adapter-file "$newest"}
 fi

@@ -35,7 +35,7 @@ export HF_HUB_OFFLINE=1 # nothing leaves this machine
 command -v python >/dev/null || fail "python was not found" "source venv/bin/activate"
 adapter=models/adapters/adapter-${VERSION}_$MODEL
 fused=models/fused/fused-${VERSION}_$MODEL
-# All work is done beside the fused model, on its disk; that itself changes at the very end.
+# All work is done beside the fused model, on its disk; the model itself changes at the very end.
 hidden=$(python -m models.folders "$fused") # models/fused/.fused-v1_gemma
 work=$hidden.partial
 base=$work/base/$MODEL
@@ -49,15 +49,15 @@ python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/n
   fail "another run is writing $fused" "# wait until it is done, or end it"
 
 # ---- fuse ----------------------------------------------------------------------------------------
-stop() {
+interrupted() {
   kill ${!:-} 2>/dev/null || true
   echo "interrupted: an older fused model stays as it was" >&2
   exit 130
 }
-trap stop INT TERM HUP
+trap interrupted INT TERM HUP
 trap 'rm -rf "$work"' EXIT
 
-step() { # a command whose output goes into a log; of an error one line is shown
+step() { # log a command; it runs in the background, so that bash answers a signal at once
   echo "running     $1"
   "$@" >"$hidden.log" 2>&1 &
   wait $! || python -m models.check_fusing explain "$hidden.log"
@@ -79,7 +79,7 @@ case $FUSED_BITS in
     step mlx_lm.convert --hf-path "$work/exact" --mlx-path "$work/model" -q --q-bits 8
     ;;
 esac
-# As in the base: mlx-lm writes a config that only transformers 5 reads, and GGUF needs the other.
+# Only transformers 5 reads the config that mlx-lm writes; GGUF needs that of the base.
 cp "$base/tokenizer_config.json" "$work/model"
 if [ -f "$base/tokenizer.model" ]; then cp "$base/tokenizer.model" "$work/model"; fi
 

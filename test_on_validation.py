@@ -27,7 +27,6 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -48,17 +47,17 @@ add("--models", default="base,adapter,fused", help="which of the three to test")
 add("--replies", type=int, default=100, help="rows that every model answers; 0 none")
 add("--temperature", type=float, help="0 the likeliest word, 1 as learned; else the base's own")
 add("--max-tokens", type=int, default=60, help="tokens of the longest reply")
-add("--seed", type=int, default=0, help="same seed: same rows; same machine: same replies")
+add("--seed", type=int, default=0, help="the same seed: the same rows and, on one machine, replies")
 add("--reply-batch", type=int, default=8, help="replies written at a time; less saves memory")
 add("--batch-tokens", type=int, default=2048, help="tokens read at a time; less saves memory")
 
 TALK = 10  # turns of the sample talk
-FEWEST = 20  # replies of which can be said how they sound
+FEWEST = 20  # replies; from fewer nobody can say how a model sounds
 # ---- end of the settings ------------------------------------------------------------------------
 
 
-def settings():
-    """Return the settings of this run; end it if one of them cannot be."""
+def arguments():
+    """Return the settings of this run; end it if one of them is wrong."""
     parser.error = lambda what: fail(what, f"{ME} --help", code=2)
     args = parser.parse_args()
     check_names(args.version, args.model)
@@ -69,20 +68,6 @@ def settings():
         if isinstance(value, int | float) and not value >= least:  # nor NaN
             parser.error(f"--{name.replace('_', '-')} cannot be {value}")
     return args
-
-
-def places(args):
-    """Return where things are, and how a command for the same data and model begins."""
-    name = f"{args.version}_{args.model}"
-    return SimpleNamespace(
-        data=Path("data/for_train", args.version),
-        base=Path("models/base", args.model),
-        adapter=Path(f"models/adapters/adapter-{name}"),
-        fused=Path(f"models/fused/fused-{name}"),
-        results=Path("data/results", name),
-        run=f"VERSION={args.version} MODEL={args.model}",
-        build=f"VERSION={args.version} python build_train.py",
-    )
 
 
 # ---- what is there ------------------------------------------------------------------------------
@@ -125,7 +110,7 @@ class Row:
         """Return what was really said."""
         return visible(self.messages[-1][1])
 
-    def length(self):
+    def reply_length(self):
         """Return the tokens of the reply."""
         return len(self.tokens) - self.start
 
@@ -213,12 +198,10 @@ def measure(models, rows, asked, args):
 def find_figures(data, asked, nats, replies, args):
     """Return the table of figures, and the texts {"reference": {line: text}, "base": …}."""
     table = defaultdict(dict)
-    figures.add_losses(table, nats, np.array([row.length() for row in data.rows]))
+    figures.add_losses(table, nats, np.array([row.reply_length() for row in data.rows]))
     said = {"reference": {row.line: row.reply() for row in data.rows}}
-    ended = {"reference": {row.line: row.length() <= args.max_tokens + 1 for row in data.rows}}
     for who in replies:
         said[who] = {line: text for line, (text, _) in replies[who].items()}
-        ended[who] = {line: done for line, (_, done) in replies[who].items()}
     if not asked:
         return table, said
     learned = "\n".join(text for talk in data.train for _, text in talk)
@@ -226,7 +209,11 @@ def find_figures(data, asked, nats, replies, args):
     for who in said:
         figures.add_style(table, who, texts[who])
         figures.add_by_heart(table, who, texts[who], learned)
-        table["cut off"][who] = 1 - sum(ended[who][row.line] for row in asked) / len(asked)
+    too_long = [row.reply_length() > args.max_tokens + 1 for row in asked]
+    table["cut off"]["reference"] = sum(too_long) / len(asked)
+    for who in replies:
+        not_ended = [not replies[who][row.line][1] for row in asked]
+        table["cut off"][who] = sum(not_ended) / len(asked)
     if len(asked) >= FEWEST:
         names = {name.casefold() for row in data.rows for name, _ in row.messages}
         real = texts.pop("reference")
@@ -265,7 +252,7 @@ def find_facts(args, at, data, models, warnings):
         "judged": list(models)[-1],
         "is_trial": args.model.startswith("tiny-"),  # of tests/tiny_base.py
         "rows": len(data.rows),
-        "tokens": sum(row.length() for row in data.rows),
+        "tokens": sum(row.reply_length() for row in data.rows),
         "learned": {"rows": len(data.train), "messages": sum(map(len, data.train))},
         "trained": report.date_of(at.adapter / "adapters.safetensors"),
         "run": at.run,
@@ -283,7 +270,7 @@ def find_facts(args, at, data, models, warnings):
 def defuse(text):
     """Return a cell that no spreadsheet takes for a formula: "=1+1" → "'=1+1".
 
-    Nor one that cuts the file at ';', as in Italy. It can hold 32,767 characters.
+    Nor one that cuts the file at ';', as in Italy. A cell holds at most 32,767 characters.
     """
     text = visible(text.replace("\t", " "))[:32_000]
     return re.sub(r"""((?:^|[;\n])[\s"]*)([=+\-@\uff1d\uff0b\uff0d\uff20])""", r"\1'\2", text)
@@ -307,20 +294,20 @@ def write(final, page, facts, asked, said):
 # ---- the run ------------------------------------------------------------------------------------
 def main():
     os.chdir(common.ROOT)
-    args = settings()
-    at = places(args)
+    args = arguments()
+    at = folders.places(args.version, args.model)
     models = find_models(args, at)
     data = read_data(at)
     vars(args).update(sampling_of(at.base, args.temperature))
     warnings = []
     if list(models) != ["base"]:
-        warnings = common.warn_of_changes(args.version, at.adapter, at.fused, at.run)
+        warnings = common.warn_of_changes(at)
     print(f"testing     {', '.join(models)} on {len(data.rows)} rows of {at.data}/valid.jsonl")
 
     order = np.random.default_rng(args.seed).permutation(len(data.rows))
     asked = [data.rows[place] for place in order[: args.replies]]
-    places_of_talk = longest_talk([row.messages for row in data.rows], TALK) if asked else []
-    talk = [data.rows[place] for place in places_of_talk]
+    places = longest_talk([row.messages for row in data.rows], TALK) if asked else []
+    talk = [data.rows[place] for place in places]
     answered = list({row.line: row for row in asked + talk}.values())  # each row once
     nats, replies = measure(models, data.rows, answered, args)
 
@@ -330,8 +317,8 @@ def main():
     facts = find_facts(args, at, data, models, warnings)
     facts["verdict"] = verdict.verdict(table, facts)
     page = report.render(facts, table, asked, talk, said, at.results)
-    known = {name: figure for name, figure in table.items() if figure}
-    before = write(at.results, page, facts | known, asked, said)
+    measured = {name: figure for name, figure in table.items() if figure}
+    before = write(at.results, page, facts | measured, asked, said)
     print("", *verdict.as_text(facts["verdict"]), sep="\n")
     print(f"\nwrote       {at.results}/report.html")
     print("            also generations.csv, metrics.json")

@@ -1,8 +1,8 @@
 r"""What may be learned of a message: nothing invisible, no control tokens, no personal data.
 
-tidy, name = cleaners(hide=True, block="words.txt", tokens=["<go!>"])
+tidy, tidy_name = cleaners(hide=True, block="words.txt", tokens=["<go!>"])
 tidy("ring 98765 43210 <go!>") → "ring […] < go!>"
-name("+39 333 123 4567")       → "Person 1"
+tidy_name("+39 333 123 4567")  → "Person 1"
 """
 
 # ruff: noqa: RUF001 (chat is in many scripts)
@@ -87,10 +87,10 @@ def cleaners(hide, block, tokens):
         return control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)  # "< eos>"
 
     @cache
-    def name(author):
+    def tidy_name(author):
         shown = tidy(author)[:60]
         if "[…]" not in shown:
             return shown
         return people.setdefault(clean(author), f"Person {len(people) + 1}")
 
-    return tidy, name
+    return tidy, tidy_name

@@ -109,7 +109,7 @@ KINDS = {  # key of an entry: what its value may be
 
 
 def get(entry, key):
-    """Return a value of the entry; raise ValueError if it is not what it may be."""
+    """Return a value of the entry; raise ValueError if it is none of its KINDS."""
     value = entry.get(key)
     if isinstance(value, KINDS[key]):
         return value
@@ -131,12 +131,12 @@ def seconds(value):
 bare = cache(Message)  # a context repeats most of the one before it: this saves memory
 
 
-def parse(number, entry, tidy, name):
+def parse(number, entry, tidy, tidy_name):
     r"""Return the message of an entry, cleaned.
 
     {"prompt": "hi\nready?", "completion": "yes"} → "yes" with the context "hi", "ready?"
     """
-    author = name(str(get(entry, "author") or ""))
+    author = tidy_name(str(get(entry, "author") or ""))
     if "prompt" in entry:
         texts = get(entry, "prompt"), get(entry, "completion")
         prompt, reply = ("\n".join(map(tidy, text.split("\n"))).strip() for text in texts)
@@ -149,7 +149,7 @@ def parse(number, entry, tidy, name):
     return Message(reply, author, seconds(get(entry, "time")), number)
 
 
-def read(path, tidy, name):
+def read(path, tidy, tidy_name):
     """Return {conversation: [message, …]}, in the order of the file."""
     is_list = path.suffix == ".json"
     entries = enumerate(bar(read_list(path), "reading")) if is_list else read_lines(path)
@@ -159,7 +159,7 @@ def read(path, tidy, name):
         unknown |= entry.keys() - KINDS.keys()
         try:
             conversation = get(entry, "conversation")
-            message = parse(number, entry, tidy, name)
+            message = parse(number, entry, tidy, tidy_name)
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             where = f"{path}, {'entry' if is_list else 'line'} {number}"
             fail_to_read(where, f"{error} in {json.dumps(entry):.100}")

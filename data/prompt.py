@@ -10,7 +10,7 @@ Settings (those of build_train.py; chat.py finds them in settings.json):
 
 
 def make_chat(context, author, settings, is_question=False):
-    r"""Return the chat that the author has to go on with; context is [(name, text), …].
+    r"""Return the chat that the author continues; context is [(name, text), …].
 
     [("ann", "hi"), ("cy", "you?")] and "bob" become, in the shape "prompt",
         [{"role": "user", "content": "ann: hi\ncy: you?\n\nWrite the next message …, as bob."}]

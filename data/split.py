@@ -74,7 +74,7 @@ def split(rows, valid_size, valid_rows, seed):
 
 
 def runs(row, size):
-    """Return what stands on end in a row, `size` messages each: a b c d, 3 → {abc, bcd}."""
+    """Return every `size` messages of a row that follow each other: a b c d, 3 → {abc, bcd}."""
     texts = row.texts
     return set(zip(*(texts[i:] for i in range(size)), strict=False))
 

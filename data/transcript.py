@@ -69,9 +69,9 @@ def as_text(messages):
 
 
 def what_others_said(messages, joined):
-    """Return what another one said right before the reply, "" if that was its author.
+    """Return what somebody else said right before the reply, "" if its author did.
 
-    joined: all that this other one wrote on end, as the replies are in the shape "turns".
+    joined: all that they wrote in a row, as the replies are in the shape "turns".
     """
     *before, (author, _) = messages
     if not before or before[-1][0] == author:

@@ -67,7 +67,7 @@ def matrices(layer):
 def token_embeddings(model):
     """Return (name, module) of the embeddings of the tokens.
 
-    They have a row for each token. Those for the layers of Gemma 3n have, too, and are wider.
+    They have a row for each token. So have those for the layers of Gemma 3n, which are wider.
     """
     in_blocks = {id(module) for layer in model.layers for _, module in layer.named_modules()}
     found = [
@@ -81,7 +81,7 @@ def token_embeddings(model):
 def can_train(model, keys):
     """Say whether mlx-lm can adapt these and find gradients, without computing any.
 
-    Some models use the weight of a layer without calling it, and an adapted layer has none.
+    Some models read the weight of a layer instead of calling it, and an adapted layer has none.
     """
     kinds = LINEAR + EMBEDDINGS
     before = [(name, m) for name, m in model.named_modules() if can_adapt(m, kinds)]
@@ -125,7 +125,7 @@ def shape_of(module):
     return (experts or [1])[0], outputs, inputs * 32 // bits
 
 
-def weights(modules):
+def count_weights(modules):
     return sum(math.prod(shape_of(module)) for module in modules)
 
 
@@ -146,7 +146,7 @@ def state_size(layer):
     for _, module in layer.named_modules():
         if "A_log" not in module:
             continue
-        heads = module.A_log.size
+        heads = module.A_log.size  # in Mamba 1 all of its state
         if hasattr(module, "head_k_dim"):
             return heads * module.head_k_dim * module.head_v_dim
         if hasattr(module, "ssm_state_size"):
@@ -188,7 +188,7 @@ def look_at(model, config, embeddings=True):
     adapted = [module for key, module in found if key in keys]
     left_out = {type(module).__name__ for key, module in found if key not in keys}
     summary = f"{len(adapted)} of {len(found)} matrices"
-    if weights(adapted) < SMALLEST_SHARE * weights(module for _, module in found):
+    if count_weights(adapted) < SMALLEST_SHARE * count_weights(module for _, module in found):
         raise ValueError(f"mlx-lm adapts {summary}, and no {', '.join(sorted(left_out))}")
     if embeddings:
         summary += ", and the embeddings" if name in keys else "; the embeddings cannot be adapted"

@@ -24,6 +24,7 @@ import pandas as pd
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tqdm import tqdm
 
+# How it was trained:
 HOW = ("settings", "lora_config.yaml", "training.log", "run/adapter_config.json")
 OURS = ("adapters.safetensors", "losses.csv", *(Path(name).name for name in HOW))
 
@@ -48,7 +49,7 @@ def main(work, base, adapter):
 
 
 def score(work, base):
-    """Return {batch: loss} of every checkpoint, and of the base model as batch 0."""
+    """Return {iteration: loss} of every checkpoint, and of the base model as iteration 0."""
     model, tokenizer = load_model(base)
     chats = read_rows(work / "valid.jsonl", rerun("./fine_tune.sh", RESUME=0))
     rows = [encode(tokenizer, chat) for chat in chats]
@@ -60,16 +61,16 @@ def score(work, base):
         config = json.loads((work / "run/adapter_config.json").read_bytes())
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
         model.eval()
-        for batch, file in checkpoints(work).items():
+        for iteration, file in checkpoints(work).items():
             model.load_weights(str(file), strict=False)
-            losses[batch] = loss_of_replies(model, rows, bar.update)
-            bar.write(f"{batch:6}  validation loss {losses[batch]:.3f}")
+            losses[iteration] = loss_of_replies(model, rows, bar.update)
+            bar.write(f"{iteration:6}  validation loss {losses[iteration]:.3f}")
     return losses
 
 
 def choose(losses):
-    """Return the batch with the lowest loss: {0: 9.5, 200: 3.1, 400: 3.2} → 200."""
-    good = {batch: loss for batch, loss in losses.items() if batch and math.isfinite(loss)}
+    """Return the iteration with the lowest loss: {0: 9.5, 200: 3.1, 400: 3.2} → 200."""
+    good = {when: loss for when, loss in losses.items() if when and math.isfinite(loss)}
     if not good:
         rate = lower_rate(os.environ["LEARNING_RATE"])
         again = rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)

@@ -56,7 +56,7 @@ ENDS = "exit", "quit", "/bye"  # typed alone, each ends the talk
 
 
 def arguments():
-    """Return the settings of this run; end it if one of them cannot be."""
+    """Return the settings of this run; end it if one of them is wrong."""
     parser.error = lambda what: fail(what, "python models/chat.py --help", code=2)
     args = parser.parse_args()
     if args.temperature is not None and not args.temperature >= 0:  # nor NaN
@@ -66,21 +66,17 @@ def arguments():
 
 
 # ---- what is there -------------------------------------------------------------------------------
-def find_model(version, model):
+def find_model(at):
     """Return (fused, None) or (base, adapter), and the command that makes the last of them."""
-    run, name = f"VERSION={version} MODEL={model}", f"{version}_{model}"
-    base = Path("models/base", model)
-    adapter = Path("models/adapters", f"adapter-{name}")
-    fused = Path("models/fused", f"fused-{name}")
-    folders.finish_move(adapter)
-    folders.finish_move(fused)
-    common.warn_of_changes(version, adapter, fused, run)
-    if fused.is_dir():
-        return fused, None, f"{run} ./fuse.sh"
-    folders.need(base / "config.json", "MODEL", common.download(model))
-    if not adapter.is_dir():
-        fail(f"there is no {adapter}, and no {fused}", f"{run} ./fine_tune.sh")
-    return base, adapter, f"{run} ./fine_tune.sh"
+    folders.finish_move(at.adapter)
+    folders.finish_move(at.fused)
+    common.warn_of_changes(at)
+    if at.fused.is_dir():
+        return at.fused, None, f"{at.run} ./fuse.sh"
+    folders.need(at.base / "config.json", "MODEL", common.download(at.base.name))
+    if not at.adapter.is_dir():
+        fail(f"there is no {at.adapter}, and no {at.fused}", f"{at.run} ./fine_tune.sh")
+    return at.base, at.adapter, f"{at.run} ./fine_tune.sh"
 
 
 def speakers(args, settings):
@@ -112,7 +108,7 @@ def make_prompt(log, author, settings, tokenizer):
 
 
 def cleaner(tokenizer):
-    r"""Return what makes a message as those learned: " how   are\n\n you" → "how are\nyou"."""
+    r"""Return what cleans a message as in training: " how   are\n\n you" → "how are\nyou"."""
     tidy, _ = cleaners(hide=False, block=None, tokens=control_tokens(tokenizer))
     return lambda text: "\n".join(filter(None, map(tidy, text.split("\n"))))
 
@@ -190,11 +186,10 @@ def talk(answer, tidy, author, me):
 def main():
     os.chdir(common.ROOT)
     args = arguments()
-    file = Path("data/for_train", args.version, "settings.json")
-    build = f"VERSION={args.version} python build_train.py"
-    folders.need(file, "VERSION", build)
-    settings = common.read_settings(file, build)
-    folder, adapter, command = find_model(args.version, args.model)
+    at = folders.places(args.version, args.model)
+    folders.need(at.data / "settings.json", "VERSION", at.build)
+    settings = common.read_settings(at.data / "settings.json", at.build)
+    folder, adapter, command = find_model(at)
     author, me = speakers(args, settings)
     print(f"loading {adapter or folder}", file=sys.stderr, flush=True)
     try:
@@ -202,8 +197,8 @@ def main():
         make_prompt([(me, "hi")], author, settings, tokenizer)
     except Exception as error:  # whatever is wrong with the files of a model
         fail(f"{adapter or folder} does not load: {error}", command)
-    temperature, top_p, top_k = sampling_of(folder, args.temperature).values()
-    sampler = make_sampler(temperature, top_p, top_k=top_k)
+    sampling = sampling_of(folder, args.temperature)
+    sampler = make_sampler(sampling["temperature"], sampling["top_p"], top_k=sampling["top_k"])
 
     def answer(log):
         prompt = make_prompt(log, author, settings, tokenizer)

@@ -10,7 +10,7 @@ Exit    0 done, 1 it cannot be fused, or a step has failed
 from models import common, folders
 from models.chat_template import load_tokenizer
 from models.common import fail, from_environment, rerun
-from models.memory import memory_for_mlx, memory_to_fuse, size_at_16_bits
+from models.memory import memory_for_mlx, memory_to_fuse, sizes_to_fuse
 
 import json
 import os
@@ -32,17 +32,17 @@ def check():
     bits = os.environ["FUSED_BITS"]
     if bits not in ("auto", "base", "16", "8"):
         fail(f"FUSED_BITS={bits} is not auto, base, 16 or 8", rerun("./fuse.sh", FUSED_BITS="auto"))
-    base = Path("models/base", model)
-    folders.need(base / "config.json", "MODEL", common.download(model))
-    check_adapter(Path(f"models/adapters/adapter-{version}_{model}"), version, model)
+    at = folders.places(version, model)
+    folders.need(at.base / "config.json", "MODEL", common.download(model))
+    check_adapter(at.adapter, version, model)
     try:
-        here, whole = size_at_16_bits(base)
-        if not load_tokenizer(base).has_chat_template:
+        base_size, full_size = sizes_to_fuse(at.base)
+        if not load_tokenizer(at.base).has_chat_template:
             raise ValueError("it has no chat template")
     except Exception as error:  # whatever is wrong with a download
-        fail(f"the base model in {base} cannot be used: {error!r}", common.download(model))
-    bits = choose_bits(bits, here, whole)
-    check_disk(Path(f"models/fused/fused-{version}_{model}"), bits, here, whole)
+        fail(f"the base model in {at.base} cannot be used: {error!r}", common.download(model))
+    bits = choose_bits(bits, base_size, full_size)
+    check_disk(at.fused, bits, base_size, full_size)
     print(bits)
 
 
@@ -66,32 +66,33 @@ def check_adapter(adapter, version, model):
         fail(f"{adapter} holds NaN or infinite values", rerun("./fine_tune.sh"))
 
 
-def choose_bits(bits, here, whole):
+def choose_bits(bits, base_size, full_size):
     """Return the bits to fuse at: auto is 8 if the base is quantized and there is memory enough."""
-    needed, allowed = memory_to_fuse(here, whole), memory_for_mlx()
+    needed, allowed = memory_to_fuse(base_size, full_size), memory_for_mlx()
     if bits == "auto":
-        bits = "8" if here < whole and needed < allowed else "base"
-    if bits == "base" and here < whole:
+        bits = "8" if base_size < full_size and needed < allowed else "base"
+    if bits == "base" and base_size < full_size:
         what = "rounding to the bits of the base may lose some of what was learned"
         fix = rerun("./fuse.sh", FUSED_BITS=8)
         fix += f"  # takes {needed / 1e9:.3g} GB of memory, of {allowed / 1e9:.3g} GB"
         common.warn(f"{what}; test_on_validation.py tells", fix)
-    if bits == "base" and here == whole:
+    if bits == "base" and base_size == full_size:
         print("bits        as in the base, which is not rounded: nothing is lost", file=sys.stderr)
     return bits
 
 
-def check_disk(fused, bits, here, whole):
+def check_disk(fused, bits, base_size, full_size):
     """Refuse what the disk has no room for; an older fused model, NAME.before, makes room."""
-    eight = whole + whole * 8.5 / 16  # the way to 8 bits leads over 16
-    old, needed = folders.before(fused), {"base": here, "16": whole, "8": eight}[bits]
+    eight = full_size + full_size * 8.5 / 16  # the way to 8 bits leads over 16
+    old, needed = folders.before(fused), {"base": base_size, "16": full_size, "8": eight}[bits]
     if shutil.disk_usage(old.parent).free < needed and old.exists():
         print(f"deleting    {old}: the disk has no room for it", file=sys.stderr)
         shutil.rmtree(old)
     free = shutil.disk_usage(old.parent).free
     if free < needed:
         what = f"fusing takes {needed / 1e9:.3g} GB of disk, and {free / 1e9:.3g} GB are free"
-        fail(what, *[rerun("./fuse.sh", FUSED_BITS="base")] * (here < free), "df -h models/fused")
+        smaller = [rerun("./fuse.sh", FUSED_BITS="base")] if base_size < free else []
+        fail(what, *smaller, "df -h models/fused")
 
 
 # ---- a step that failed --------------------------------------------------------------------------

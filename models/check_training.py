@@ -9,10 +9,11 @@ Exit    0 it can be trained, 1 it cannot
 
 from data.clean import control_token_in
 from models import common, folders
+from models.adapted import look_at, read_model
 from models.chat_template import check_template, load_tokenizer
 from models.common import fail, learning_rate, rerun, warn
 from models.completion_loss import encode
-from models.memory import changes_to_fit, memory_for_mlx, memory_to_train, sizes_of
+from models.memory import bytes_of_weights, changes_to_fit, memory_for_mlx, memory_to_train
 
 import math
 import os
@@ -98,7 +99,7 @@ def fill_in(s, size, rows):
     if s.LEARNING_RATE == "auto":
         s.LEARNING_RATE = float(f"{learning_rate(size.hidden):.1e}")
         say("rate", f"{s.LEARNING_RATE}, by the hidden size of the base, {size.hidden}")
-    say("run", f"{s.ITERS} batches of {s.BATCH_SIZE} = {s.ITERS / epoch:.3g} epochs")
+    say("run", f"{s.ITERS} iterations of {s.BATCH_SIZE} rows = {s.ITERS / epoch:.3g} epochs")
     if epoch > s.ITERS:
         say("", f"more lowers the loss, up to one epoch: ITERS={epoch}")
     if 2 * epoch < s.ITERS:
@@ -111,7 +112,10 @@ def fill_in(s, size, rows):
 def read_base(base, embeddings, download):
     """Return the sizes of a base model and its tokenizer; refuse one that is no good."""
     try:
-        size, tokenizer = sizes_of(base, embeddings), load_tokenizer(base)
+        weights = bytes_of_weights(base)
+        size = look_at(*read_model(base), embeddings)
+        size.weights = weights
+        tokenizer = load_tokenizer(base)
         check_template(tokenizer)
         return size, tokenizer
     except Exception as error:  # whatever is wrong with a download

@@ -148,12 +148,11 @@ def settings_of(adapter):
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def data_changed(version, adapter):
+def data_changed(data, adapter):
     """Say whether the data, and so window, names and author, may differ from what was trained."""
     settings = settings_of(adapter)
     for name in "train", "valid":
-        then = settings.get(f"{name.upper()}_SHA256")
-        now = checksum(Path("data/for_train", version, f"{name}.jsonl"))
+        then, now = settings.get(f"{name.upper()}_SHA256"), checksum(data / f"{name}.jsonl")
         if then and now and then != now:
             return True
     return False
@@ -168,18 +167,18 @@ def is_stale(adapter, fused):
     return checksum(adapter / "adapters.safetensors") not in ("", made_from)
 
 
-def warn_of_changes(version, adapter, fused, run):
-    """Return what does not belong together any more, [(sentence, command)], and print it."""
+def warn_of_changes(at):
+    """Print what no longer belongs together of folders.places(); return [(sentence, command)]."""
     found = []
-    if data_changed(version, adapter):
-        found.append(("the data are not those of the training", f"{run} ./fine_tune.sh"))
-    if is_stale(adapter, fused):
-        found.append((f"{fused} was made from another adapter", f"{run} ./fuse.sh"))
+    if data_changed(at.data, at.adapter):
+        found.append(("the data are not those of the training", f"{at.run} ./fine_tune.sh"))
+    if is_stale(at.adapter, at.fused):
+        found.append((f"{at.fused} was made from another adapter", f"{at.run} ./fuse.sh"))
     for warning in found:
         warn(*warning)
     return found
 
 
 def checkpoints(work):
-    """Return {batch: file} of the checkpoints of a training, in the order of time."""
+    """Return {iteration: file} of the checkpoints of a training, in the order of time."""
     return {int(file.stem): file for file in sorted(work.glob("0*.safetensors"))}

@@ -2,8 +2,8 @@
 
     python -m models.folders models/adapters/adapter-v1_gemma
 
-prints how the work on that folder is called: models/adapters/.adapter-v1_gemma. A folder may be a
-link to another disk: then the work is done there.
+prints what the names of work on that folder begin with: models/adapters/.adapter-v1_gemma. A folder
+may be a link to another disk: then the work is done there.
 """
 
 from models.common import DEFAULTS, NAME, check_names, fail, from_environment
@@ -16,9 +16,24 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 
 # ---- what is there -------------------------------------------------------------------------------
+def places(version, model):
+    """Return the folders of a VERSION and a MODEL, and how commands for them begin."""
+    name = f"{version}_{model}"
+    return SimpleNamespace(
+        data=Path("data/for_train", version),
+        base=Path("models/base", model),
+        adapter=Path(f"models/adapters/adapter-{name}"),
+        fused=Path(f"models/fused/fused-{name}"),
+        results=Path("data/results", name),
+        run=f"VERSION={version} MODEL={model}",
+        build=f"VERSION={version} python build_train.py",
+    )
+
+
 def place_of(folder):
     """Return where a folder really is: a link may lead to another disk, which must be there."""
     place, here = Path(os.path.realpath(folder)), Path.cwd()
@@ -45,13 +60,13 @@ def need(file, variable, command):
 
 # ---- a new one appears whole or not at all -------------------------------------------------------
 def before(folder):
-    """Return where the folder of before is kept: models/fused/fused-v1_gemma.before."""
+    """Return where the previous folder is kept: models/fused/fused-v1_gemma.before."""
     place = place_of(folder)
     return place.with_name(f"{place.name}.before")
 
 
 def hidden(folder):
-    """Return models/fused/.fused-v1_gemma, as the work is called: no VERSION begins with a dot."""
+    """Return how names of work begin: models/fused/.fused-v1_gemma; no VERSION has that dot."""
     place = place_of(folder)
     return place.with_name(f".{place.name}")
 
@@ -75,10 +90,10 @@ def work_folder(output):
 
 
 def into_place(new, folder, ours):
-    """Put a finished folder into its place; return where the one of before is, None if nowhere.
+    """Put a finished folder into its place; return where the previous one is now, None if nowhere.
 
     `ours` are the files that scripts write there ("*.jsonl", …): all others are a person's own.
-    Killed at any moment this leaves the folder of before or the new one; see finish_move().
+    Killed at any moment, this leaves the previous folder or the new one; see finish_move().
     """
     folder = place_of(folder)
     finish_move(folder)  # of a run that was killed
@@ -114,7 +129,7 @@ def carry_over(old, new, ours):
 
 
 def link(source, target):
-    """Make one file two, without a copy where the disk can: an exFAT disk knows no links."""
+    """Link a file, or copy it where the disk knows no links, as exFAT."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,24 +1,11 @@
 """How large a base model is, how much memory it takes to train it, and how much there is."""
 
-from models.adapted import look_at, read_model
-
 import json
 import os
 from types import SimpleNamespace
 
 import mlx.core as mx
 import safetensors
-
-
-def sizes_of(base, embeddings):
-    """Return what look_at() finds in a base model, and its bytes; an error if it is cut off.
-
-    keys=["mlp.down_proj", …], blocks=[…], hidden=2560, vocabulary=262208, weights=2200000000
-    """
-    weights = bytes_of_weights(base)
-    size = look_at(*read_model(base), embeddings)
-    size.weights = weights
-    return size
 
 
 def bytes_of_weights(base):
@@ -41,6 +28,8 @@ def memory_for_mlx():
 
 def memory_to_train(s, size, longest):
     """Return the bytes at the peak, fitted to Gemma 3 with tests/benchmarks/memory.py.
+
+    `size` comes from look_at() in models/adapted.py, and has the bytes of the weights too.
 
     Each adapted matrix has RANK x (inputs + outputs) numbers to train, of 26 bytes each. A token of
     a batch takes 8 bytes for each word of the vocabulary, and what the blocks keep for the backward
@@ -77,16 +66,16 @@ def changes_to_fit(s, size, longest, allowed):
     return None
 
 
-def memory_to_fuse(here, whole):
+def memory_to_fuse(base_size, full_size):
     """Return the bytes at the peak: mlx_lm.fuse holds the base and the 16-bit model at once."""
-    return 1.1 * (here + whole)  # measured: 1.06 times their sum
+    return 1.1 * (base_size + full_size)  # measured: 1.06 times their sum
 
 
-def size_at_16_bits(base):
-    """Return (what the weights of a base take, what they take when they are not quantized)."""
-    here = bytes_of_weights(base)
+def sizes_to_fuse(base):
+    """Return (the bytes of the weights of a base, their bytes at 16 bits)."""
+    base_size = bytes_of_weights(base)
     quantized = json.loads((base / "config.json").read_bytes()).get("quantization")
     if not quantized:
-        return here, here
+        return base_size, base_size
     # Each group of weights also has a scale and a bias of 16 bits.
-    return here, here * 16 / (quantized["bits"] + 32 / quantized["group_size"])
+    return base_size, base_size * 16 / (quantized["bits"] + 32 / quantized["group_size"])

@@ -12,12 +12,13 @@ trl     TRL trains LARGE on the data as EMBEDDINGS=0 ./fine_tune.sh has trained 
 Reads   VERSION and MODEL, models/base/${MODEL}/, models/adapters/adapter-${VERSION}_${MODEL}/;
         trl: data/for_train/${VERSION}/train.jsonl, config.json and the tokenizer of LARGE
 Writes  in models/adapters/, export: peft-${VERSION}_${MODEL}/; trl: trl-${VERSION}_LARGE/;
-        import: adapter-${VERSION}_${MODEL}/; the one of before is kept beside it
+        import: adapter-${VERSION}_${MODEL}/; the previous one is kept beside it
 Exit    0 done, 1 something is missing or does not fit, 2 wrong usage
 """
 
 from models import common, folders
 from models.adapted import read_model, shape_of, token_embeddings
+from models.best_checkpoint import OURS
 from models.chat_template import load_tokenizer
 
 import argparse
@@ -27,7 +28,6 @@ from pathlib import Path
 import mlx.core as mx
 
 PEFT = "base_model.model."  # PEFT puts this before each name
-OURS = "adapters.safetensors", "adapter_config.json", "settings", "lora_config.yaml", "losses.csv"
 RECIPE = """\
 # pip install trl==1.16.0 peft==0.21.2, and here, with LARGE as its makers publish it:
 #     trl sft --config trl.yaml --model_name_or_path ORIGINAL
@@ -46,7 +46,7 @@ lora_alpha: {alpha:g}  # PEFT divides this by the rank: SCALE={SCALE}
 lora_dropout: {DROPOUT}
 lora_target_modules: all-linear
 
-max_steps: {ITERS}  # batches
+max_steps: {ITERS}  # iterations
 per_device_train_batch_size: {BATCH_SIZE}  # rows
 learning_rate: {rate:.1e}
 lr_scheduler_type: linear
@@ -197,21 +197,21 @@ def main():
 
     version, model = common.from_environment("VERSION"), common.from_environment("MODEL")
     common.check_names(version, model)
-    base, adapter = Path("models/base", model), Path(f"models/adapters/adapter-{version}_{model}")
-    folders.need(base / "config.json", "MODEL", common.download(model))
+    at = folders.places(version, model)
+    folders.need(at.base / "config.json", "MODEL", common.download(model))
     if args.command == "import":
-        return write(adapter, for_mlx(args.folder, base))
-    if not (adapter / "settings").is_file():
-        common.fail(f"there is no {adapter}/settings", common.rerun("./fine_tune.sh"))
+        return write(at.adapter, for_mlx(args.folder, at.base))
+    if not (at.adapter / "settings").is_file():
+        common.fail(f"there is no {at.adapter}/settings", common.rerun("./fine_tune.sh"))
     if args.command == "export":
-        return write(adapter.with_name(f"peft-{version}_{model}"), for_peft(adapter, base))
-    large, train = args.folder, Path("data/for_train", version, "train.jsonl")
+        return write(at.adapter.with_name(f"peft-{version}_{model}"), for_peft(at.adapter, at.base))
+    large, train = args.folder, at.data / "train.jsonl"
     if not (large / "config.json").is_file():
         common.fail(f"there is no {large}/config.json", common.download(large.name))
     build = common.rerun("python build_train.py")
     folders.need(train, "VERSION", build)
-    files = for_trl(adapter, common.read_rows(train, build), large)
-    write(adapter.with_name(f"trl-{version}_{large.name}"), files)
+    files = for_trl(at.adapter, common.read_rows(train, build), large)
+    write(at.adapter.with_name(f"trl-{version}_{large.name}"), files)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}  # where the base doe
 
 
 def sampling_of(folder, temperature=None):
-    """Return SAMPLING with what a model's generation_config.json says, and a temperature given."""
+    """Return SAMPLING, changed by a model's generation_config.json, and by the temperature."""
     sampling = SAMPLING.copy()
     with suppress(OSError, ValueError, AttributeError):
         said = json.loads((folder / "generation_config.json").read_bytes())

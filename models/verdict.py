@@ -15,29 +15,36 @@ import textwrap
 
 FEW = 30  # fewer rows are too few to be sure of a loss
 CLOSE = 0.1  # up to this much easier to tell than the person's own replies still counts as "yes"
+KEPT = 0.9  # of what the adapter learned; a fused model that keeps less has lost a part
+MORE_CHAT = "Add more chat.", "python data/raw/from_export.py --help"
+
+
+def unsure(question):
+    """Return an answer to fill in: bars [(model, width up to 1, text), …], more [sentence, …]."""
+    return {"question": question, "word": "unsure", "figure": "", "bars": [], "more": []}
 
 
 # ---- did it learn? -------------------------------------------------------------------------------
+def two_digits(value):
+    """Return a number as text, without an exponent: 0.2479 → "0.25", 2612.3 → "2600"."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
 def chance(loss):
     """Return the probability that a model gives a token: a loss of 2.3 is "10%", 6 "0.25%"."""
-    return f"{float(f'{100 * math.exp(-loss):.2g}'):g}%"
-
-
-def times_as_likely(gain):
-    """Return a gain in words: 0.96 nats a token is "2.6 times as likely"."""
-    return f"{float(f'{math.exp(gain):.2g}'):g} times as likely"
+    return f"{two_digits(100 * math.exp(-loss))}%"
 
 
 def learned(table, facts):
     """Answer it from the losses of the first trained model and the base model."""
-    answer = {"question": "Did it learn?", "word": "unsure", "figure": "", "bars": [], "more": []}
+    answer = unsure("Did it learn?")
     if is_broken(table):
         return answer | {"word": "no", "means": "A loss is not a number: the training went wrong."}
     if not table["gain"]:
         return answer | {"means": "To tell, test the base model and a trained one together."}
     who = next(iter(table["gain"]))
     new, old = table["loss"][who], table["loss"]["base"]
-    answer["figure"] = times_as_likely(old - new)
+    answer["figure"] = f"{two_digits(math.exp(old - new))} times as likely"
     answer["means"] = (
         f"It gives each next token (a word or a piece of one) of {facts['rows']} real replies that "
         f"it never saw a chance of {chance(new)} on average, the base model {chance(old)}. "
@@ -71,8 +78,7 @@ def sounds(table, facts):
                    |  yes   | + CLOSE:  nearly  |    no          |                        |
     """
     who = facts["judged"]
-    question = f"Does it sound like {facts['name']}?"
-    answer = {"question": question, "word": "unsure", "figure": "", "bars": [], "more": []}
+    answer = unsure(f"Does it sound like {facts['name']}?")
     if who not in table["told apart"]:
         return answer | {"means": "It takes at least 20 replies to tell."}
     told, error = table["told apart"][who], table["told apart error"][who]
@@ -138,25 +144,23 @@ def headline(table, facts, learned, sounds):
         return "There is nothing to compare."
     if facts["is_trial"]:
         return "A trial: all steps work. So small a base model can only write gibberish."
-    if learned["word"] == "no" and max(table["gain"].values()) < 0:
-        return "It became worse than the base model."
     if learned["word"] == "no":
-        return "It is no better than the base model."
-    if table["kept"].get("fused", 1) < 0.9:
+        is_worse = max(table["gain"].values()) < 0
+        return f"It {'became worse' if is_worse else 'is no better'} than the base model."
+    if table["kept"].get("fused", 1) < KEPT:
         return "The adapter learned, but the fused model has lost part of it."
-    if sounds["word"] == "no":
-        return f"It learned something, but it does not sound like {name} yet."
-    if learned["word"] == "unsure":
+    if learned["word"] == "unsure" and sounds["word"] != "no":
         return "There are too few replies to say whether it learned."
-    if sounds["word"] == "unsure":
-        return f"It learned; there are too few replies to say whether it sounds like {name}."
-    if sounds["word"] == "nearly":
-        return f"It learned, and it nearly sounds like {name}."
-    return f"It learned, and it sounds like {name}."
+    return {
+        "no": f"It learned something, but it does not sound like {name} yet.",
+        "unsure": f"It learned; there are too few replies to say whether it sounds like {name}.",
+        "nearly": f"It learned, and it nearly sounds like {name}.",
+        "yes": f"It learned, and it sounds like {name}.",
+    }[sounds["word"]]
 
 
 def how_to_train(table, facts, learned):
-    """Yield how to train the next time, (sentence, command), if it should be otherwise."""
+    """Yield how to train the next time, (sentence, command), if that should change."""
     run, trained, curve = facts["run"], facts["training"], dict(facts["curve"])
     iterations = int(trained.get("ITERS", 0))
     best = min(list(curve)[1:], key=curve.get, default=math.inf)
@@ -179,11 +183,10 @@ def next_steps(table, facts, learned, sounds):
     """Return what to do next, [(sentence, command)]: at most three, the most urgent first."""
     run = facts["run"]
     if facts["is_trial"] and table["gain"] and not is_broken(table):
-        more = [("Add more chat.", "python data/raw/from_export.py --help")]
-        real = ("Choose a real base model, and train that.", "python -m models.which_model")
-        return [real, *more * (learned["word"] == "unsure")]
+        steps = [("Choose a real base model, and train that.", "python -m models.which_model")]
+        return [*steps, MORE_CHAT] if learned["word"] == "unsure" else steps
     steps = [*how_to_train(table, facts, learned)]
-    if table["kept"].get("fused", 1) < 0.9:
+    if table["kept"].get("fused", 1) < KEPT:
         steps.append(("Fuse at 16 bits.", f"{run} FUSED_BITS=16 ./fuse.sh"))
     pairs = table["pairs"].get(facts["judged"], 0)
     if sounds["word"] == "unsure" and pairs < min(100, facts["rows"] // 2):
@@ -196,7 +199,7 @@ def next_steps(table, facts, learned, sounds):
     if learned["word"] == "yes" and sounds["word"] in ("yes", "nearly"):
         steps.append(("Talk to it.", f"{run} python models/chat.py"))
     if table["gain"] and sounds["word"] != "yes":
-        steps.append(("Add more chat.", "python data/raw/from_export.py --help"))
+        steps.append(MORE_CHAT)
         steps.append(("Or train a larger base model.", "python -m models.which_model"))
     return steps[:3]
 

@@ -1,12 +1,12 @@
 """Run mlx_lm.lora, log what it prints, keep its checkpoints, and end it at NaN.
 
-    python -m models.watch_training WORK BATCHES_DONE ITERS mlx_lm.lora --train …
+    python -m models.watch_training WORK ITERS_DONE ITERS mlx_lm.lora --train …
 
-Reads   "    20    6.516 ▼    1,528      6.0k" (batch, loss, tokens a second, tokens so far) and
+Reads   "    20    6.516 ▼    1,528      6.0k" (iteration, loss, tokens a second, tokens so far) and
         "  save  0000200_adapters.safetensors"
 Writes  WORK/training.log, WORK/train_losses.csv, and WORK/0000200.safetensors for each complete
         checkpoint
-Exit    0 all batches are trained, 1 they are not, 130 Ctrl-C
+Exit    0 all iterations are done, 1 they are not, 130 Ctrl-C
 
 The trainer ends when this program or fine_tune.sh ends. To close the pipe would not be enough:
 mlx.launch goes on when nobody reads its output.
@@ -33,20 +33,20 @@ SAVED = re.compile(r" *save +(\d+)_adapters.safetensors")
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def main(work, batches_done, iters, *command):
-    work, batches_done, iters = Path(work), int(batches_done), int(iters)
-    for number in signal.SIGTERM, signal.SIGHUP:  # so that they reach `finally`
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+def main(work, iters_done, iters, *command):
+    work, iters_done, iters = Path(work), int(iters_done), int(iters)
+    for stop in signal.SIGTERM, signal.SIGHUP:  # so that they reach `finally`
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     trainer = start(command)
     try:
-        batch, error = follow(work, lines_of(trainer.stdout.fileno()), batches_done, iters)
+        iteration, error = follow(work, lines_of(trainer.stdout.fileno()), iters_done, iters)
         code = trainer.wait()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(trainer.pid, signal.SIGKILL)
     last = work / "run/adapters.safetensors"
-    if code or batch != iters or not last.exists():
-        what = f"mlx_lm.lora ended with code {code} after {batch} of {iters} batches"
+    if code or iteration != iters or not last.exists():
+        what = f"mlx_lm.lora ended with code {code} after {iteration} of {iters} iterations"
         fail(f"{what}: {error[:200]}", *fixes_for(work, code, error))
     keep(work, "adapters", iters)
 
@@ -59,7 +59,7 @@ def start(command):
             stdin=subprocess.PIPE,  # open and empty: mlx.launch listens to it
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"COLUMNS": "100"},  # one line a batch
+            env=os.environ | {"COLUMNS": "100"},  # one line an iteration
             start_new_session=True,
             close_fds=False,  # it holds the lock of fine_tune.sh as long as it lives
         )
@@ -88,43 +88,43 @@ def lines_of(pipe):
                 yield text
 
 
-def follow(work, lines, batches_done, iters):
-    """Follow a training to its end; return its last batch, and the line with its error."""
-    batch, recent, error = batches_done, [], "it does not say why"
+def follow(work, lines, iters_done, iters):
+    """Follow a training to its end; return its last iteration, and the line with its error."""
+    iteration, recent, error = iters_done, [], "it does not say why"
     with (
         open(work / "training.log", "a", buffering=1) as log,
         open(work / "train_losses.csv", "a", buffering=1) as losses,
-        tqdm(None, "training", iters, initial=batch, disable=None, leave=False) as bar,
+        tqdm(None, "training", iters, initial=iteration, disable=None, leave=False) as bar,
     ):
         for line in lines:
             print(line, file=log)
             if found := LOSS.match(line):
-                batch += 1  # counted, not read: trainers that do not work together print each twice
+                iteration += 1  # counted, not read: trainers that work apart print each twice
                 bar.update()
                 loss, speed = float(found[1]), int(found[2].replace(",", ""))
                 recent.append((loss, speed))
                 if not math.isfinite(loss):
-                    stop_at_nan(work, batch)
-                if batch % 10 == 0 or batch == iters:
-                    report(batch, recent, losses, bar)
+                    stop_at_nan(work, iteration)
+                if iteration % 10 == 0 or iteration == iters:
+                    report(iteration, recent, losses, bar)
                     recent = []
-                if batch == batches_done + 1:
-                    started = time.monotonic()  # the first batch compiles, too
-                if batch == batches_done + 11:
+                if iteration == iters_done + 1:
+                    started = time.monotonic()  # the first iteration compiles, too
+                if iteration == iters_done + 11:
                     each = (time.monotonic() - started) / 10
-                    say_time_left(each * (iters - batch), bar)
+                    say_time_left(each * (iters - iteration), bar)
             elif found := SAVED.match(line):
-                keep(work, f"{found[1]}_adapters", batches_done + int(found[1]))
+                keep(work, f"{found[1]}_adapters", iters_done + int(found[1]))
             elif "rror" in line:
                 error = line.strip()
-    return batch, error
+    return iteration, error
 
 
-def report(batch, recent, losses, bar):
-    """Write and show the means of the recent batches: [(6.5, 1500), (6.1, 1700)] → 6.3, 1600."""
+def report(iteration, recent, losses, bar):
+    """Write and show the means of the recent iterations: [(6.5, 1500), (6.1, 1700)] → 6.3, 1600."""
     loss, speed = np.mean(recent, axis=0)
-    print(f"{batch},{loss:.3f},{speed:.0f}", file=losses)
-    bar.write(f"{batch:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s")
+    print(f"{iteration},{loss:.3f},{speed:.0f}", file=losses)
+    bar.write(f"{iteration:6}  training loss {loss:.3f}  {speed:5.0f} tokens/s")
 
 
 def say_time_left(seconds, bar):
@@ -133,28 +133,29 @@ def say_time_left(seconds, bar):
         bar.write(f"time        about {seconds / 60:.0f} minutes more, then the scoring")
 
 
-def keep(work, name, batch):
+def keep(work, name, iteration):
     """Move a complete checkpoint to where a resumed run looks for it.
 
     Of those that are only for resuming, and will not be scored, the last one stays.
     """
-    with suppress(FileNotFoundError):  # LAUNCH: two trainers that do not work together
-        (work / f"run/{name}.safetensors").rename(work / f"{batch:07d}.safetensors")
+    with suppress(FileNotFoundError):  # LAUNCH: two trainers that work apart
+        (work / f"run/{name}.safetensors").rename(work / f"{iteration:07d}.safetensors")
     for saved, file in checkpoints(work).items():
-        if saved < batch and saved % int(os.environ["EVAL_EVERY"]):
+        if saved < iteration and saved % int(os.environ["EVAL_EVERY"]):
             file.unlink()
 
 
-def stop_at_nan(work, batch):
+def stop_at_nan(work, iteration):
     """End a training whose loss is NaN; RESUME=1 then trains no more, and only scores."""
+    what = f"the loss became NaN or infinite by iteration {iteration}"
     saved = max(checkpoints(work), default=0)
     rate = lower_rate(os.environ["LEARNING_RATE"])
     fixes = [rerun("./fine_tune.sh", RESUME=0, LEARNING_RATE=rate)]
     if saved:
         with open(work / "settings", "a") as file:
-            print(f"# the loss was NaN or infinite by batch {batch}\nITERS={saved}", file=file)
+            print(f"# {what}\nITERS={saved}", file=file)
         fixes.insert(0, rerun("./fine_tune.sh", RESUME=1) + "  # keeps the best checkpoint so far")
-    fail(f"the loss became NaN or infinite by batch {batch}", *fixes)
+    fail(what, *fixes)
 
 
 def fixes_for(work, code, error):

@@ -197,7 +197,7 @@ def test_an_adapter_on_another_disk_stays_there(project, train, tmp_path):
 @pytest.mark.parametrize(
     ("iters", "error"),
     [
-        ("9", "the loss became NaN or infinite by batch "),
+        ("9", "the loss became NaN or infinite by iteration "),
         ("1", "all weights became NaN or infinite\n"),  # no loss comes after it
     ],
 )
@@ -233,7 +233,7 @@ def test_after_kill_9_a_resumed_run_does_the_rest(project, train, run):
     (project / DATA / "train.jsonl").write_text("it goes on with its own data, and settings")
     result = train(RESUME="1", ITERS="77")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming    after 3992 of 4000 batches" in result.stdout
+    assert "resuming    after 3992 of 4000 iterations" in result.stdout
     losses = losses_of(project)
     assert losses.index.is_monotonic_increasing and losses.index.is_unique
     assert losses.val_loss.dropna().index[-3:].tolist() == [3992, 3996, 4000]

@@ -67,7 +67,7 @@ def test_nan_ends_the_run_and_keeps_the_checkpoints_of_before(work, capsys):
     with pytest.raises(SystemExit):
         watch_training.follow(work, lines, 0, 30)
     assert capsys.readouterr().err.splitlines()[-3:] == [
-        "error: the loss became NaN or infinite by batch 2",
+        "error: the loss became NaN or infinite by iteration 2",
         "FIX: VERSION=v1 MODEL=gemma RESUME=1 ./fine_tune.sh  # keeps the best checkpoint so far",
         "FIX: VERSION=v1 MODEL=gemma RESUME=0 LEARNING_RATE=0.0001 ./fine_tune.sh",
     ]
@@ -106,9 +106,9 @@ def test_the_last_weights_are_a_checkpoint_too(work):
 DISK = "df -h models/adapters"
 LESS = "RESUME=0 GRAD_CHECKPOINT=1 BATCH_SIZE=1 ./fine_tune.sh"
 ENDS = {  # the trainer, how it ended, what mends it
-    "fails": (["sh", "-c", "exit 7"], "code 7 after 0 of 2 batches: it does not say why", "log"),
-    "killed": (["sh", "-c", "kill -9 $$"], "code -9 after 0 of 2 batches", LESS),
-    "stops early": (say(loss(1, 3)), "code 0 after 1 of 2 batches", "training.log"),
+    "fails": (["sh", "-c", "exit 7"], "code 7 after 0 of 2 iterations: it does not say why", "log"),
+    "killed": (["sh", "-c", "kill -9 $$"], "code -9 after 0 of 2 iterations", LESS),
+    "stops early": (say(loss(1, 3)), "code 0 after 1 of 2 iterations", "training.log"),
     "no group": (say(*[loss(1, 3), loss(1, 3), loss(2, 3), loss(2, 3)]), "after 4 of 2", "log"),
     "memory": (say("RuntimeError: [METAL] Insufficient Memory"), "Insufficient Memory", LESS),
     "disk": (say("RuntimeError: [write] Unable to write 9 bytes"), "Unable to write", DISK),

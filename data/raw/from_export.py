@@ -57,7 +57,7 @@ KINDS = {
     "alone": "chats in which one person alone speaks",
     "copy": "already in a file read before",
 }
-UNDERSTOOD = 0.9  # so much of a file a reader must understand to read it
+UNDERSTOOD = 0.9  # share of a file that a reader must understand to read it
 RAW = common.ROOT / "data/raw"
 EXAMPLE = 'python data/raw/from_export.py ~/Downloads/"WhatsApp Chat with Ann.zip"'
 
@@ -129,7 +129,8 @@ def read_file(file, dates):
         times, note = read_times(written, dates, file.lines)
         check_times(written, times)
         messages = [tidy(*pair, file.title) for pair in zip(messages, times, strict=True)]
-        file.notes.extend([note] if note else [])
+        if note:
+            file.notes.append(note)
     return Chat(file.name, file.title, reader.APP, messages, file.notes)
 
 
@@ -260,7 +261,8 @@ def report(chats, refused, left_out, entries):
     names = {chat.app: chat.name for chat in reversed(chats)}  # of the first file of each app
     for app, number in apps.items():
         tell("read", number, f"{app}, {names[app]}" + " and so on" * (number > 1))
-    for name, (why, _) in list(refused.items())[:1]:
+    if refused:
+        name, (why, _) = next(iter(refused.items()))
         tell("not read", len(refused), f"{name}: {why}" + " and so on" * (len(refused) > 1))
     talk = [entry for entry in entries if "message" in entry]  # of chats, not of training sets
     for title, key in ("conversations", "conversation"), ("authors", "author"):

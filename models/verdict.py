@@ -71,17 +71,32 @@ def is_broken(table):
 
 
 # ---- does it sound like them? --------------------------------------------------------------------
-def sounds(table, facts):
-    """Answer it from the replies of the judged model.
+def closeness(table, who):
+    """Return how close a model comes to the person: "yes", "nearly", "no", or "unsure".
 
     told apart:  50 %      floor: the person    half way      ceiling: somebody else   100 %
                    |  yes   | + CLOSE:  nearly  |    no          |                        |
     """
+    told, error = table["told apart"][who], table["told apart error"][who]
+    floor = table["told apart"].get("reference", 0.5)
+    ceiling = max(table["told apart"].get("somebody else", 1), floor + 2 * CLOSE)
+    if told > (floor + ceiling) / 2:
+        return "no"
+    if error > CLOSE:
+        return "unsure"
+    if told > floor + CLOSE or far_figures(table, who) or recites(table, who):
+        return "nearly"
+    return "yes"
+
+
+def sounds(table, facts):
+    """Answer it from the replies of the judged model."""
     who = facts["judged"]
     answer = unsure(f"Does it sound like {facts['name']}?")
     if who not in table["told apart"]:
         return answer | {"means": "It takes at least 20 replies to tell."}
     told, error = table["told apart"][who], table["told apart error"][who]
+    answer["word"] = closeness(table, who)
     answer["figure"] = f"{1 - told:.0%}"
     answer["means"] = (
         "How often a classifier, a program that guesses which of two replies is the real one, "
@@ -89,23 +104,13 @@ def sounds(table, facts):
     )
     for other, share in table["told apart"].items():
         answer["bars"].append((other, min(1, 2 * (1 - share)), f"{1 - share:.0%}"))
-    far = far_figures(table, who)
-    for name in far:
+    for name in far_figures(table, who):
         mine, real = f"{table[name][who]:.0%}", f"{table[name]['reference']:.0%}"
         answer["more"].append(f"{name.capitalize()}: {mine} of its replies, {real} of real ones.")
     if table["missing words"][who]:
         answer["more"].append(f"It never says {table['missing words'][who]}.")
-
-    floor = table["told apart"].get("reference", 0.5)
-    ceiling = max(table["told apart"].get("somebody else", 1), floor + 2 * CLOSE)
-    if told > (floor + ceiling) / 2:
-        answer["word"] = "no"
-    elif error > CLOSE:
+    if answer["word"] == "unsure":
         answer["more"].append("That is too few replies to say more; 100 would do.")
-    elif told > floor + CLOSE or far or recites(table, who):
-        answer["word"] = "nearly"
-    else:
-        answer["word"] = "yes"
     return answer
 
 

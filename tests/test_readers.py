@@ -627,7 +627,6 @@ def test_a_month_and_a_part_of_the_day_have_names_in_many_languages(check, time)
         float("nan"),
         "99.99.2026, 10:44",
         "24.11.2026, 10:99",
-        "24 Nov 10:44",
     ],
 )
 def test_a_chat_with_times_that_nobody_understands_is_refused_but_one_such_time_is_not(
@@ -656,6 +655,12 @@ def test_the_order_of_day_and_month_is_that_of_the_whole_file(convert, dates, fi
     lines = [f"{day}, 9:44 - {'AB'[i % 2]}: hi\n" for i, day in enumerate(dates.split())]
     entries, _, notes = convert({"chat.txt": "".join(lines)})
     assert (entries[0]["time"][:10], notes) == (first, [])
+
+
+def test_old_exports_leave_out_the_year_that_it_is(check):
+    chat = "30 Dec 2015 23:00 - A: a\n2 Jan 10:44 - B: b\n3 Jan 10:44 - A: c"
+    days = [when[:10] for when in each("time", check({"a.txt": chat}, "A: a|B: b|A: c"))]
+    assert days == ["2015-12-30", "2016-01-02", "2016-01-03"]
 
 
 @table(

@@ -93,4 +93,6 @@ def kind_of(author, words, form):
         return "app"
     if TAG.fullmatch(words):
         return "media"
-    return kind_of_sentence(words, APP) or (form is PC and kind_of_sentence(words, "LINE of a PC"))
+    if form is PC and (kind := kind_of_sentence(words, "LINE of a PC")):
+        return kind
+    return kind_of_sentence(words, APP)

@@ -14,7 +14,7 @@ by their form: see is_notice().
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from .shared import Message, first, kind_of_sentence, share, text_of
 
@@ -37,6 +37,8 @@ def read(file):
     for author, text in said:
         forms[form_of(author, text)].append(text)
     people = {first_name(author) for author, _ in said}
+    with_share = zip(file.entries, said, strict=True)
+    attached = Counter(text for m, (_, text) in with_share if "share" in m)
     for m, (author, text) in zip(file.entries, said, strict=True):
         yield Message(
             time=m.get("timestamp_ms") or m.get("timestamp"),
@@ -45,7 +47,9 @@ def read(file):
             kind=first(
                 deleted=m.get("is_unsent") or m.get("isUnsent"),
                 call="call_duration" in m or m.get("type") == "Call",
-                app=m.get("type") in NOTICES or is_notice(author, text, forms, people),
+                app=m.get("type") in NOTICES
+                or is_notice(author, text, forms, people)
+                or (attached[text] > 1 and " " in text and "://" not in text),
             ),
             conversation=title,
         )

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from .cldr import language_of, part_of_day, words_in, words_of
 
 ORDERS = {"dmy": (2, 1, 0), "mdy": (2, 0, 1), "ymd": (0, 1, 2)}  # where year, month and day stand
+NO_YEAR = 4  # stands for it, for 29 February is a day of that year
 
 MARK = "[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"  # invisible: which way to write
 NUMBER = r"((?:R|令和)?\d{1,4})"  # R8 is 2026, the eighth year of the emperor of Japan
@@ -36,7 +37,7 @@ def read_times(texts, order=None, lines=()):
     if dates and not order:
         order, note = order_of(dates, next(filter(DAY_OR_NOT.search, texts)), lines)
     times = {text: time_of(stamp, order) for text, stamp in stamps.items()}
-    return [times[text] for text in texts], note
+    return with_years([times[text] for text in texts]), note
 
 
 def order_of(dates, first_text, lines):
@@ -91,6 +92,16 @@ def order_in_a_row(dates):
     return near if len(dates) > 2 and 2 * spans[near] < spans[far] else None
 
 
+def with_years(times):
+    """Return the times with a year where the app left it out, as WhatsApp did about 2015."""
+    last = max((time for time in times if time and time.year != NO_YEAR), default=None)
+    year = last.year if last else 1970
+    first = next((time for time in times if time and time.year == NO_YEAR), None)
+    if last and first and first.replace(year=year) < last:
+        year += 1
+    return [time.replace(year=year) if time and time.year == NO_YEAR else time for time in times]
+
+
 # ---- one time ------------------------------------------------------------------------------------
 def stamp_of(text, language="en"):
     """Return (number, number, number, hour, minute, second), whichever of the first is the day.
@@ -137,12 +148,12 @@ def named_day(text, language):
     numbers = [int(number) for number in re.findall(r"\d+", rest)]
     year = next((number for number in numbers if number > 99), None)
     day, *others = [number for number in numbers if number != year] or [0]
-    year = year or (2000 + others[0] if others else 0)
+    year = year or (2000 + others[0] if others else NO_YEAR)
     if clock and not month and not numbers:
         year, month, day = 1970, 1, 1  # only a clock
     try:
         return datetime(year, month, day, *(clock or ()))
-    except ValueError:  # there is no year 0, either
+    except ValueError:
         return None
 
 

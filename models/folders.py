@@ -52,9 +52,9 @@ def need(file, variable, command):
         return
     others = sorted(path.parent.name for path in file.parent.parent.glob(f"*/{file.name}"))
     exports = [f"export {variable}={name}" for name in others if re.fullmatch(NAME, name)]
-    if exports and file.parent.name == DEFAULTS[variable]:  # a new terminal: nothing is exported
-        what = f"there is no {file}: {variable} is the default, not one that is there"
-        fail(what, *exports, command)
+    if exports and variable == "MODEL" and file.parent.name == DEFAULTS["MODEL"]:
+        # A new terminal, in which nothing is exported: the command would download 15 GB.
+        fail(f"there is no {file}: MODEL is the default, not one that is there", *exports, command)
     fail(f"there is no {file}", command, *exports)
 
 

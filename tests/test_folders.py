@@ -27,10 +27,15 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it_and_with_what_i
         "FIX: export VERSION=two",
         "FIX: export VERSION=two.before",
     ]
-    default = tmp_path / "v1/train.jsonl"  # as in a new terminal
-    said = failure(capsys, folders.need, default, "VERSION", "python build_train.py").splitlines()
-    assert said[0].endswith("v1/train.jsonl: VERSION is the default, not one that is there")
-    assert said[1] == "FIX: export VERSION=family"
+
+
+def test_in_a_new_terminal_the_base_models_that_are_there_come_before_a_download(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").touch()
+    default = tmp_path / "gemma-3-text-27b-it-4bit/config.json"
+    said = failure(capsys, folders.need, default, "MODEL", "hf download …").splitlines()
+    assert said[0].endswith("config.json: MODEL is the default, not one that is there")
+    assert said[1:] == ["FIX: export MODEL=mine", "FIX: hf download …"]
 
 
 AWAY = {  # a script, the link to a disk that is not there, what the script looks for below it
